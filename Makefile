@@ -1,0 +1,77 @@
+# `make` alone lists the targets. `make figures` and `make test` set up .venv themselves when it is missing.
+#
+# A notebook is executed again when it, the package, data/ or requirements.txt changed, or when something that it
+# wrote is not as it left it. Modification times cannot tell (a clone or a checkout sets them as it pleases), so
+# notebooks/tools/execute.py is always asked; it compares sha256 sums with build/NAME.stamp, which is not in git.
+# FORCE=1 executes in any case; -j2 runs two notebooks at a time.
+
+VENV ?= .venv
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+SOURCES := $(wildcard notebooks/*.py)
+NOTEBOOKS := $(SOURCES:.py=.ipynb)
+SMOKE := build/smoke
+
+# One torch thread a process: two of them on a busy machine are many times slower, not faster.
+export OMP_NUM_THREADS ?= 1
+# The kernel called python3 is this environment's, whatever else the user has registered.
+export JUPYTER_PREFER_ENV_PATH = 1
+
+.PHONY: help all figures paper test lab lint pairs verify environment clean always
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@for notebook in $(NOTEBOOKS); do echo "make $$notebook"; done
+
+all: figures ## figures, then paper
+	@$(MAKE) --no-print-directory paper
+
+figures: $(NOTEBOOKS) ## execute the notebooks: every figure, table and number (FORCE=1: even if nothing changed)
+
+$(NOTEBOOKS): notebooks/%.ipynb: always | $(READY)
+	@$(BIN)/python notebooks/tools/execute.py $* $(if $(FORCE),--force)
+
+paper: paper/main.typ | $(READY) ## build paper/main.pdf from the text and the results in figures/
+	$(BIN)/python -c 'import typst; typst.compile("paper/main.typ", "paper/main.pdf", ".", ignore_system_fonts=True)'
+
+paper/main.typ:
+	@echo "paper/main.typ is not written yet" >&2; exit 1
+
+test: $(READY) ## unit tests, then every notebook in the smoke profile (small settings; figures/ is not touched)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
+	@rm -rf $(SMOKE) && mkdir -p $(SMOKE)/notebooks $(SMOKE)/figures && ln -s ../../data $(SMOKE)/data
+ifneq ($(SOURCES),)
+	@$(BIN)/jupytext --quiet --to ../$(SMOKE)/notebooks//ipynb $(SOURCES)
+	HF_HUB_OFFLINE=1 EIGENDECOMP_PROFILE=smoke EIGENDECOMP_FIGURES="$(CURDIR)/$(SMOKE)/figures" \
+		$(BIN)/python -m pytest --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 -n $(JOBS) $(SMOKE)/notebooks
+endif
+
+lint: $(READY) ## style and types
+	$(BIN)/ruff check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+pairs: $(READY) ## check that every notebook's .py and executed .ipynb agree
+	@$(BIN)/python notebooks/tools/pairs.py
+
+verify: $(READY) ## compare the numbers in figures/ with the committed ones
+	@$(BIN)/python notebooks/tools/verify.py
+
+lab: $(READY) ## JupyterLab in the project's environment
+	$(BIN)/jupyter lab
+
+environment: $(READY) ## install the pinned requirements in .venv
+
+# The stamp comes last: an installation that was interrupted does not count.
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(BIN)/python -m pip --version 2>/dev/null || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean: ## remove what was built along the way; keeps .venv, the notebooks' outputs, figures/ and the paper
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find eigendecomp notebooks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,27 @@
+"""Sparse, low-rank directions in a trained network's parameter space, learned by rebuilding per-sample gradients."""
+
+from eigendecomp.curvature import per_sample_hessian
+from eigendecomp.decomposition import Decomposition, decompose
+from eigendecomp.divergence import KLDivergence, OutputSum, SquaredError
+from eigendecomp.interaction import interactions
+from eigendecomp.reference import Constant, Mean, ModelSample, OtherSample, Uniform
+from eigendecomp.sparsity import L1, BatchTopK
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "L1",
+    "BatchTopK",
+    "Constant",
+    "Decomposition",
+    "KLDivergence",
+    "Mean",
+    "ModelSample",
+    "OtherSample",
+    "OutputSum",
+    "SquaredError",
+    "Uniform",
+    "decompose",
+    "interactions",
+    "per_sample_hessian",
+]

@@ -1,0 +1,308 @@
+"""The public door: decompose a model, and what one then asks of its directions."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from eigendecomp import divergence as divergences
+from eigendecomp import reference as references
+from eigendecomp import sparsity as sparsities
+from eigendecomp.capture import CapturedSource
+from eigendecomp.curvature import push_forward
+from eigendecomp.directions import Directions, Factorization
+from eigendecomp.divergence import Divergence, SquaredError
+from eigendecomp.fit import CACHE_BYTES, CachedBatches, History, LiveBatches, Settings, fit, generator, rebuilt_error
+from eigendecomp.gradients import Gradients
+from eigendecomp.reference import Draws, OtherSample, Reference
+from eigendecomp.sparsity import BatchTopK, Sparsity
+from eigendecomp.target import Inputs, Target, as_examples, chunks
+
+FORMAT = 1
+
+
+class Decomposition:
+    """Directions learned for a target, with all that is needed to read new samples along them."""
+
+    def __init__(
+        self,
+        target: Target,
+        settings: Settings,
+        encoder: Directions,
+        decoder: Directions,
+        threshold: float | None,
+        pool: Float[Tensor, "m k"],
+        history: History,
+    ) -> None:
+        self.target, self.settings = target, settings
+        self.encoder, self.decoder, self.threshold, self.pool = encoder, decoder, threshold, pool
+        self.history = history
+        self._source: CapturedSource | None = None
+
+    # ---- reading
+
+    def directions(self) -> dict[str, Float[Tensor, "v *shape"]]:
+        """{parameter: (n_directions, *shape)}: the decoder rows, of unit norm over all tensors together."""
+        return {name: self.decoder.dense(name) for name in self.decoder.shapes}
+
+    def encode(self, inputs: Inputs, seed: int = 0, *, sparse: bool = False) -> Float[Tensor, "n v"]:
+        """Coefficients z = ⟨g, u⟩ of every sample, signed, with references drawn from the seed.
+
+        With ``sparse`` those below the fit's threshold are zero, as the rebuilding uses them.
+        """
+        z = torch.cat([g.inner(self.encoder) for g in self._gradients(inputs, 1, seed)])
+        return self.settings.sparsity.keep(z, self.threshold) if sparse else z
+
+    def activation(self, inputs: Inputs) -> Float[Tensor, "n v"]:
+        """a = √(uᵀHu): how far the output moves for a unit step along each direction. Needs no reference."""
+        return push_forward(self.target, self.settings.divergence, self.decoder, as_examples(inputs)).norm(dim=-1)
+
+    def impact(self, inputs: Inputs, references: int = 16, seed: int = 0) -> Float[Tensor, "n v"]:
+        """Mean |z| over ``references`` drawn references."""
+        if references < 1:
+            raise ValueError(f"references={references} must be at least 1")
+        draws = 1 if self.settings.reference.fixed else references
+        rows = [
+            g.inner(self.encoder).abs().unflatten(0, (-1, draws)).mean(1) for g in self._gradients(inputs, draws, seed)
+        ]
+        return torch.cat(rows)
+
+    def reconstruction_error(self, inputs: Inputs, seed: int = 0) -> float:
+        """Σ‖g − ĝ‖² / Σ‖g‖² with the stored threshold (eq. 7)."""
+        gram, left, total = self.decoder.gram(), 0.0, 0.0
+        for g in self._gradients(inputs, 1, seed):
+            z = g.inner(self.encoder)
+            y = z if self.settings.tied else g.inner(self.decoder)
+            square = g.square_norms().sum()
+            left += (rebuilt_error(self.settings.sparsity.keep(z, self.threshold), y, gram, square) * square).item()
+            total += square.item()
+        if not total > 0:
+            raise ValueError("every gradient is zero on these inputs, so the error is not defined")
+        return left / total
+
+    @torch.no_grad()
+    def _gradients(self, inputs: Inputs, draws: int, seed: int, chunk: int = 64) -> Iterator[Gradients]:
+        examples = as_examples(inputs)
+        if self._source is None:
+            self._source = CapturedSource(self.target, examples, terms=self.settings.n_directions * self.settings.rank)
+        positions = self.target.call([tensor[:1] for tensor in examples]).shape[1]
+        s = self.settings
+        drawn = Draws.of(
+            s.reference, s.divergence, self.pool, (len(examples[0]), positions), draws, generator(seed, "encode")
+        )
+        for number, part in enumerate(chunks(examples, chunk)):
+            yield self._source(part, drawn[slice(number * chunk, (number + 1) * chunk)])
+
+    # ---- acting
+
+    @contextmanager
+    def perturbed(self, steps: Mapping[int, float]) -> Iterator[nn.Module]:
+        """Inside, the model runs with w + Σ δ u; afterwards it is bit for bit what it was, whatever happened."""
+        for number, delta in steps.items():
+            if not (isinstance(number, int) and 0 <= number < self.decoder.n):
+                raise ValueError(f"there is no direction {number!r}; there are 0 to {self.decoder.n - 1}")
+            if not torch.isfinite(torch.tensor(float(delta))):
+                raise ValueError(f"the step {delta!r} along direction {number} must be finite")
+        few = self.decoder.select(list(steps))
+        sizes = torch.tensor(list(steps.values()), dtype=self.target.dtype, device=self.target.device)
+        kept = {name: p.detach().clone() for name, p in self.target.chosen.items()}
+        try:
+            with torch.no_grad():
+                for name, p in self.target.chosen.items():
+                    p.add_(torch.tensordot(sizes, few.dense(name), 1).view(p.shape))
+            yield self.target.model
+        finally:
+            with torch.no_grad():
+                for name, p in self.target.chosen.items():
+                    p.copy_(kept[name])
+
+    # ---- keeping
+
+    def save(self, path: str | Path) -> None:
+        """Write the directions as safetensors with the settings as metadata."""
+        tensors = {"pool": self.pool, **pack("decoder", self.decoder)}
+        if not self.settings.tied:
+            tensors |= pack("encoder", self.encoder)
+        metadata = {
+            "format": FORMAT,
+            "settings": self.settings.as_json(),
+            "shapes": self.decoder.shapes,
+            "target": fingerprint(self.target),
+            "threshold": self.threshold,
+            "history": asdict(self.history),
+        }
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"eigendecomp": json.dumps(metadata)})
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> "Decomposition":
+        """Read what :meth:`save` wrote; nothing in the file is ever run.
+
+        Raises:
+            ValueError: if the file is not a decomposition, is damaged, or is one of another model.
+        """
+        tensors, metadata = read(path)
+        settings = settings_from(metadata["settings"])
+        target = Target(model, settings.parameters)
+        check_target(target, metadata, path)
+        decoder = unpack("decoder", tensors, metadata["shapes"], settings)
+        encoder = decoder if settings.tied else unpack("encoder", tensors, metadata["shapes"], settings)
+        history = History(**metadata["history"])
+        return cls(target, settings, encoder, decoder, metadata["threshold"], tensors["pool"], history)
+
+
+def decompose(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    divergence: Divergence | None = None,
+    reference: Reference | None = None,
+    parameters: Sequence[str] = ("*",),
+    n_directions: int = 5,
+    rank: int = 1,
+    factorization: Factorization = "cp",
+    tied: bool = False,
+    sparsity: Sparsity | None = None,
+    steps: int = 2000,
+    batch_size: int = 256,
+    learning_rate: float = 1e-2,
+    seed: int = 0,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+) -> Decomposition:
+    """Learn directions in a model's parameter space that rebuild its per-sample gradients.
+
+    Args:
+        model: any module, in evaluation mode. Its parameters are read, never changed.
+        inputs: a tensor, or a tuple of tensors passed to the model together; the first axis counts examples.
+        divergence: how outputs are compared; :class:`SquaredError` by default.
+        reference: what a sample is compared with; :class:`OtherSample` by default.
+        parameters: glob patterns over the names in ``model.named_parameters()``.
+        n_directions: size of the dictionary.
+        rank: rank of each direction in each tensor.
+        factorization: ``"cp"`` or ``"tucker"``.
+        tied: one set of rows for reading and writing, instead of two.
+        sparsity: :class:`BatchTopK` (10% by default) or :class:`L1`.
+        batch_size: samples in a step; an example with positions counts once for each.
+        checkpoint: a path that is written as the fit goes on, and resumed from where it is there.
+
+    Raises:
+        ValueError: for anything that cannot be handled, before work starts.
+    """
+    divergence = SquaredError() if divergence is None else divergence
+    reference = OtherSample() if reference is None else reference
+    sparsity = BatchTopK(0.1) if sparsity is None else sparsity
+    for value, kind in ((divergence, Divergence), (reference, Reference), (sparsity, Sparsity)):
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{kind.__name__.lower()}={value!r} must be a {kind.__name__} such as those in eigendecomp"
+            )
+    settings = Settings(
+        divergence, reference, (parameters,) if isinstance(parameters, str) else tuple(parameters), n_directions, rank,
+        factorization, tied, sparsity, steps, batch_size, learning_rate, seed,
+    )  # fmt: skip
+    examples = as_examples(inputs)
+    target = Target(model, settings.parameters)
+    Directions.random(target.shapes, 1, rank, factorization)  # refuses a rank of no use before any work
+    f = target.outputs(examples)
+    predictions = divergence.predict(f.flatten(0, 1))
+    pool = reference.prepare(divergence, predictions, generator(seed, "pool"))
+    source = CapturedSource(target, examples, terms=n_directions * rank)
+    draws = Draws.of(reference, divergence, pool, (1, 1), 1, generator(seed, "probe"))
+    if CachedBatches.size(f, draws, target) <= CACHE_BYTES:
+        batches = CachedBatches(source, examples, f, draws)
+    else:
+        batches = LiveBatches(source, examples, draws, f.shape[1])
+    found = fit(source, batches, settings, progress=progress)
+    made = Decomposition(target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
+    made._source = source
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def fingerprint(target: Target) -> str:
+    """sha256 over the names, shapes and values of the chosen parameters."""
+    digest = hashlib.sha256()
+    for name, p in target.chosen.items():
+        digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
+        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pack(prefix: str, directions: Directions) -> dict[str, Tensor]:
+    """The factors under names that say what they are."""
+    return {
+        f"{prefix}/{name}/{number}": factor
+        for name, factors in directions.factors.items()
+        for number, factor in enumerate(factors)
+    }
+
+
+def unpack(
+    prefix: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], settings: Settings
+) -> Directions:
+    """The directions that :func:`pack` took apart."""
+    factors: dict[str, list[Tensor]] = {}
+    for name, shape in shapes.items():
+        count = len(shape) + (settings.factorization == "tucker")
+        factors[name] = [tensors[f"{prefix}/{name}/{number}"] for number in range(count)]
+    return Directions({name: tuple(shape) for name, shape in shapes.items()}, settings.factorization, factors)
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a file of ours."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {str(path)!r}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {})["eigendecomp"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not a decomposition, or it is damaged: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}; this version reads {FORMAT}")
+    return tensors, metadata
+
+
+def settings_from(plain: Mapping[str, Any]) -> Settings:
+    """The settings that :meth:`Settings.as_json` described; only classes of this package can be named."""
+
+    def make(module: Any, kind: type, value: Mapping[str, Any]) -> Any:
+        fields = dict(value)
+        found = getattr(module, str(fields.pop("name")), None)
+        if not (isinstance(found, type) and issubclass(found, kind)):
+            raise ValueError(f"unknown {kind.__name__.lower()} {value['name']!r}")
+        return found(**fields)
+
+    return Settings(
+        **{
+            **plain,
+            "parameters": tuple(plain["parameters"]),
+            "divergence": make(divergences, Divergence, plain["divergence"]),
+            "reference": make(references, Reference, plain["reference"]),
+            "sparsity": make(sparsities, Sparsity, plain["sparsity"]),
+        }
+    )
+
+
+def check_target(target: Target, metadata: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a file made from another model, saying what differs."""
+    theirs = {name: tuple(shape) for name, shape in metadata["shapes"].items()}
+    if theirs != target.shapes:
+        names = sorted(set(theirs.items()) ^ set(target.shapes.items()))
+        raise ValueError(f"{str(path)!r} decomposes another model: they differ in {names[0][0]!r} {names[0][1]}")
+    if metadata["target"] != fingerprint(target):
+        raise ValueError(
+            f"{str(path)!r} was made for other weights of the same shapes; load the model that was decomposed"
+        )

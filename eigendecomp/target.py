@@ -1,0 +1,150 @@
+"""The target: a trained model, the parameters chosen of it, and its outputs as samples."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Inputs = Tensor | Sequence[Tensor]
+
+
+def as_examples(inputs: Inputs) -> tuple[Tensor, ...]:
+    """The inputs as a tuple of tensors that share their first axis.
+
+    Raises:
+        ValueError: if there is no example, the first axes differ, or a value is not finite.
+    """
+    examples = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    for position, tensor in enumerate(examples):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"inputs[{position}] is a {type(tensor).__name__}; give a tensor or a tuple of tensors")
+        if tensor.ndim == 0:
+            raise ValueError(f"inputs[{position}] is a single number; its first axis must count the examples")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            bad = (~tensor.isfinite()).flatten(1).any(1) if tensor.ndim > 1 else ~tensor.isfinite()
+            raise ValueError(
+                f"inputs[{position}] holds NaN or infinity, first in example {int(bad.nonzero()[0])} "
+                f"({int(bad.sum())} of {len(tensor)}); remove or mend those examples"
+            )
+    sizes = {len(tensor) for tensor in examples}
+    if len(sizes) != 1:
+        raise ValueError(f"the input tensors hold {sorted(sizes)} examples; the first axes must agree")
+    if sizes == {0}:
+        raise ValueError("inputs hold zero examples; give at least one")
+    return examples
+
+
+class Target:
+    """A model whose chosen parameters are decomposed. Its parameters are read, never changed.
+
+    Args:
+        model: any module; a module that returns an object with ``logits`` is read through them.
+        parameters: glob patterns over ``model.named_parameters()``.
+
+    Raises:
+        ValueError: if a pattern matches nothing, a chosen parameter is not real-valued and finite, or the model is in
+            training mode with layers that then depend on chance or on the batch.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[str] = ("*",)) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+        if isinstance(parameters, str):
+            parameters = [parameters]
+        self.model = model
+        self.patterns = tuple(parameters)
+        named = dict(model.named_parameters())
+        for pattern in self.patterns:
+            if not any(fnmatchcase(name, pattern) for name in named):
+                raise ValueError(f"parameters={pattern!r} matches none of the model's parameters: {_listing(named)}")
+        self.names = [name for name in named if any(fnmatchcase(name, pattern) for pattern in self.patterns)]
+        if not self.names:
+            raise ValueError(f"no parameter is chosen; give patterns over {_listing(named)}")
+        for name in self.names:
+            value = named[name]
+            if isinstance(value, nn.parameter.UninitializedParameter):
+                raise ValueError(f"parameter {name!r} is not initialised yet; run the model once before")
+            if not value.is_floating_point():
+                raise ValueError(f"parameter {name!r} has dtype {value.dtype}; only real parameters have directions")
+            if not value.isfinite().all():
+                raise ValueError(f"parameter {name!r} holds NaN or infinity; the target must be trained and finite")
+            if value.numel() == 0:
+                raise ValueError(f"parameter {name!r} is empty; choose others with parameters=[...]")
+        for name, module in model.named_modules():
+            chance = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+            batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if module.training and (chance or batch):
+                raise ValueError(
+                    f"module {name!r} ({type(module).__name__}) is in training mode, where outputs depend on "
+                    f"{'chance' if chance else 'the batch'}; call model.eval() first"
+                )
+        # A scalar parameter is a vector of one number to the directions.
+        self.shapes = {name: tuple(named[name].shape) or (1,) for name in self.names}
+        self.dtype = named[self.names[0]].dtype
+        self.device = named[self.names[0]].device
+        # oneDNN runs an LSTM as one opaque operation, which has no forward derivative and cannot be looked into.
+        self.onednn = not any(isinstance(module, nn.LSTM) for module in model.modules())
+        # Detached copies share their storage with the model: reading them is reading the model as it is now.
+        self.frozen = {name: p.detach() for name, p in named.items() if name not in self.shapes}
+        self.chosen = {name: named[name].detach().requires_grad_() for name in self.names}
+
+    @property
+    def size(self) -> int:
+        """The number of chosen parameters."""
+        return sum(p.numel() for p in self.chosen.values())
+
+    def call(self, examples: Sequence[Tensor], chosen: dict[str, Tensor] | None = None) -> Float[Tensor, "e p k"]:
+        """Outputs as examples × positions × outputs, with ``chosen`` in the place of the chosen parameters."""
+        values = {**self.frozen, **(self.chosen if chosen is None else chosen)}
+        with nullcontext() if self.onednn else torch.backends.mkldnn.flags(enabled=False):
+            return standard(torch.func.functional_call(self.model, values, tuple(examples)))
+
+    @torch.no_grad()
+    def outputs(self, examples: Sequence[Tensor], chunk: int = 256) -> Float[Tensor, "e p k"]:
+        """Outputs of all examples, ``chunk`` at a time.
+
+        Raises:
+            ValueError: if outputs are not real, not finite, or not one row an example.
+        """
+        rows = [self.call(part) for part in chunks(examples, chunk)]
+        f = torch.cat(rows)
+        if len(f) != len(examples[0]):
+            raise ValueError(
+                f"the model gives {len(f)} outputs for {len(examples[0])} examples; the first axis of its output must "
+                "count the examples"
+            )
+        if not f.isfinite().all():
+            bad = (~f.isfinite()).flatten(1).any(1).nonzero()
+            raise ValueError(f"the model's output is not finite, first for example {int(bad[0])}")
+        return f
+
+
+def standard(output: object) -> Float[Tensor, "e p k"]:
+    """A model's return value as examples × positions × outputs (one position where it has none)."""
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor):
+        raise ValueError(f"the model returns a {type(output).__name__}; wrap it so that it returns one tensor")
+    if not output.is_floating_point():
+        raise ValueError(
+            f"the model's outputs have dtype {output.dtype}, as class labels have; decompose the real-valued outputs "
+            "(logits under KLDivergence, values under SquaredError)"
+        )
+    if output.ndim == 0:
+        raise ValueError("the model returns a single number for all examples; return one row an example, not a loss")
+    if output.ndim == 1:
+        return output[:, None, None]
+    return output.flatten(1, -2) if output.ndim > 3 else output if output.ndim == 3 else output[:, None]
+
+
+def chunks(examples: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
+    """The examples in pieces of ``size``."""
+    for start in range(0, len(examples[0]), size):
+        yield tuple(tensor[start : start + size] for tensor in examples)
+
+
+def _listing(named: dict[str, Tensor]) -> str:
+    names = list(named)
+    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")

@@ -1,0 +1,1 @@
+"""The trained networks that the notebooks decompose: model, data and training of each."""

@@ -1,0 +1,84 @@
+"""The toy model of superposition: more sparse features than hidden dimensions, ReLU(W_outᵀ W_in x + b)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class TMS(nn.Module):
+    """x ↦ ReLU(x W_in W_out + b). Tied, W_out is W_inᵀ: one parameter used twice, as in the draft."""
+
+    def __init__(self, features: int, hidden: int, tied: bool) -> None:
+        super().__init__()
+        self.W_in = nn.Parameter(torch.zeros(features, hidden))
+        self.W_out = None if tied else nn.Parameter(torch.zeros(hidden, features))
+        self.b = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Float[Tensor, "n features"]) -> Float[Tensor, "n features"]:
+        w_out = self.W_in.T if self.W_out is None else self.W_out
+        return torch.relu(x @ self.W_in @ w_out + self.b)
+
+
+def data(
+    n: int, features: int, generator: torch.Generator, *, active: float = 0.05, none_empty: bool = False
+) -> Float[Tensor, "n features"]:
+    """Samples whose features are each on with probability ``active``, then uniform in [0, 1].
+
+    With ``none_empty`` only samples with a feature on are returned: the others carry no information on directions.
+    """
+    size = int(n / (1 - (1 - active) ** features) * 1.1) + 100 if none_empty else n
+    x = torch.rand(size, features, generator=generator)
+    x = x * (torch.rand(size, features, generator=generator) < active)
+    return x[x.any(1)][:n] if none_empty else x
+
+
+def one_hot(features: int, value: float = 1.0) -> Float[Tensor, "features features"]:
+    """Each feature on alone."""
+    return value * torch.eye(features)
+
+
+def train(
+    features: int,
+    hidden: int,
+    *,
+    tied: bool,
+    seed: int,
+    active: float = 0.05,
+    steps: int = 4000,
+    batch: int = 512,
+    learning_rate: float = 0.005,
+    weight_decay: float = 0.5,
+    instances: int = 24,
+) -> tuple[TMS, float]:
+    """Train several copies at once and return the one with the lowest loss on fresh data, with that loss.
+
+    Most starts end in a local minimum that leaves a feature out; the copies differ in their starting weights alone.
+    Two untied matrices drift apart (one grows as the other shrinks); ``weight_decay`` holds them in balance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    w_in = torch.randn(instances, features, hidden, generator=generator) / hidden**0.5
+    w_out = w_in.mT.clone()
+    b = torch.zeros(instances, 1, features)
+    weights = [tensor.requires_grad_() for tensor in ([w_in, b] if tied else [w_in, w_out, b])]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0 if tied else weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def losses(x: Tensor) -> Float[Tensor, " instances"]:
+        y = torch.relu(x @ w_in @ (w_in.mT if tied else w_out) + b)
+        return (y - x).square().sum(-1).mean(-1)
+
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses(data(batch, features, generator, active=active)).sum().backward()
+        optimizer.step()
+        schedule.step()
+
+    with torch.no_grad():
+        held_out = losses(data(20_000, features, generator, active=active))
+        best = int(held_out.argmin())
+        model = TMS(features, hidden, tied)
+        model.W_in.copy_(w_in[best])
+        if model.W_out is not None:
+            model.W_out.copy_(w_out[best])
+        model.b.copy_(b[best, 0])
+    return model, held_out[best].item()

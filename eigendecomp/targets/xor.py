@@ -1,0 +1,44 @@
+"""The draft's XOR network: two inputs, two GELU units, and their sum. Six parameters."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+INPUTS: Float[Tensor, "4 2"] = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+OUTPUTS: Float[Tensor, "4 1"] = torch.tensor([[0.0], [1.0], [1.0], [0.0]])
+
+
+class XOR(nn.Module):
+    """x ↦ Σ_j GELU(W x + b)_j."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.zeros(2, 2))
+        self.b = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Float[Tensor, "n 2"]) -> Float[Tensor, "n 1"]:
+        return F.gelu(x @ self.W.T + self.b).sum(-1, keepdim=True)
+
+
+def train(seed: int, *, steps: int = 2000, learning_rate: float = 0.05, starts: int = 32) -> tuple[XOR, float]:
+    """Train from several starts at once and return the best network, with its squared error summed over the inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(starts, 2, 2, generator=generator).requires_grad_()
+    b = torch.zeros(starts, 1, 2, requires_grad=True)
+    optimizer = torch.optim.Adam([w, b], lr=learning_rate, fused=True)
+
+    def losses() -> Float[Tensor, " starts"]:
+        return (F.gelu(INPUTS @ w.mT + b).sum(-1, keepdim=True) - OUTPUTS).square().sum((1, 2))
+
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses().sum().backward()
+        optimizer.step()
+    final = losses().detach()
+    best = int(final.argmin())
+    model = XOR()
+    with torch.no_grad():
+        model.W.copy_(w[best])
+        model.b.copy_(b[best, 0])
+    return model, final[best].item()
