@@ -1,32 +1,52 @@
 """Curvature: per-sample Hessians, and how far the output moves along directions, without forming a Hessian.
 
 At the target's own parameters the divergence from its own output has no residual, so its Hessian is exactly
-H(x) = Jᵀ S J (eq. 4), with S = 2I for a squared error and diag(p) − ppᵀ for a KL divergence over logits.
+H(x) = Jᵀ S J (eq. 4), with S = 2I for a squared error and diag(p) − ppᵀ for a KL divergence over logits. Everything
+below is read from R(x) = S^½ J, of which H = RᵀR: nothing here differentiates twice but the check that this is so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from eigendecomp.directions import Directions
-from eigendecomp.divergence import Divergence
+from eigendecomp.divergence import Divergence, OutputSum
 from eigendecomp.target import Inputs, Target, as_examples, chunks
 
 LARGEST_DENSE = 4096  # parameters beyond which a dense Hessian is refused
+BUDGET = 1 << 26  # bytes of tangents at a time
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dense, for small models
+
+
+def hessian_root(
+    model: nn.Module, x: Inputs, divergence: Divergence, *, parameters: Sequence[str] = ("*",)
+) -> Float[Tensor, "n k w"]:
+    """R(x) = S^½ J of every sample, formed: K rows of parameters, and H(x) = RᵀR. Small models only."""
+    target, examples = Target(model, parameters), as_examples(x)
+    f = target.outputs(examples).flatten(0, 1)
+    j = jacobian(target, examples)
+    return divergence.root(f.unsqueeze(1), j.mT).mT  # S^½ acts on the outputs, which it wants last
 
 
 def jacobian(target: Target, examples: Sequence[Tensor]) -> Float[Tensor, "n k w"]:
-    """∂f/∂w of every sample, formed; small models only."""
+    """J = ∂f/∂w of every sample, formed; small models only."""
     chosen = {name: p.detach() for name, p in target.chosen.items()}
 
     def f(values: dict[str, Tensor], *example: Tensor) -> Float[Tensor, "p k"]:
         return target.call([tensor.unsqueeze(0) for tensor in example], values)[0]
 
     rows = torch.func.vmap(torch.func.jacrev(f), in_dims=(None, *[0] * len(examples)))(chosen, *examples)
-    return torch.cat([part.flatten(0, 1).flatten(2) for part in rows.values()], -1)
+    e, p, k = rows[target.names[0]].shape[:3]
+    return torch.cat([part.reshape(e * p, k, -1) for part in rows.values()], -1)
 
 
 def per_sample_hessian(
@@ -38,7 +58,8 @@ def per_sample_hessian(
         method: ``"closed"`` for JᵀSJ, ``"autograd"`` for the second derivative taken twice through the model.
 
     Raises:
-        ValueError: if more than ``LARGEST_DENSE`` parameters are chosen, or the method is unknown.
+        ValueError: if more than ``LARGEST_DENSE`` parameters are chosen, the method is unknown, or the divergence has
+            no minimum to take the second derivative at.
     """
     target, examples = Target(model, parameters), as_examples(x)
     if target.size > LARGEST_DENSE:
@@ -47,12 +68,15 @@ def per_sample_hessian(
             "parameters=[...], or use activation(), which never forms it"
         )
     if method == "closed":
-        j = jacobian(target, examples)
-        f = target.outputs(examples).flatten(0, 1)
-        root = divergence.root(f.unsqueeze(1), j.mT)  # S^½ acts on the outputs, the last axis here
-        return root @ root.mT
+        root = hessian_root(model, x, divergence, parameters=parameters)
+        return root.mT @ root
     if method != "autograd":
         raise ValueError(f"method={method!r} must be 'closed' or 'autograd'")
+    if isinstance(divergence, OutputSum):
+        raise ValueError(
+            "OutputSum() is linear in the outputs and has no minimum; its curvature is that of SquaredError(), which "
+            "method='closed' returns"
+        )
     sizes = [p.numel() for p in target.chosen.values()]
     w0 = torch.cat([p.detach().flatten() for p in target.chosen.values()])
     reference = divergence.predict(target.outputs(examples))
@@ -66,33 +90,76 @@ def per_sample_hessian(
     return hessian(w0, reference, *examples).flatten(0, 1)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Along directions, for any model
+
+
 def push_forward(
+    target: Target, divergence: Divergence, directions: Directions, examples: Sequence[Tensor], *, budget: int = BUDGET
+) -> Float[Tensor, "n v k"]:
+    """S^½ J u of every sample and direction, by forward-mode Jacobian–vector products (eq. 5).
+
+    Its squared length is uᵀ H(x) u, and the inner product of two directions' is uᵀ H(x) u'. Differentiable in the
+    directions. They are formed a few at a time: ``budget`` bounds the bytes in use, besides those of the result.
+    """
+    return _pushed(target, divergence, directions, examples, budget, lambda moved: moved)
+
+
+@torch.no_grad()
+def curvatures(
+    target: Target, divergence: Divergence, directions: Directions, examples: Sequence[Tensor], *, budget: int = BUDGET
+) -> Float[Tensor, "n v"]:
+    """uᵀ H(x) u of every sample and direction, without keeping S^½ J u, which is K times larger."""
+    return _pushed(target, divergence, directions, examples, budget, lambda moved: moved.square().sum(-1))
+
+
+def _pushed(
     target: Target,
     divergence: Divergence,
     directions: Directions,
     examples: Sequence[Tensor],
-    *,
-    budget: int = 1 << 28,
-) -> Float[Tensor, "n v k"]:
-    """S^½ J u of every sample and direction, by forward-mode Jacobian–vector products (eq. 5).
-
-    Its squared length is uᵀ H(x) u, and the inner product of two directions' is uᵀ H(x) u'. Directions are formed a
-    few at a time: ``budget`` bounds their bytes.
-    """
+    budget: int,
+    keep: Callable[[Float[Tensor, "v e p k"]], Tensor],
+) -> Tensor:
+    """``keep`` of S^½ J u, as samples × directions × what it keeps."""
     chosen = {name: p.detach() for name, p in target.chosen.items()}
-    step = max(1, budget // (target.size * target.chosen[target.names[0]].element_size() * 4))
 
     def along(tangent: dict[str, Tensor], part: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(lambda values: target.call(part, values), (chosen,), (tangent,))
 
     pieces = []
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward derivative
-        for part in chunks(examples, 64):
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward derivative
+        size, few = split(target, examples, directions.n, budget)
+        for part in chunks(examples, size):
             moved = []
-            for start in range(0, directions.n, step):
-                few = directions.select(range(start, min(start + step, directions.n)))
-                tangents = {name: few.dense(name).view(-1, *p.shape) for name, p in chosen.items()}
+            for start in range(0, directions.n, few):
+                some = directions.select(range(start, min(start + few, directions.n)))
+                tangents = {name: some.dense(name).view(-1, *p.shape) for name, p in chosen.items()}
                 f, y = torch.func.vmap(along, in_dims=(0, None), out_dims=(None, 0))(tangents, part)
-                moved.append(divergence.root(f, y))
-            pieces.append(torch.cat(moved).movedim(0, 2).flatten(0, 1))  # (v, e, p, k) → (n, v, k)
+                moved.append(keep(divergence.root(f, y)))
+            pieces.append(torch.cat(moved).movedim(0, 2).flatten(0, 1))  # (v, e, p, …) → (n, v, …)
     return torch.cat(pieces)
+
+
+def split(target: Target, examples: Sequence[Tensor], directions: int, budget: int) -> tuple[int, int]:
+    """How many examples and how many directions to push forward at once.
+
+    A direction needs about four arrays at a time of its own size and of the largest that the model makes.
+    """
+    with torch.no_grad(), Largest() as largest:
+        target.call([tensor[:1] for tensor in examples])
+    each = 4 * next(iter(target.chosen.values())).element_size()
+    size = min(64, len(examples[0]), max(1, budget // (2 * each * largest.numbers)))
+    return size, max(1, min(directions, budget // (each * (target.size + size * largest.numbers))))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that is made inside."""
+
+    numbers = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.numbers = max(self.numbers, *made, 0)
+        return out

@@ -1,7 +1,5 @@
 """The public door: decompose a model, and what one then asks of its directions."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,18 +8,27 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eigendecomp import divergence as divergences
+from eigendecomp import files
 from eigendecomp import reference as references
 from eigendecomp import sparsity as sparsities
 from eigendecomp.capture import CapturedSource
 from eigendecomp.curvature import push_forward
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
-from eigendecomp.fit import CACHE_BYTES, CachedBatches, History, LiveBatches, Settings, fit, generator, rebuilt_error
+from eigendecomp.fit import (
+    CACHE_BYTES,
+    CachedBatches,
+    Checkpoint,
+    History,
+    LiveBatches,
+    Settings,
+    fit,
+    generator,
+    rebuilt_error,
+)
 from eigendecomp.gradients import Gradients
 from eigendecomp.reference import Draws, OtherSample, Reference
 from eigendecomp.sparsity import BatchTopK, Sparsity
@@ -140,7 +147,7 @@ class Decomposition:
             "threshold": self.threshold,
             "history": asdict(self.history),
         }
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"eigendecomp": json.dumps(metadata)})
+        files.write(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> "Decomposition":
@@ -149,7 +156,9 @@ class Decomposition:
         Raises:
             ValueError: if the file is not a decomposition, is damaged, or is one of another model.
         """
-        tensors, metadata = read(path)
+        tensors, metadata = files.read(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{str(path)!r} is not a decomposition that this version reads (format {FORMAT})")
         settings = settings_from(metadata["settings"])
         target = Target(model, settings.parameters)
         check_target(target, metadata, path)
@@ -213,6 +222,7 @@ def decompose(
     target = Target(model, settings.parameters)
     Directions.random(target.shapes, 1, rank, factorization)  # refuses a rank of no use before any work
     f = target.outputs(examples)
+    divergence.check(f.shape[-1])
     predictions = divergence.predict(f.flatten(0, 1))
     pool = reference.prepare(divergence, predictions, generator(seed, "pool"))
     source = CapturedSource(target, examples, terms=n_directions * rank)
@@ -221,7 +231,13 @@ def decompose(
         batches = CachedBatches(source, examples, f, draws)
     else:
         batches = LiveBatches(source, examples, draws, f.shape[1])
-    found = fit(source, batches, settings, progress=progress)
+    identity = {
+        "settings": settings.as_json(),
+        "target": fingerprint(target),
+        "data": files.checksum({str(number): tensor for number, tensor in enumerate(examples)}, "data"),
+    }
+    keeper = None if checkpoint is None else Checkpoint(Path(checkpoint), identity)
+    found = fit(source, batches, settings, progress=progress, checkpoint=keeper)
     made = Decomposition(target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
     made._source = source
     return made
@@ -233,11 +249,7 @@ def decompose(
 
 def fingerprint(target: Target) -> str:
     """sha256 over the names, shapes and values of the chosen parameters."""
-    digest = hashlib.sha256()
-    for name, p in target.chosen.items():
-        digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return files.checksum(target.chosen, "target")
 
 
 def pack(prefix: str, directions: Directions) -> dict[str, Tensor]:
@@ -258,21 +270,6 @@ def unpack(
         count = len(shape) + (settings.factorization == "tucker")
         factors[name] = [tensors[f"{prefix}/{name}/{number}"] for number in range(count)]
     return Directions({name: tuple(shape) for name, shape in shapes.items()}, settings.factorization, factors)
-
-
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a file of ours."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {str(path)!r}")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})["eigendecomp"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not a decomposition, or it is damaged: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} has format {metadata.get('format')!r}; this version reads {FORMAT}")
-    return tensors, metadata
 
 
 def settings_from(plain: Mapping[str, Any]) -> Settings:

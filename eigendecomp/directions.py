@@ -6,7 +6,7 @@ forms a direction unless it is asked to: inner products between directions come 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, Self
 
 import torch
@@ -91,7 +91,7 @@ class Directions:
     def n(self) -> int:
         return next(self.tensors()).shape[0]
 
-    def tensors(self) -> Iterable[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
         """Every factor, in a fixed order."""
         return (factor for factors in self.factors.values() for factor in factors)
 
@@ -139,8 +139,10 @@ class Directions:
 
     def dense(self, name: str) -> Float[Tensor, "v *shape"]:
         """One tensor of every direction, formed."""
-        left, right = self.pair(name, [0])
-        return torch.einsum("vkr,vkc->vrc", left, right).reshape(-1, *self.shapes[name])
+        factors = self._canonical(name)
+        if len(factors) == 1:
+            return factors[0].sum(1)
+        return (factors[0].mT @ khatri_rao(factors[1:])).reshape(-1, *self.shapes[name])
 
     def flat(self, names: Iterable[str] | None = None) -> Float[Tensor, "v w"]:
         """The directions as rows over the flattened tensors ``names`` (all, in order)."""

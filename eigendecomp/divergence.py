@@ -15,6 +15,9 @@ from torch import Tensor
 class Divergence(ABC):
     """How far an output is from a reference, one number a sample."""
 
+    def check(self, k: int) -> None:
+        """Raise ValueError if outputs of ``k`` numbers cannot be compared this way."""
+
     @abstractmethod
     def predict(self, f: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
         """The prediction that an output stands for, in the space in which references live."""
@@ -80,6 +83,10 @@ class OutputSum(SquaredError):
 @dataclass(frozen=True)
 class KLDivergence(Divergence):
     """D(f, q) = Σ_k q_k log(q_k / p_k) with p = softmax(f); S = diag(p) − ppᵀ. Outputs are logits."""
+
+    def check(self, k: int) -> None:
+        if k < 2:
+            raise ValueError("KLDivergence compares distributions and the model has one output; use SquaredError()")
 
     def predict(self, f: Tensor) -> Tensor:
         return f.softmax(-1)

@@ -5,15 +5,19 @@ how gradients are held.
 """
 
 import math
-from collections.abc import Sequence
+import time
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
+from eigendecomp import files
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
 from eigendecomp.gradients import Formed, Gradients, Source
@@ -22,7 +26,8 @@ from eigendecomp.sparsity import BatchTopK, Sparsity
 from eigendecomp.target import Target
 
 PATIENCE = 100  # steps without being kept after which a direction counts as dead
-CACHE_BYTES = 1 << 28
+CACHE_BYTES = 1 << 28  # a Jacobian up to this size is kept instead of being computed at every step
+THRESHOLD_SAMPLES = 8192  # from which the inference threshold is read
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Settings:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 31):
+            raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to 2^31 - 1")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
 
@@ -70,16 +77,20 @@ class History:
     kept: list[float] = field(default_factory=list)
     dead: list[float] = field(default_factory=list)
 
+    def add(self, step: int, loss: float, error: float, kept: float, dead: float) -> None:
+        for name, value in zip(vars(self), (step, loss, error, kept, dead), strict=True):
+            getattr(self, name).append(value)
+
 
 def generator(seed: int, role: str) -> torch.Generator:
     """A generator for one role, so that drawing more for one purpose changes nothing for the others."""
-    return torch.Generator().manual_seed(
-        seed * 1_000_003 + sum(ord(letter) * 131**i for i, letter in enumerate(role)) % 997
-    )
+    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(role.encode()))
 
 
 class Batches(Protocol):
     """Gives the gradients of a batch of samples with freshly drawn references."""
+
+    stream: "Stream"
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients: ...
 
@@ -120,7 +131,7 @@ class CachedBatches:
 
     def __init__(self, source: Source, examples: Sequence[Tensor], f: Float[Tensor, "e p k"], draws: Draws) -> None:
         self.shapes, self.draws, self.f = source.target.shapes, draws, f.flatten(0, 1)
-        n, k = self.f.shape
+        n = len(self.f)
         basis = draws if draws.reference.fixed else _Basis()
         rows = []
         for start in range(0, len(f), 256):
@@ -169,11 +180,9 @@ class Objective:
         self, gradients: Gradients, encoder: Directions, decoder: Directions, dead: Tensor, progress: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, normalised error, and the sparse coefficients (n, v); ``progress`` is the share of the steps done."""
-        z = gradients.inner(encoder)
-        y = z if encoder is decoder else gradients.inner(decoder)
-        square = gradients.square_norms()
-        total = square.sum()
-        gram = decoder.gram()
+        y, gram = gradients.inner_and_gram(decoder)
+        z = y if encoder is decoder else gradients.inner(encoder)
+        total = gradients.square_norms().sum()
         s = self.sparsity.keep_batch(z, progress)
         error = rebuilt_error(s, y, gram, total)
         loss = error + self.sparsity.penalty(z, (total / len(z)).sqrt())
@@ -204,62 +213,163 @@ class Fit:
     history: History
 
 
-def fit(source: Source, batches: Batches, settings: Settings, *, progress: bool = True, log_every: int = 50) -> Fit:
-    """Learn the directions.
+@dataclass
+class Checkpoint:
+    """Where a fit is kept as it goes on, and what it must be a fit of."""
+
+    path: Path
+    identity: dict[str, Any]  # settings, target and data, as plain values
+    seconds: float = 30.0  # between two writes
+    written: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        return time.monotonic() - self.written >= self.seconds
+
+    def write(self, state: "State") -> None:
+        files.write(self.path, state.tensors(), {"identity": self.identity, **state.numbers()})
+        self.written = time.monotonic()
+
+    def read(self, state: "State") -> None:
+        """Put what is kept, if anything is, into ``state``.
+
+        Raises:
+            ValueError: if the file is damaged, or of another fit; the difference is spelled out.
+        """
+        if not self.path.exists():
+            if not self.path.parent.is_dir():
+                raise ValueError(f"checkpoint: the folder {str(self.path.parent)!r} does not exist; make it first")
+            return
+        tensors, numbers = files.read(self.path)
+        theirs, ours = flatten(numbers.get("identity", {})), flatten(self.identity)
+        differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        if differing:
+            told = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
+            raise ValueError(
+                f"checkpoint {str(self.path)!r} is of another fit ({told}); delete it or choose another path"
+            )
+        state.restore(tensors, numbers)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain values under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+class State:
+    """Everything that the next step of a fit depends on."""
+
+    def __init__(self, target: Target, settings: Settings, batches: Batches) -> None:
+        self.settings, self.batches = settings, batches
+        shapes, n, rank = target.shapes, settings.n_directions, settings.rank
+        self.decoder = Directions.random(
+            shapes,
+            n,
+            rank,
+            settings.factorization,
+            generator=generator(settings.seed, "directions"),
+            dtype=target.dtype,
+            device=target.device,
+        ).map(torch.nn.Parameter)
+        self.encoder = self.decoder
+        if not settings.tied:
+            self.encoder = self.decoder.map(lambda factor: torch.nn.Parameter(factor.detach().clone()))
+        weights = [*self.decoder.tensors(), *([] if settings.tied else self.encoder.tensors())]
+        self.optimizer = torch.optim.Adam(weights, lr=settings.learning_rate, fused=True)
+        self.draw = generator(settings.seed, "batches")
+        self.last_kept = torch.zeros(n, dtype=torch.long, device=target.device)
+        self.history = History()
+        self.step = 0
+
+    def dead(self) -> Bool[Tensor, " v"]:
+        """Directions that no sample has used for a while."""
+        return self.step - self.last_kept > PATIENCE
+
+    def update(self, loss: Tensor) -> None:
+        """One step of the optimiser, with the schedule's rate, back onto unit norm."""
+        self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * rate(self.step / self.settings.steps)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.decoder.normalize_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        weights = self.optimizer.param_groups[0]["params"]
+        kept = {f"weight/{i}": weight for i, weight in enumerate(weights)}
+        for i, weight in enumerate(weights):
+            kept |= {f"adam/{i}/{key}": value for key, value in self.optimizer.state[weight].items()}
+        return kept | {"draw": self.draw.get_state(), "left": self.batches.stream.left, "last_kept": self.last_kept}
+
+    def numbers(self) -> dict[str, Any]:
+        return {"step": self.step, "history": asdict(self.history)}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        for i, weight in enumerate(self.optimizer.param_groups[0]["params"]):
+            weight.data.copy_(tensors[f"weight/{i}"])
+            prefix = f"adam/{i}/"
+            self.optimizer.state[weight] = {
+                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+            }
+        self.draw.set_state(tensors["draw"])
+        self.batches.stream.left = tensors["left"]
+        self.last_kept = tensors["last_kept"]
+        self.step, self.history = numbers["step"], History(**numbers["history"])
+
+
+def fit(
+    source: Source,
+    batches: Batches,
+    settings: Settings,
+    *,
+    progress: bool = True,
+    log_every: int = 50,
+    checkpoint: Checkpoint | None = None,
+) -> Fit:
+    """Learn the directions. An interrupt (Ctrl-C) ends the fit early with what is learned so far.
 
     Raises:
-        ValueError: if gradients are zero or not finite.
+        ValueError: if gradients are zero or not finite, or the checkpoint is of another fit.
     """
-    target = source.target
-    decoder = Directions.random(
-        target.shapes,
-        settings.n_directions,
-        settings.rank,
-        settings.factorization,
-        generator=generator(settings.seed, "directions"),
-        dtype=target.dtype,
-        device=target.device,
-    ).map(torch.nn.Parameter)
-    encoder = decoder if settings.tied else decoder.map(lambda factor: torch.nn.Parameter(factor.detach().clone()))
-    weights = list(decoder.tensors()) + ([] if settings.tied else list(encoder.tensors()))
-    optimizer = torch.optim.Adam(weights, lr=settings.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step / settings.steps))
+    state = State(source.target, settings, batches)
+    if checkpoint is not None:
+        checkpoint.read(state)
     objective = Objective(settings.sparsity)
-    draw = generator(settings.seed, "batches")
-    last_kept = torch.zeros(settings.n_directions, dtype=torch.long)
-    history = History()
-
-    bar = tqdm(range(settings.steps), disable=not progress, desc="fit", mininterval=0.5)
-    for step in bar:
-        gradients = batches.batch(settings.batch_size, draw)
-        dead = step - last_kept > PATIENCE
-        loss, error, s = objective(gradients, encoder, decoder, dead, step / settings.steps)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        decoder.normalize_()
-        kept = s.detach() != 0
-        last_kept[kept.any(0)] = step
-        if step % log_every == 0 or step == settings.steps - 1:
-            value = loss.item()
-            if not math.isfinite(value):
+    bar = tqdm(total=settings.steps, initial=state.step, disable=not progress, desc="fit", mininterval=0.5)
+    try:
+        while state.step < settings.steps:
+            gradients = batches.batch(settings.batch_size, state.draw)
+            loss, error, s = objective(
+                gradients, state.encoder, state.decoder, state.dead(), state.step / settings.steps
+            )
+            log = state.step % log_every == 0 or state.step == settings.steps - 1
+            if log and not math.isfinite(loss.item()):
                 raise ValueError(
-                    f"the loss is {value} at step {step}: gradients are zero, infinite or NaN, or learning_rate="
-                    f"{settings.learning_rate} is too high"
+                    f"the loss is {loss.item()} at step {state.step}: the gradients are zero, infinite or NaN (does the "
+                    f"output depend on the chosen parameters?) or learning_rate={settings.learning_rate} is too high"
                 )
-            history.step.append(step)
-            history.loss.append(value)
-            history.error.append(error.item())
-            history.kept.append(kept.sum(1).double().mean().item())
-            history.dead.append(dead.double().mean().item())
-            bar.set_postfix(error=f"{history.error[-1]:.3f}", dead=f"{history.dead[-1]:.2f}", refresh=False)
+            state.update(loss)
+            kept = s.detach() != 0
+            state.last_kept[kept.any(0)] = state.step
+            if log:
+                dead = state.dead().double().mean().item()
+                state.history.add(state.step, loss.item(), error.item(), kept.sum(1).double().mean().item(), dead)
+                bar.set_postfix(error=f"{error.item():.3f}", dead=f"{dead:.2f}", refresh=False)
+            state.step += 1
+            bar.update()
+            if checkpoint is not None and (checkpoint.due() or state.step == settings.steps):
+                checkpoint.write(state)
+    except KeyboardInterrupt:
+        bar.write(f"interrupted: returning the directions of step {state.step}")
+    bar.close()
 
-    encoder, decoder = (d.map(lambda factor: factor.detach()) for d in (encoder, decoder))
+    decoder = state.decoder.map(lambda factor: factor.detach())
+    encoder = decoder if settings.tied else state.encoder.map(lambda factor: factor.detach())
     with torch.no_grad():
-        count = max(1, math.ceil(8192 / settings.batch_size))
-        z = torch.cat([batches.batch(settings.batch_size, draw).inner(encoder) for _ in range(count)])
-    return Fit(encoder, decoder, settings.sparsity.threshold(z), history)
+        count = max(1, math.ceil(THRESHOLD_SAMPLES / settings.batch_size))
+        z = torch.cat([batches.batch(settings.batch_size, state.draw).inner(encoder) for _ in range(count)])
+    return Fit(encoder, decoder, settings.sparsity.threshold(z), state.history)
 
 
 def rate(share: float) -> float:

@@ -75,6 +75,13 @@ class Gradients:
         """⟨g_n, u_v⟩; differentiable in the directions."""
         return sum_of([part.inner(directions) for part in self.parts])
 
+    def inner_and_gram(self, directions: Directions) -> tuple[Float[Tensor, "n v"], Float[Tensor, "v v"]]:
+        """⟨g_n, u_v⟩ and ⟨u_v, u_w⟩; where every gradient is formed, so are the directions, once for both."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], Formed):
+            rows = directions.flat(self.parts[0].names)
+            return self.parts[0].values @ rows.T, rows @ rows.T
+        return self.inner(directions), directions.gram()
+
     def square_norms(self) -> Float[Tensor, " n"]:
         """‖g_n‖²."""
         return sum_of([part.square_norms() for part in self.parts])
@@ -144,7 +151,7 @@ class FunctionalSource:
             return torch.stack(rows)
 
         def one(c: Float[Tensor, "c p k"], *example: Tensor) -> dict[str, Tensor]:
-            _, vjp = torch.func.vjp(lambda values: call(values, example), chosen)
+            vjp = torch.func.vjp(lambda values: call(values, example), chosen)[1]
             return torch.func.vmap(lambda cotangent: vjp(cotangent)[0])(c)
 
         formed = torch.func.vmap(one, chunk_size=self.chunk)(c, *examples)

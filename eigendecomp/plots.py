@@ -46,9 +46,16 @@ def panels(
 
 
 def heat(
-    ax: Axes, values: Tensor, *, signed: bool, rows: Sequence[str] = (), columns: Sequence[str] = (), numbers: bool = False,
-    limit: float | None = None, label: str = "",
-) -> None:  # fmt: skip
+    ax: Axes,
+    values: Tensor,
+    *,
+    signed: bool,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    numbers: bool = False,
+    limit: float | None = None,
+    label: str = "",
+) -> None:
     """A matrix as colours: diverging about zero where it is signed, and from zero up where it is not."""
     limit = float(values.abs().max()) if limit is None else limit
     sns.heatmap(

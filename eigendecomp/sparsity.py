@@ -1,6 +1,5 @@
 """Which coefficients of a gradient are used to rebuild it."""
 
-from abc import ABC
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class Sparsity(ABC):
+class Sparsity:
     """A rule that turns coefficients ``z`` into the sparse ``s``, and the term it adds to the loss."""
 
     def keep_batch(self, z: Float[Tensor, "n v"], progress: float) -> Float[Tensor, "n v"]:

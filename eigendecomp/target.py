@@ -1,6 +1,6 @@
 """The target: a trained model, the parameters chosen of it, and its outputs as samples."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 
@@ -145,6 +145,6 @@ def chunks(examples: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]
         yield tuple(tensor[start : start + size] for tensor in examples)
 
 
-def _listing(named: dict[str, Tensor]) -> str:
+def _listing(named: Mapping[str, Tensor]) -> str:
     names = list(named)
     return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")

@@ -1,0 +1,83 @@
+"""Files of tensors with JSON metadata: written whole or not at all, checked when read, never run.
+
+safetensors holds the tensors; the metadata and a sha256 over both go into its header, so that a file cut short or
+altered by one bit is recognised.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+KEY = "eigendecomp"
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write atomically: a temporary file beside ``path``, flushed to disk, then renamed over it.
+
+    Raises:
+        ValueError: if the folder does not exist.
+        OSError: if the disk is full or not writable; what was at ``path`` is then still there.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {str(path.parent)!r} does not exist; make it first")
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(metadata, sort_keys=True)
+    content = save(held, {KEY: text, "sha256": checksum(held, text)})
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata that :func:`write` wrote.
+
+    Raises:
+        ValueError: if there is no such file, it is not ours, or it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}")
+    content = path.read_bytes()
+    try:
+        tensors = load(content)
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])["__metadata__"]
+        text, expected = header[KEY], header["sha256"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is not a file of eigendecomp, or it is damaged ({error})") from None
+    if checksum(tensors, text) != expected:
+        raise ValueError(f"{str(path)!r} is damaged: its sha256 is not the one written with it; restore or delete it")
+    return tensors, json.loads(text)
+
+
+def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """sha256 over the names, shapes and bytes of tensors, and a text."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
