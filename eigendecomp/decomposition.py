@@ -1,5 +1,6 @@
 """The public door: decompose a model, and what one then asks of its directions."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from eigendecomp import reference as references
 from eigendecomp import sparsity as sparsities
 from eigendecomp.capture import CapturedSource
 from eigendecomp.curvature import push_forward
+from eigendecomp.data import Examples, Inputs, chunks, count, feed, fetch, first
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.fit import (
@@ -32,9 +34,16 @@ from eigendecomp.fit import (
 from eigendecomp.gradients import Gradients
 from eigendecomp.reference import Draws, OtherSample, Reference
 from eigendecomp.sparsity import BatchTopK, Sparsity
-from eigendecomp.target import Inputs, Target, as_examples, chunks
+from eigendecomp.target import Target
 
 FORMAT = 1
+CHUNK = 64  # examples read at a time; a constant, so that nothing depends on it
+POOL_SAMPLES = 8192  # samples from whose outputs references are made, where there are more
+
+
+def capture(target: Target, examples: Examples, settings: Settings) -> CapturedSource:
+    """The gradients of a target, arranged for this many directions."""
+    return CapturedSource(target, examples, terms=settings.n_directions * settings.rank)
 
 
 class Decomposition:
@@ -71,7 +80,10 @@ class Decomposition:
 
     def activation(self, inputs: Inputs) -> Float[Tensor, "n v"]:
         """a = √(uᵀHu): how far the output moves for a unit step along each direction. Needs no reference."""
-        return push_forward(self.target, self.settings.divergence, self.decoder, as_examples(inputs)).norm(dim=-1)
+        s = self.settings
+        return torch.cat(
+            [push_forward(self.target, s.divergence, self.decoder, part).norm(dim=-1) for part in chunks(inputs, CHUNK)]
+        )
 
     def impact(self, inputs: Inputs, references: int = 16, seed: int = 0) -> Float[Tensor, "n v"]:
         """Mean |z| over ``references`` drawn references."""
@@ -97,17 +109,16 @@ class Decomposition:
         return left / total
 
     @torch.no_grad()
-    def _gradients(self, inputs: Inputs, draws: int, seed: int, chunk: int = 64) -> Iterator[Gradients]:
-        examples = as_examples(inputs)
-        if self._source is None:
-            self._source = CapturedSource(self.target, examples, terms=self.settings.n_directions * self.settings.rank)
-        positions = self.target.call([tensor[:1] for tensor in examples]).shape[1]
-        s = self.settings
-        drawn = Draws.of(
-            s.reference, s.divergence, self.pool, (len(examples[0]), positions), draws, generator(seed, "encode")
-        )
-        for number, part in enumerate(chunks(examples, chunk)):
-            yield self._source(part, drawn[slice(number * chunk, (number + 1) * chunk)])
+    def _gradients(self, inputs: Inputs, draws: int, seed: int) -> Iterator[Gradients]:
+        """Gradients of the samples, ``CHUNK`` examples at a time; references are drawn in the samples' order."""
+        noise = generator(seed, "encode")
+        for part in chunks(inputs, CHUNK):
+            if self._source is None:
+                self._source = capture(self.target, part, self.settings)
+            positions = self.target.call([tensor[:1] for tensor in part]).shape[1]
+            shape = len(part[0]), positions
+            s = self.settings
+            yield self._source(part, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
 
     # ---- acting
 
@@ -218,23 +229,29 @@ def decompose(
         divergence, reference, (parameters,) if isinstance(parameters, str) else tuple(parameters), n_directions, rank,
         factorization, tied, sparsity, steps, batch_size, learning_rate, seed,
     )  # fmt: skip
-    examples = as_examples(inputs)
+    probe = first(inputs, 3)
     target = Target(model, settings.parameters)
     Directions.random(target.shapes, 1, rank, factorization)  # refuses a rank of no use before any work
-    f = target.outputs(examples)
+    f = target.outputs(probe)
     divergence.check(f.shape[-1])
-    predictions = divergence.predict(f.flatten(0, 1))
-    pool = reference.prepare(divergence, predictions, generator(seed, "pool"))
-    source = CapturedSource(target, examples, terms=n_directions * rank)
+    source = capture(target, probe, settings)
+    n, positions = count(inputs), f.shape[1]
+    cached = n is not None and CachedBatches.size(f, n, reference, target) <= CACHE_BYTES
+    # The pool is read from every sample where that is cheap, and else from some that are drawn.
+    some = math.ceil(POOL_SAMPLES / positions)
+    whole = n is not None and (cached or n <= some)
+    held = fetch(inputs, range(n)) if whole and n else feed(inputs, generator(seed, "pool")).take(some)
+    f = target.outputs(held)
+    pool = reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(seed, "pool"))
     draws = Draws.of(reference, divergence, pool, (1, 1), 1, generator(seed, "probe"))
-    if CachedBatches.size(f, draws, target) <= CACHE_BYTES:
-        batches = CachedBatches(source, examples, f, draws)
+    if cached:
+        batches = CachedBatches(source, held, f, draws, generator(seed, "data"))
     else:
-        batches = LiveBatches(source, examples, draws, f.shape[1])
+        batches = LiveBatches(source, feed(inputs, generator(seed, "data")), draws, positions)
     identity = {
         "settings": settings.as_json(),
         "target": fingerprint(target),
-        "data": files.checksum({str(number): tensor for number, tensor in enumerate(examples)}, "data"),
+        "data": files.checksum({str(number): tensor for number, tensor in enumerate(held)}, f"{n} examples"),
     }
     keeper = None if checkpoint is None else Checkpoint(Path(checkpoint), identity)
     found = fit(source, batches, settings, progress=progress, checkpoint=keeper)

@@ -15,7 +15,7 @@ from torch import Tensor
 class Divergence(ABC):
     """How far an output is from a reference, one number a sample."""
 
-    def check(self, k: int) -> None:
+    def check(self, k: int) -> None:  # noqa: B027 (most compare any number of outputs)
         """Raise ValueError if outputs of ``k`` numbers cannot be compared this way."""
 
     @abstractmethod

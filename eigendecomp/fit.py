@@ -7,7 +7,7 @@ how gradients are held.
 import math
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eigendecomp import files
+from eigendecomp.data import Examples, Feed, Shuffled
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
 from eigendecomp.gradients import Formed, Gradients, Source
@@ -84,43 +85,28 @@ class History:
 
 def generator(seed: int, role: str) -> torch.Generator:
     """A generator for one role, so that drawing more for one purpose changes nothing for the others."""
-    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(role.encode()))
+    # torch reads only the lower 32 bits of a seed, so both must be mixed into them.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {role}".encode()))
 
 
 class Batches(Protocol):
     """Gives the gradients of a batch of samples with freshly drawn references."""
 
-    stream: "Stream"
+    @property
+    def feed(self) -> Feed: ...
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients: ...
-
-
-@dataclass
-class Stream:
-    """Indices 0 … n − 1 in one random order after another."""
-
-    n: int
-    left: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-
-    def take(self, count: int, generator: torch.Generator) -> Tensor:
-        while len(self.left) < count:
-            self.left = torch.cat([self.left, torch.randperm(self.n, generator=generator)])
-        taken, self.left = self.left[:count], self.left[count:]
-        return taken
 
 
 class LiveBatches:
     """Differentiates the target at every step, on whole examples."""
 
-    def __init__(self, source: Source, examples: Sequence[Tensor], draws: Draws, positions: int) -> None:
-        self.source, self.examples, self.draws, self.positions = source, examples, draws, positions
-        self.stream = Stream(len(examples[0]))
+    def __init__(self, source: Source, feed: Feed, draws: Draws, positions: int) -> None:
+        self.source, self.feed, self.draws, self.positions = source, feed, draws, positions
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        rows = self.stream.take(max(1, size // self.positions), generator)
-        d = self.draws
-        draws = Draws.of(d.reference, d.divergence, d.pool, (len(rows), self.positions), 1, generator)
-        return self.source([tensor[rows] for tensor in self.examples], draws)
+        examples = self.feed.take(max(1, size // self.positions))
+        return self.source(examples, self.draws.again((len(examples[0]), self.positions), 1, generator))
 
 
 class CachedBatches:
@@ -129,44 +115,43 @@ class CachedBatches:
     A fixed reference needs less, since the gradients themselves never change.
     """
 
-    def __init__(self, source: Source, examples: Sequence[Tensor], f: Float[Tensor, "e p k"], draws: Draws) -> None:
+    def __init__(
+        self, source: Source, examples: Examples, f: Float[Tensor, "e p k"], draws: Draws, generator: torch.Generator
+    ) -> None:
         self.shapes, self.draws, self.f = source.target.shapes, draws, f.flatten(0, 1)
-        n = len(self.f)
-        basis = draws if draws.reference.fixed else _Basis()
+        basis = draws.again((f.shape[0], f.shape[1]), 1, generator) if draws.reference.fixed else Basis()
         rows = []
         for start in range(0, len(f), 256):
             part = slice(start, start + 256)
             rows.append(source([tensor[part] for tensor in examples], basis[part]).flat())
-        self.jacobian = torch.cat(rows).view(n, -1, rows[0].shape[-1])
-        self.stream = Stream(n)
+        self.jacobian = torch.cat(rows).view(len(self.f), -1, rows[0].shape[-1])
+        self.feed = Shuffled((self.f,), len(self.f), generator)
 
     @staticmethod
-    def size(f: Tensor, draws: Draws, target: Target) -> int:
-        """Bytes that the cache takes."""
-        k = 1 if draws.reference.fixed else f.shape[-1]
-        return f.shape[0] * f.shape[1] * k * target.size * f.element_size()
+    def size(f: Float[Tensor, "e p k"], examples: int, reference: Reference, target: Target) -> int:
+        """Bytes that the cache of so many examples takes, told from the outputs of a few."""
+        k = 1 if reference.fixed else f.shape[-1]
+        return examples * f.shape[1] * k * target.size * f.element_size()
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        rows = self.stream.take(size, generator)
+        rows = self.feed.indices(size)
         jacobian = self.jacobian[rows]
         if self.draws.reference.fixed:
             values = jacobian[:, 0]
         else:
-            d = self.draws
-            f = self.f[rows].unsqueeze(1)
-            c = Draws.of(d.reference, d.divergence, d.pool, (size, 1), 1, generator)(f)
+            c = self.draws.again((size, 1), 1, generator)(self.f[rows].unsqueeze(1))
             values = torch.bmm(c[:, 0], jacobian)[:, 0]
         return Gradients(self.shapes, [Formed(self.shapes, values)])
 
 
-class _Basis:
+class Basis:
     """One cotangent for each output."""
 
     def __call__(self, f: Tensor) -> Tensor:
         k = f.shape[-1]
         return torch.eye(k, dtype=f.dtype, device=f.device).expand(*f.shape[:2], k, k)
 
-    def __getitem__(self, rows: slice) -> "_Basis":
+    def __getitem__(self, rows: slice) -> "Basis":
         return self
 
 
@@ -278,7 +263,7 @@ class State:
             self.encoder = self.decoder.map(lambda factor: torch.nn.Parameter(factor.detach().clone()))
         weights = [*self.decoder.tensors(), *([] if settings.tied else self.encoder.tensors())]
         self.optimizer = torch.optim.Adam(weights, lr=settings.learning_rate, fused=True)
-        self.draw = generator(settings.seed, "batches")
+        self.draw = generator(settings.seed, "references")
         self.last_kept = torch.zeros(n, dtype=torch.long, device=target.device)
         self.history = History()
         self.step = 0
@@ -300,7 +285,11 @@ class State:
         kept = {f"weight/{i}": weight for i, weight in enumerate(weights)}
         for i, weight in enumerate(weights):
             kept |= {f"adam/{i}/{key}": value for key, value in self.optimizer.state[weight].items()}
-        return kept | {"draw": self.draw.get_state(), "left": self.batches.stream.left, "last_kept": self.last_kept}
+        return (
+            kept
+            | {"draw": self.draw.get_state(), "last_kept": self.last_kept}
+            | {f"data/{key}": value for key, value in self.batches.feed.state().items()}
+        )
 
     def numbers(self) -> dict[str, Any]:
         return {"step": self.step, "history": asdict(self.history)}
@@ -313,7 +302,9 @@ class State:
                 name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
             }
         self.draw.set_state(tensors["draw"])
-        self.batches.stream.left = tensors["left"]
+        prefix = "data/"
+        data = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        self.batches.feed.restore(data)
         self.last_kept = tensors["last_kept"]
         self.step, self.history = numbers["step"], History(**numbers["history"])
 
@@ -346,8 +337,9 @@ def fit(
             log = state.step % log_every == 0 or state.step == settings.steps - 1
             if log and not math.isfinite(loss.item()):
                 raise ValueError(
-                    f"the loss is {loss.item()} at step {state.step}: the gradients are zero, infinite or NaN (does the "
-                    f"output depend on the chosen parameters?) or learning_rate={settings.learning_rate} is too high"
+                    f"the loss is {loss.item()} at step {state.step}: the gradients are zero, infinite or NaN (does "
+                    "the output depend on the chosen parameters?) or "
+                    f"learning_rate={settings.learning_rate} is too high"
                 )
             state.update(loss)
             kept = s.detach() != 0

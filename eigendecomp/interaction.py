@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigendecomp.curvature import push_forward
+from eigendecomp.data import Inputs, as_examples, chunks
 from eigendecomp.decomposition import Decomposition
-from eigendecomp.target import Inputs, as_examples, chunks
 
 
 def interactions(d: Decomposition, inputs: Inputs, *, chunk: int = 64) -> Float[Tensor, "v v"]:

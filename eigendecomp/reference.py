@@ -66,6 +66,10 @@ class Draws:
         noise = reference.noise(divergence, (*shape, draws), pool.shape[-1], pool, generator)
         return cls(reference, divergence, pool, noise)
 
+    def again(self, shape: tuple[int, int], draws: int, generator: torch.Generator) -> "Draws":
+        """Other draws from the same pool."""
+        return Draws.of(self.reference, self.divergence, self.pool, shape, draws, generator)
+
     def __call__(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "e p r k"]:
         draws = self.noise.shape[2]
         return self.reference.cotangent(

@@ -1,6 +1,6 @@
 """The target: a trained model, the parameters chosen of it, and its outputs as samples."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 
@@ -8,33 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Inputs = Tensor | Sequence[Tensor]
-
-
-def as_examples(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The inputs as a tuple of tensors that share their first axis.
-
-    Raises:
-        ValueError: if there is no example, the first axes differ, or a value is not finite.
-    """
-    examples = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    for position, tensor in enumerate(examples):
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"inputs[{position}] is a {type(tensor).__name__}; give a tensor or a tuple of tensors")
-        if tensor.ndim == 0:
-            raise ValueError(f"inputs[{position}] is a single number; its first axis must count the examples")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            bad = (~tensor.isfinite()).flatten(1).any(1) if tensor.ndim > 1 else ~tensor.isfinite()
-            raise ValueError(
-                f"inputs[{position}] holds NaN or infinity, first in example {int(bad.nonzero()[0])} "
-                f"({int(bad.sum())} of {len(tensor)}); remove or mend those examples"
-            )
-    sizes = {len(tensor) for tensor in examples}
-    if len(sizes) != 1:
-        raise ValueError(f"the input tensors hold {sorted(sizes)} examples; the first axes must agree")
-    if sizes == {0}:
-        raise ValueError("inputs hold zero examples; give at least one")
-    return examples
+from eigendecomp.data import Examples, Inputs, chunks
 
 
 class Target:
@@ -103,23 +77,25 @@ class Target:
             return standard(torch.func.functional_call(self.model, values, tuple(examples)))
 
     @torch.no_grad()
-    def outputs(self, examples: Sequence[Tensor], chunk: int = 256) -> Float[Tensor, "e p k"]:
+    def outputs(self, inputs: Inputs | Examples, chunk: int = 256) -> Float[Tensor, "e p k"]:
         """Outputs of all examples, ``chunk`` at a time.
 
         Raises:
             ValueError: if outputs are not real, not finite, or not one row an example.
         """
-        rows = [self.call(part) for part in chunks(examples, chunk)]
-        f = torch.cat(rows)
-        if len(f) != len(examples[0]):
-            raise ValueError(
-                f"the model gives {len(f)} outputs for {len(examples[0])} examples; the first axis of its output must "
-                "count the examples"
-            )
-        if not f.isfinite().all():
-            bad = (~f.isfinite()).flatten(1).any(1).nonzero()
-            raise ValueError(f"the model's output is not finite, first for example {int(bad[0])}")
-        return f
+        rows = []
+        for number, part in enumerate(chunks(inputs, chunk)):
+            f = self.call(part)
+            if len(f) != len(part[0]):
+                raise ValueError(
+                    f"the model gives {len(f)} outputs for {len(part[0])} examples; the first axis of its output must "
+                    "count the examples"
+                )
+            if not f.isfinite().all():
+                bad = int((~f.isfinite()).flatten(1).any(1).nonzero()[0])
+                raise ValueError(f"the model's output is not finite, first for example {number * chunk + bad}")
+            rows.append(f)
+        return torch.cat(rows)
 
 
 def standard(output: object) -> Float[Tensor, "e p k"]:
@@ -137,12 +113,6 @@ def standard(output: object) -> Float[Tensor, "e p k"]:
     if output.ndim == 1:
         return output[:, None, None]
     return output.flatten(1, -2) if output.ndim > 3 else output if output.ndim == 3 else output[:, None]
-
-
-def chunks(examples: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """The examples in pieces of ``size``."""
-    for start in range(0, len(examples[0]), size):
-        yield tuple(tensor[start : start + size] for tensor in examples)
 
 
 def _listing(named: Mapping[str, Tensor]) -> str:
