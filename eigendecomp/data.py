@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from eigendecomp import parallel
+
 Inputs = Tensor | Sequence[Tensor] | Dataset
 Examples = tuple[Tensor, ...]
 BUFFER = 2048  # examples of an iterable dataset among which the next one is drawn
@@ -132,7 +134,9 @@ def collate(items: Sequence[object]) -> Examples:
 class Feed(Protocol):
     """Training examples without end; each dataset is gone through as a whole before it begins again."""
 
-    def take(self, count: int) -> Examples: ...
+    def take(self, count: int) -> Examples:
+        """This process's share of the next ``count`` examples."""
+        ...
 
     def state(self) -> dict[str, Tensor]:
         """The place in the data, as tensors."""
@@ -155,7 +159,7 @@ class Shuffled:
         return taken
 
     def take(self, count: int) -> Examples:
-        return fetch(self.inputs, self.indices(count).tolist())
+        return fetch(self.inputs, self.indices(count)[parallel.share(count)].tolist())
 
     def state(self) -> dict[str, Tensor]:
         return {"left": self.left, "generator": self.generator.get_state()}
@@ -200,7 +204,7 @@ class Buffered:
         return drawn
 
     def take(self, count: int) -> Examples:
-        return collate([self._draw() for _ in range(count)])
+        return collate([self._draw() for _ in range(count)][parallel.share(count)])
 
     def state(self) -> dict[str, Tensor]:
         return {"taken": torch.tensor(self.taken)}

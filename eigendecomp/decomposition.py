@@ -16,7 +16,7 @@ from eigendecomp import files
 from eigendecomp import reference as references
 from eigendecomp import sparsity as sparsities
 from eigendecomp.capture import CapturedSource
-from eigendecomp.curvature import push_forward
+from eigendecomp.curvature import curvatures
 from eigendecomp.data import Examples, Inputs, chunks, count, feed, fetch, first
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
@@ -27,9 +27,9 @@ from eigendecomp.fit import (
     History,
     LiveBatches,
     Settings,
+    error_change,
     fit,
     generator,
-    rebuilt_error,
 )
 from eigendecomp.gradients import Gradients
 from eigendecomp.reference import Draws, OtherSample, Reference
@@ -80,10 +80,9 @@ class Decomposition:
 
     def activation(self, inputs: Inputs) -> Float[Tensor, "n v"]:
         """a = √(uᵀHu): how far the output moves for a unit step along each direction. Needs no reference."""
-        s = self.settings
-        return torch.cat(
-            [push_forward(self.target, s.divergence, self.decoder, part).norm(dim=-1) for part in chunks(inputs, CHUNK)]
-        )
+        divergence = self.settings.divergence
+        parts = [curvatures(self.target, divergence, self.decoder, part) for part in chunks(inputs, CHUNK)]
+        return torch.cat(parts).sqrt()
 
     def impact(self, inputs: Inputs, references: int = 16, seed: int = 0) -> Float[Tensor, "n v"]:
         """Mean |z| over ``references`` drawn references."""
@@ -101,9 +100,9 @@ class Decomposition:
         for g in self._gradients(inputs, 1, seed):
             z = g.inner(self.encoder)
             y = z if self.settings.tied else g.inner(self.decoder)
-            square = g.square_norms().sum()
-            left += (rebuilt_error(self.settings.sparsity.keep(z, self.threshold), y, gram, square) * square).item()
-            total += square.item()
+            square = g.square_norms().sum().item()
+            left += square + error_change(self.settings.sparsity.keep(z, self.threshold), y, gram).item()
+            total += square
         if not total > 0:
             raise ValueError("every gradient is zero on these inputs, so the error is not defined")
         return left / total

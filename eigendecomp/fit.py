@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from eigendecomp import files
+from eigendecomp import files, parallel
 from eigendecomp.data import Examples, Feed, Shuffled
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
@@ -47,6 +47,7 @@ class Settings:
     batch_size: int
     learning_rate: float
     seed: int
+    interference: float | None = None  # weight of the direct method's second loss; None for a fit of gradients
 
     def __post_init__(self) -> None:
         if self.factorization not in ("cp", "tucker"):
@@ -58,6 +59,8 @@ class Settings:
             raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to 2^31 - 1")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
+        if self.interference is not None and not (self.interference >= 0 and math.isfinite(self.interference)):
+            raise ValueError(f"interference={self.interference} must be finite and not negative")
 
     def as_json(self) -> dict[str, Any]:
         """Plain values only, each object as its name and its fields."""
@@ -105,8 +108,9 @@ class LiveBatches:
         self.source, self.feed, self.draws, self.positions = source, feed, draws, positions
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        examples = self.feed.take(max(1, size // self.positions))
-        return self.source(examples, self.draws.again((len(examples[0]), self.positions), 1, generator))
+        count = max(1, size // self.positions)
+        draws = self.draws.again((count, self.positions), 1, generator)
+        return self.source(self.feed.take(count), draws[parallel.share(count)])
 
 
 class CachedBatches:
@@ -134,12 +138,13 @@ class CachedBatches:
         return examples * f.shape[1] * k * target.size * f.element_size()
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        rows = self.feed.indices(size)
+        share = parallel.share(size)
+        rows = self.feed.indices(size)[share]
         jacobian = self.jacobian[rows]
         if self.draws.reference.fixed:
             values = jacobian[:, 0]
         else:
-            c = self.draws.again((size, 1), 1, generator)(self.f[rows].unsqueeze(1))
+            c = self.draws.again((size, 1), 1, generator)[share](self.f[rows].unsqueeze(1))
             values = torch.bmm(c[:, 0], jacobian)[:, 0]
         return Gradients(self.shapes, [Formed(self.shapes, values)])
 
@@ -164,28 +169,31 @@ class Objective:
     def __call__(
         self, gradients: Gradients, encoder: Directions, decoder: Directions, dead: Tensor, progress: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, normalised error, and the sparse coefficients (n, v); ``progress`` is the share of the steps done."""
+        """Loss, normalised error of the batch, and the sparse coefficients (n, v).
+
+        With several processes the loss is this one's part, up to a constant: their gradients add up to the batch's.
+        ``progress`` is the share of the steps done.
+        """
         y, gram = gradients.inner_and_gram(decoder)
         z = y if encoder is decoder else gradients.inner(encoder)
-        total = gradients.square_norms().sum()
+        n = len(z) * parallel.processes()
+        total = parallel.total(gradients.square_norms().sum())
         s = self.sparsity.keep_batch(z, progress)
-        error = rebuilt_error(s, y, gram, total)
-        loss = error + self.sparsity.penalty(z, (total / len(z)).sqrt())
+        change = error_change(s, y, gram) / total
+        error = 1 + parallel.total(change)
+        loss = 1 + change + self.sparsity.penalty(z, n, (total / n).sqrt())
         if isinstance(self.sparsity, BatchTopK) and self.sparsity.auxiliary and dead.any():
             # The dead rebuild the residual e = g − ĝ, of which only ⟨e, u⟩ = ⟨g, u⟩ − s·gram and ‖e‖² are needed.
-            fixed = s.detach()
-            z_dead = z[:, dead]
-            s_dead = self.sparsity.keep_batch(z_dead, 1.0)
-            left = rebuilt_error(
-                s_dead, y[:, dead] - fixed @ gram[:, dead], gram[dead][:, dead], error.detach() * total
-            )
+            s_dead = self.sparsity.keep_batch(z[:, dead], 1.0)
+            y_dead = y[:, dead] - s.detach() @ gram[:, dead]
+            left = error_change(s_dead, y_dead, gram[dead][:, dead]) / (error * total)
             loss = loss + self.sparsity.auxiliary * left
         return loss, error, s
 
 
-def rebuilt_error(s: Tensor, y: Tensor, gram: Tensor, total: Tensor) -> Tensor:
-    """Σ‖g − ĝ‖² / Σ‖g‖² from s, y = ⟨g, u⟩, the directions' Gram matrix and Σ‖g‖² (eq. 7)."""
-    return 1 + (((s @ gram) - 2 * y) * s).sum() / total
+def error_change(s: Tensor, y: Tensor, gram: Tensor) -> Tensor:
+    """Σ‖g − ĝ‖² − Σ‖g‖² from s, y = ⟨g, u⟩ and the directions' Gram matrix: sᵀ gram s − 2 s·y (eq. 7)."""
+    return (((s @ gram) - 2 * y) * s).sum()
 
 
 @dataclass
@@ -261,8 +269,8 @@ class State:
         self.encoder = self.decoder
         if not settings.tied:
             self.encoder = self.decoder.map(lambda factor: torch.nn.Parameter(factor.detach().clone()))
-        weights = [*self.decoder.tensors(), *([] if settings.tied else self.encoder.tensors())]
-        self.optimizer = torch.optim.Adam(weights, lr=settings.learning_rate, fused=True)
+        self.weights = [*self.decoder.tensors(), *([] if settings.tied else self.encoder.tensors())]
+        self.optimizer = torch.optim.Adam(self.weights, lr=settings.learning_rate, fused=True)
         self.draw = generator(settings.seed, "references")
         self.last_kept = torch.zeros(n, dtype=torch.long, device=target.device)
         self.history = History()
@@ -277,13 +285,15 @@ class State:
         self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * rate(self.step / self.settings.steps)
         self.optimizer.zero_grad()
         loss.backward()
+        if parallel.processes() > 1:
+            for weight in self.weights:
+                weight.grad = parallel.total(weight.grad)
         self.optimizer.step()
         self.decoder.normalize_()
 
     def tensors(self) -> dict[str, Tensor]:
-        weights = self.optimizer.param_groups[0]["params"]
-        kept = {f"weight/{i}": weight for i, weight in enumerate(weights)}
-        for i, weight in enumerate(weights):
+        kept = {f"weight/{i}": weight for i, weight in enumerate(self.weights)}
+        for i, weight in enumerate(self.weights):
             kept |= {f"adam/{i}/{key}": value for key, value in self.optimizer.state[weight].items()}
         return (
             kept
@@ -295,7 +305,7 @@ class State:
         return {"step": self.step, "history": asdict(self.history)}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        for i, weight in enumerate(self.optimizer.param_groups[0]["params"]):
+        for i, weight in enumerate(self.weights):
             weight.data.copy_(tensors[f"weight/{i}"])
             prefix = f"adam/{i}/"
             self.optimizer.state[weight] = {
@@ -327,7 +337,13 @@ def fit(
     if checkpoint is not None:
         checkpoint.read(state)
     objective = Objective(settings.sparsity)
-    bar = tqdm(total=settings.steps, initial=state.step, disable=not progress, desc="fit", mininterval=0.5)
+    bar = tqdm(
+        total=settings.steps,
+        initial=state.step,
+        disable=not (progress and parallel.leads()),
+        desc="fit",
+        mininterval=0.5,
+    )
     try:
         while state.step < settings.steps:
             gradients = batches.batch(settings.batch_size, state.draw)
@@ -342,15 +358,16 @@ def fit(
                     f"learning_rate={settings.learning_rate} is too high"
                 )
             state.update(loss)
-            kept = s.detach() != 0
-            state.last_kept[kept.any(0)] = state.step
+            kept = parallel.total((s.detach() != 0).sum(0))
+            state.last_kept[kept > 0] = state.step
             if log:
                 dead = state.dead().double().mean().item()
-                state.history.add(state.step, loss.item(), error.item(), kept.sum(1).double().mean().item(), dead)
+                each = kept.sum().item() / (len(s) * parallel.processes())
+                state.history.add(state.step, loss.item(), error.item(), each, dead)
                 bar.set_postfix(error=f"{error.item():.3f}", dead=f"{dead:.2f}", refresh=False)
             state.step += 1
             bar.update()
-            if checkpoint is not None and (checkpoint.due() or state.step == settings.steps):
+            if checkpoint is not None and parallel.leads() and (checkpoint.due() or state.step == settings.steps):
                 checkpoint.write(state)
     except KeyboardInterrupt:
         bar.write(f"interrupted: returning the directions of step {state.step}")

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eigendecomp import parallel
+
 
 class Sparsity:
     """A rule that turns coefficients ``z`` into the sparse ``s``, and the term it adds to the loss."""
@@ -18,8 +20,11 @@ class Sparsity:
         """s at inference, where a sample's coefficients depend on that sample alone."""
         return z if threshold is None else z * (z.abs() >= threshold)
 
-    def penalty(self, z: Float[Tensor, "n v"], norm: Float[Tensor, ""]) -> Float[Tensor, ""] | float:
-        """The term added to the normalised error; ``norm`` is the root mean square norm of the gradients."""
+    def penalty(self, z: Float[Tensor, "n v"], n: int, norm: Float[Tensor, ""]) -> Float[Tensor, ""] | float:
+        """These samples' part of the term added to the normalised error of a batch of ``n``.
+
+        ``norm`` is the root mean square norm of the batch's gradients.
+        """
         return 0.0
 
     def threshold(self, z: Float[Tensor, "n v"]) -> float | None:
@@ -59,9 +64,12 @@ class BatchTopK(Sparsity):
 
 
 def cutoff(z: Tensor, fraction: float) -> Tensor:
-    """The smallest |z| that is kept when ``fraction`` of all coefficients are."""
-    count = max(1, round(fraction * z.numel()))
-    return z.detach().abs().flatten().topk(count, sorted=False).values.min()
+    """The smallest |z| that is kept when ``fraction`` of all coefficients are, over all processes."""
+    count = max(1, round(fraction * z.numel() * parallel.processes()))
+    size = z.detach().abs().flatten()
+    # Whatever is among the largest of all is among the largest of its own process.
+    candidates = parallel.gathered(size.topk(min(count, len(size)), sorted=False).values)
+    return candidates.topk(count, sorted=False).values.min() if len(candidates) > count else candidates.min()
 
 
 @dataclass(frozen=True)
@@ -74,5 +82,5 @@ class L1(Sparsity):
         if not (self.weight >= 0 and torch.isfinite(torch.tensor(self.weight))):
             raise ValueError(f"L1({self.weight}) needs a weight that is finite and not negative")
 
-    def penalty(self, z: Tensor, norm: Tensor) -> Tensor:
-        return self.weight * z.abs().sum(-1).mean() / norm
+    def penalty(self, z: Tensor, n: int, norm: Tensor) -> Tensor:
+        return self.weight * z.abs().sum() / (n * norm)

@@ -1,0 +1,68 @@
+"""Several processes on one fit: each has an equal share of every batch, and all take the same step.
+
+Started by ``torchrun`` (or ``accelerate launch``), a fit joins the others through Accelerate, on CPUs or GPUs alike. In
+a single process every function here returns what it was given.
+"""
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _state():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def processes() -> int:
+    """How many processes take part."""
+    state = _state()
+    return 1 if state is None else state.num_processes
+
+
+def leads() -> bool:
+    """Whether this process speaks for all: writes files, shows progress."""
+    state = _state()
+    return state is None or state.is_main_process
+
+
+def share(n: int) -> slice:
+    """This process's part of n things.
+
+    Raises:
+        ValueError: if they cannot be shared equally.
+    """
+    state = _state()
+    if state is None:
+        return slice(n)
+    if n % state.num_processes:
+        raise ValueError(
+            f"a batch of {n} examples cannot be shared equally by {state.num_processes} processes; choose batch_size "
+            "so that its examples are a multiple of the processes"
+        )
+    size = n // state.num_processes
+    return slice(state.process_index * size, (state.process_index + 1) * size)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over processes, without gradient."""
+    if _state() is None:
+        return x.detach()
+    from accelerate.utils import reduce
+
+    return reduce(x.detach().clone(), "sum")  # type: ignore[return-value]
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all processes, without gradient; each gives as many."""
+    if _state() is None:
+        return x.detach()
+    from accelerate.utils import gather
+
+    return gather(x.detach().contiguous())  # type: ignore[return-value]
