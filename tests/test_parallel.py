@@ -1,0 +1,62 @@
+"""Two processes on the halves of a batch take the same step as one process on the whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = """
+import sys, torch, eigendecomp as ed
+from eigendecomp import decomposition
+from eigendecomp.parallel import leads
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.GELU(), torch.nn.Linear(5, 3)).double()
+x = torch.randn(300, 3, generator=torch.Generator().manual_seed(1)).double()
+out, checkpoints = sys.argv[1], sys.argv[2]
+found = {}
+cases = {
+    "cached": dict(),
+    "live": dict(cache=0),
+    "dataset": dict(cache=0, data=torch.utils.data.TensorDataset(x)),
+    "l1": dict(sparsity=ed.L1(0.05), tied=True, reference=ed.Constant(0.0)),
+}
+for name, case in cases.items():
+    decomposition.CACHE_BYTES = case.pop("cache", 1 << 28)
+    data = case.pop("data", x)
+    checkpoint = f"{checkpoints}/{name}"
+    d = ed.decompose(model, data, n_directions=6, steps=30, batch_size=32, progress=False, checkpoint=checkpoint, **case)
+    found[name] = torch.cat([d.decoder.flat(), d.encoder.flat()])
+    found[name + " threshold"] = torch.tensor(d.threshold or 0.0, dtype=torch.float64)
+    found[name + " error"] = torch.tensor(d.history.error, dtype=torch.float64)
+if leads():
+    torch.save(found, out)
+"""
+
+
+def run(processes: int, script: Path, out: Path, checkpoints: Path) -> dict[str, torch.Tensor]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = launcher if processes > 1 else [sys.executable]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, script, out, checkpoints], env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    one = run(1, script, tmp_path / "one.pt", folders[0])
+    two = run(2, script, tmp_path / "two.pt", folders[1])
+    for name, value in one.items():
+        assert (two[name] - value).abs().max() <= 1e-6 * value.abs().max().clamp_min(1), name
+    # A finished checkpoint of two processes is read by one, and gives what they found.
+    moved = run(1, script, tmp_path / "moved.pt", folders[1])
+    for name, value in two.items():
+        assert (moved[name] - value).abs().max() <= 1e-9, name
