@@ -50,6 +50,10 @@ def as_examples(inputs: object) -> Examples:
     for position, tensor in enumerate(examples):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"inputs[{position}] is a {type(tensor).__name__}; give a tensor or a tuple of tensors")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise ValueError(
+                f"inputs[{position}] is {tensor.layout} on {tensor.device}; give a dense tensor with values"
+            )
         if tensor.ndim == 0:
             raise ValueError(f"inputs[{position}] is a single number; its first axis must count the examples")
         if tensor.is_floating_point() and not tensor.isfinite().all():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eigendecomp import divergence as divergences
@@ -16,6 +16,7 @@ from eigendecomp import files
 from eigendecomp import reference as references
 from eigendecomp import sparsity as sparsities
 from eigendecomp.capture import CapturedSource
+from eigendecomp.checks import real, whole
 from eigendecomp.curvature import curvatures
 from eigendecomp.data import Examples, Inputs, chunks, count, feed, fetch, first
 from eigendecomp.directions import Directions, Factorization
@@ -34,7 +35,7 @@ from eigendecomp.fit import (
 from eigendecomp.gradients import Gradients
 from eigendecomp.reference import Draws, OtherSample, Reference
 from eigendecomp.sparsity import BatchTopK, Sparsity
-from eigendecomp.target import Target
+from eigendecomp.target import Target, patterns
 
 FORMAT = 1
 CHUNK = 64  # examples read at a time; a constant, so that nothing depends on it
@@ -80,19 +81,42 @@ class Decomposition:
 
     def activation(self, inputs: Inputs) -> Float[Tensor, "n v"]:
         """a = √(uᵀHu): how far the output moves for a unit step along each direction. Needs no reference."""
-        divergence = self.settings.divergence
-        parts = [curvatures(self.target, divergence, self.decoder, part) for part in chunks(inputs, CHUNK)]
-        return torch.cat(parts).sqrt()
+        return torch.cat(list(self._activations(inputs)))
 
     def impact(self, inputs: Inputs, references: int = 16, seed: int = 0) -> Float[Tensor, "n v"]:
         """Mean |z| over ``references`` drawn references."""
-        if references < 1:
-            raise ValueError(f"references={references} must be at least 1")
+        return torch.cat(list(self._impacts(inputs, references, seed)))
+
+    def top(
+        self, inputs: Inputs, k: int = 20, by: str = "impact", *, references: int = 16, seed: int = 0
+    ) -> tuple[Float[Tensor, "v k"], Int[Tensor, "v k"]]:
+        """The k samples that use each direction most, by ``"impact"`` or ``"activation"``: strengths and indices.
+
+        Inputs are read a few at a time and only the best are held, so a dataset may be larger than memory. With fewer
+        than k samples there are fewer columns.
+        """
+        if by not in ("impact", "activation"):
+            raise ValueError(f"by={by!r} must be 'impact' or 'activation'")
+        whole("k", k)
+        values = self.decoder.norms().new_zeros(self.decoder.n, 0)
+        rows, seen = values.long(), 0
+        for part in self._impacts(inputs, references, seed) if by == "impact" else self._activations(inputs):
+            index = torch.arange(seen, seen + len(part), device=part.device).expand(self.decoder.n, -1)
+            seen += len(part)
+            values, rows = torch.cat([values, part.T], 1), torch.cat([rows, index], 1)
+            values, order = values.topk(min(k, seen), 1)
+            rows = rows.gather(1, order)
+        return values, rows
+
+    def _activations(self, inputs: Inputs) -> Iterator[Float[Tensor, "n v"]]:
+        for part in chunks(inputs, CHUNK):
+            yield curvatures(self.target, self.settings.divergence, self.decoder, part).sqrt()
+
+    def _impacts(self, inputs: Inputs, references: int, seed: int) -> Iterator[Float[Tensor, "n v"]]:
+        whole("references", references)
         draws = 1 if self.settings.reference.fixed else references
-        rows = [
-            g.inner(self.encoder).abs().unflatten(0, (-1, draws)).mean(1) for g in self._gradients(inputs, draws, seed)
-        ]
-        return torch.cat(rows)
+        for g in self._gradients(inputs, draws, seed):
+            yield g.inner(self.encoder).abs().unflatten(0, (-1, draws)).mean(1)
 
     def reconstruction_error(self, inputs: Inputs, seed: int = 0) -> float:
         """Σ‖g − ĝ‖² / Σ‖g‖² with the stored threshold (eq. 7)."""
@@ -125,10 +149,8 @@ class Decomposition:
     def perturbed(self, steps: Mapping[int, float]) -> Iterator[nn.Module]:
         """Inside, the model runs with w + Σ δ u; afterwards it is bit for bit what it was, whatever happened."""
         for number, delta in steps.items():
-            if not (isinstance(number, int) and 0 <= number < self.decoder.n):
-                raise ValueError(f"there is no direction {number!r}; there are 0 to {self.decoder.n - 1}")
-            if not torch.isfinite(torch.tensor(float(delta))):
-                raise ValueError(f"the step {delta!r} along direction {number} must be finite")
+            whole("direction", number, 0, self.decoder.n - 1)
+            real(f"the step along direction {number}", delta)
         few = self.decoder.select(list(steps))
         sizes = torch.tensor(list(steps.values()), dtype=self.target.dtype, device=self.target.device)
         kept = {name: p.detach().clone() for name, p in self.target.chosen.items()}
@@ -169,13 +191,19 @@ class Decomposition:
         tensors, metadata = files.read(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} is not a decomposition that this version reads (format {FORMAT})")
-        settings = settings_from(metadata["settings"])
-        target = Target(model, settings.parameters)
-        check_target(target, metadata, path)
-        decoder = unpack("decoder", tensors, metadata["shapes"], settings)
-        encoder = decoder if settings.tied else unpack("encoder", tensors, metadata["shapes"], settings)
-        history = History(**metadata["history"])
-        return cls(target, settings, encoder, decoder, metadata["threshold"], tensors["pool"], history)
+        try:
+            settings = settings_from(metadata["settings"])
+            target = Target(model, settings.parameters)
+            check_target(target, metadata, path)
+            decoder = unpack("decoder", tensors, target, settings)
+            encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings)
+            history = History(**{name: list(values) for name, values in metadata["history"].items()})
+            threshold = metadata["threshold"]
+            if threshold is not None:
+                real("threshold", threshold, least=0)
+            return cls(target, settings, encoder, decoder, threshold, tensors["pool"], history)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None
 
 
 def decompose(
@@ -219,15 +247,11 @@ def decompose(
     divergence = SquaredError() if divergence is None else divergence
     reference = OtherSample() if reference is None else reference
     sparsity = BatchTopK(0.1) if sparsity is None else sparsity
-    for value, kind in ((divergence, Divergence), (reference, Reference), (sparsity, Sparsity)):
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"{kind.__name__.lower()}={value!r} must be a {kind.__name__} such as those in eigendecomp"
-            )
     settings = Settings(
-        divergence, reference, (parameters,) if isinstance(parameters, str) else tuple(parameters), n_directions, rank,
+        divergence, reference, patterns(parameters), n_directions, rank,
         factorization, tied, sparsity, steps, batch_size, learning_rate, seed,
     )  # fmt: skip
+    checkpoint = None if checkpoint is None else files.writable(checkpoint)
     probe = first(inputs, 3)
     target = Target(model, settings.parameters)
     Directions.random(target.shapes, 1, rank, factorization)  # refuses a rank of no use before any work
@@ -238,8 +262,8 @@ def decompose(
     cached = n is not None and CachedBatches.size(f, n, reference, target) <= CACHE_BYTES
     # The pool is read from every sample where that is cheap, and else from some that are drawn.
     some = math.ceil(POOL_SAMPLES / positions)
-    whole = n is not None and (cached or n <= some)
-    held = fetch(inputs, range(n)) if whole and n else feed(inputs, generator(seed, "pool")).take(some)
+    everything = n is not None and (cached or n <= some)
+    held = fetch(inputs, range(n)) if everything and n else feed(inputs, generator(seed, "pool")).take(some)
     f = target.outputs(held)
     pool = reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(seed, "pool"))
     draws = Draws.of(reference, divergence, pool, (1, 1), 1, generator(seed, "probe"))
@@ -252,7 +276,7 @@ def decompose(
         "target": fingerprint(target),
         "data": files.checksum({str(number): tensor for number, tensor in enumerate(held)}, f"{n} examples"),
     }
-    keeper = None if checkpoint is None else Checkpoint(Path(checkpoint), identity)
+    keeper = None if checkpoint is None else Checkpoint(checkpoint, identity)
     found = fit(source, batches, settings, progress=progress, checkpoint=keeper)
     made = Decomposition(target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
     made._source = source
@@ -277,15 +301,20 @@ def pack(prefix: str, directions: Directions) -> dict[str, Tensor]:
     }
 
 
-def unpack(
-    prefix: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], settings: Settings
-) -> Directions:
+def unpack(prefix: str, tensors: Mapping[str, Tensor], target: Target, settings: Settings) -> Directions:
     """The directions that :func:`pack` took apart."""
-    factors: dict[str, list[Tensor]] = {}
-    for name, shape in shapes.items():
-        count = len(shape) + (settings.factorization == "tucker")
-        factors[name] = [tensors[f"{prefix}/{name}/{number}"] for number in range(count)]
-    return Directions({name: tuple(shape) for name, shape in shapes.items()}, settings.factorization, factors)
+    like = Directions.random(target.shapes, 1, settings.rank, settings.factorization)
+    factors = {
+        name: [tensors[f"{prefix}/{name}/{number}"] for number in range(len(expected))]
+        for name, expected in like.factors.items()
+    }
+    for name, expected in like.factors.items():
+        for factor, one in zip(factors[name], expected, strict=True):
+            if factor.shape != (settings.n_directions, *one.shape[1:]):
+                raise ValueError(
+                    f"the factors of {name!r} have shape {tuple(factor.shape)}, which fits no direction of it"
+                )
+    return Directions(target.shapes, settings.factorization, factors)
 
 
 def settings_from(plain: Mapping[str, Any]) -> Settings:

@@ -27,9 +27,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         ValueError: if the folder does not exist.
         OSError: if the disk is full or not writable; what was at ``path`` is then still there.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder {str(path.parent)!r} does not exist; make it first")
+    path = writable(path)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(metadata, sort_keys=True)
     content = save(held, {KEY: text, "sha256": checksum(held, text)})
@@ -51,6 +49,18 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
             os.close(folder)
 
 
+def writable(path: str | Path) -> Path:
+    """The path, if a file can be written there; ValueError otherwise."""
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise ValueError(f"{path!r} is not the path of a file")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {str(path.parent)!r} does not exist; make it first")
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; give the path of a file")
+    return path
+
+
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata that :func:`write` wrote.
 
@@ -66,11 +76,14 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])["__metadata__"]
         text, expected = header[KEY], header["sha256"]
+        metadata = json.loads(text)
+        if not isinstance(metadata, dict):
+            raise TypeError("its metadata is not an object")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not a file of eigendecomp, or it is damaged ({error})") from None
     if checksum(tensors, text) != expected:
         raise ValueError(f"{str(path)!r} is damaged: its sha256 is not the one written with it; restore or delete it")
-    return tensors, json.loads(text)
+    return tensors, metadata
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str) -> str:

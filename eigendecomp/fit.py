@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eigendecomp import files, parallel
+from eigendecomp.checks import real, whole
 from eigendecomp.data import Examples, Feed, Shuffled
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
@@ -50,17 +51,19 @@ class Settings:
     interference: float | None = None  # weight of the direct method's second loss; None for a fit of gradients
 
     def __post_init__(self) -> None:
+        for name in ("n_directions", "rank", "steps", "batch_size"):
+            whole(name, getattr(self, name))
+        whole("seed", self.seed, 0)
+        real("learning_rate", self.learning_rate, above=0)
         if self.factorization not in ("cp", "tucker"):
             raise ValueError(f"factorization={self.factorization!r} must be 'cp' or 'tucker'")
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 31):
-            raise ValueError(f"seed={self.seed!r} must be a whole number from 0 to 2^31 - 1")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
-        if self.interference is not None and not (self.interference >= 0 and math.isfinite(self.interference)):
-            raise ValueError(f"interference={self.interference} must be finite and not negative")
+        if not isinstance(self.tied, bool):
+            raise ValueError(f"tied={self.tied!r} must be True or False")
+        for name, kind in (("divergence", Divergence), ("reference", Reference), ("sparsity", Sparsity)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be a {kind.__name__}, such as those in eigendecomp"
+                )
 
     def as_json(self) -> dict[str, Any]:
         """Plain values only, each object as its name and its fields."""
@@ -229,8 +232,6 @@ class Checkpoint:
             ValueError: if the file is damaged, or of another fit; the difference is spelled out.
         """
         if not self.path.exists():
-            if not self.path.parent.is_dir():
-                raise ValueError(f"checkpoint: the folder {str(self.path.parent)!r} does not exist; make it first")
             return
         tensors, numbers = files.read(self.path)
         theirs, ours = flatten(numbers.get("identity", {})), flatten(self.identity)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eigendecomp.checks import whole
 from eigendecomp.divergence import Divergence, KLDivergence
 
 
@@ -90,7 +91,10 @@ class Constant(Reference):
     def __post_init__(self) -> None:
         if isinstance(self.c, Tensor):
             object.__setattr__(self, "c", self.c.tolist())
-        values = torch.as_tensor(self.c)
+        try:
+            values = torch.as_tensor(self.c)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"Constant({self.c!r}) must be a number or a list of numbers") from None
         if not torch.is_floating_point(values) and values.ndim > 0:
             raise ValueError(
                 f"Constant({self.c}) holds whole numbers, which look like class labels; give one real number an "
@@ -150,8 +154,7 @@ class OtherSample(Reference):
     pool: int = 1024
 
     def __post_init__(self) -> None:
-        if self.pool < 2:
-            raise ValueError(f"OtherSample(pool={self.pool}) needs at least 2 samples to draw from")
+        whole("OtherSample: pool (of samples to draw from)", self.pool, 2)
 
     def prepare(self, divergence: Divergence, predictions: Tensor, generator: torch.Generator) -> Tensor:
         if len(predictions) < 2:

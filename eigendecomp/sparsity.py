@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from eigendecomp import parallel
+from eigendecomp.checks import real
 
 
 class Sparsity:
@@ -47,12 +47,9 @@ class BatchTopK(Sparsity):
     auxiliary: float = 1 / 16
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"BatchTopK({self.fraction}) must keep a share of the coefficients in (0, 1]")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"BatchTopK(warmup={self.warmup}) is a share of the steps, in [0, 1]")
-        if not 0 <= self.auxiliary < float("inf"):
-            raise ValueError(f"BatchTopK(auxiliary={self.auxiliary}) must be finite and not negative")
+        real("BatchTopK: fraction (of the coefficients kept)", self.fraction, above=0, most=1)
+        real("BatchTopK: warmup (share of the steps)", self.warmup, least=0, most=1)
+        real("BatchTopK: auxiliary", self.auxiliary, least=0)
 
     def keep_batch(self, z: Tensor, progress: float) -> Tensor:
         done = 1.0 if progress >= self.warmup else progress / self.warmup
@@ -79,8 +76,7 @@ class L1(Sparsity):
     weight: float
 
     def __post_init__(self) -> None:
-        if not (self.weight >= 0 and torch.isfinite(torch.tensor(self.weight))):
-            raise ValueError(f"L1({self.weight}) needs a weight that is finite and not negative")
+        real("L1: weight", self.weight, least=0)
 
     def penalty(self, z: Tensor, n: int, norm: Tensor) -> Tensor:
         return self.weight * z.abs().sum() / (n * norm)

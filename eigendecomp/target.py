@@ -1,7 +1,7 @@
 """The target: a trained model, the parameters chosen of it, and its outputs as samples."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 
 import torch
@@ -26,10 +26,8 @@ class Target:
     def __init__(self, model: nn.Module, parameters: Sequence[str] = ("*",)) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; give a torch.nn.Module")
-        if isinstance(parameters, str):
-            parameters = [parameters]
         self.model = model
-        self.patterns = tuple(parameters)
+        self.patterns = patterns(parameters)
         named = dict(model.named_parameters())
         for pattern in self.patterns:
             if not any(fnmatchcase(name, pattern) for name in named):
@@ -73,7 +71,7 @@ class Target:
     def call(self, examples: Sequence[Tensor], chosen: dict[str, Tensor] | None = None) -> Float[Tensor, "e p k"]:
         """Outputs as examples × positions × outputs, with ``chosen`` in the place of the chosen parameters."""
         values = {**self.frozen, **(self.chosen if chosen is None else chosen)}
-        with nullcontext() if self.onednn else torch.backends.mkldnn.flags(enabled=False):
+        with plain_operations(self.onednn):
             return standard(torch.func.functional_call(self.model, values, tuple(examples)))
 
     @torch.no_grad()
@@ -85,7 +83,10 @@ class Target:
         """
         rows = []
         for number, part in enumerate(chunks(inputs, chunk)):
-            f = self.call(part)
+            try:
+                f = self.call(part)
+            except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+                raise ValueError(f"the model does not run on these inputs: {error}") from error
             if len(f) != len(part[0]):
                 raise ValueError(
                     f"the model gives {len(f)} outputs for {len(part[0])} examples; the first axis of its output must "
@@ -96,6 +97,26 @@ class Target:
                 raise ValueError(f"the model's output is not finite, first for example {number * chunk + bad}")
             rows.append(f)
         return torch.cat(rows)
+
+
+def patterns(parameters: object) -> tuple[str, ...]:
+    """The patterns as a tuple; ValueError if they are not a sequence of strings."""
+    found = (parameters,) if isinstance(parameters, str) else parameters
+    if not isinstance(found, Sequence) or not all(isinstance(pattern, str) for pattern in found):
+        raise ValueError(f"parameters={parameters!r} must be a list of glob patterns, such as ['*'] for all")
+    return tuple(found)
+
+
+@contextmanager
+def plain_operations(onednn: bool) -> Iterator[None]:
+    """Without the shortcuts of torch that have no forward derivative: fused attention, and an LSTM by oneDNN."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def standard(output: object) -> Float[Tensor, "e p k"]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from eigendecomp.data import Shuffled
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.fit import Checkpoint, State
 
-SETTINGS = dict(n_directions=4, steps=60, batch_size=32, progress=False)
+SETTINGS: dict[str, Any] = dict(n_directions=4, steps=60, batch_size=32, progress=False)
 
 
 def model() -> nn.Module:
@@ -122,9 +123,9 @@ def test_checkpoint_of_another_target_or_data_is_refused(interrupted: Path) -> N
     other = model()
     with torch.no_grad():
         next(other.parameters()).add_(1)
-    with pytest.raises(ValueError, match="another fit.*target"):
+    with pytest.raises(ValueError, match=r"another fit.*target"):
         ed.decompose(other, inputs(), checkpoint=interrupted, **SETTINGS)
-    with pytest.raises(ValueError, match="another fit.*data"):
+    with pytest.raises(ValueError, match=r"another fit.*data"):
         ed.decompose(model(), inputs() + 1, checkpoint=interrupted, **SETTINGS)
 
 
@@ -161,7 +162,12 @@ def test_interrupt_returns_what_is_learned(monkeypatch: pytest.MonkeyPatch) -> N
 
     calls = []
     dead = State.dead
-    monkeypatch.setattr(State, "dead", lambda self: (calls.append(0), interrupt() if len(calls) == 30 else dead(self))[1])
+
+    def counted(self: State) -> torch.Tensor:
+        calls.append(0)
+        return dead(self) if len(calls) < 30 else interrupt()
+
+    monkeypatch.setattr(State, "dead", counted)
     d = ed.decompose(model(), inputs(), **SETTINGS)
     assert d.encode(inputs()[:5]).isfinite().all()
     assert max(d.history.step) < 30

@@ -37,7 +37,8 @@ def test_every_kind_of_dataset_reads_as_its_tensor() -> None:
 
     table = Dataset.from_dict({"x": X.tolist()}).with_format("torch")
     whole = list(data.chunks(X, 16))
-    for inputs in ((X,), TensorDataset(X), Endless(X), list(X.split(1, 0))[0:0] or [X], table):
+    kinds: list[Any] = [(X,), [X], TensorDataset(X), Endless(X), table]
+    for inputs in kinds:
         parts = list(data.chunks(inputs, 16))
         assert len(parts) == len(whole)
         for (part,), (expected,) in zip(parts, whole, strict=True):
@@ -56,6 +57,16 @@ def test_reading_samples_does_not_depend_on_the_kind_of_inputs() -> None:
         for read in (d.encode, d.activation, d.impact):
             torch.testing.assert_close(read(inputs), read(X))
         assert d.reconstruction_error(inputs) == pytest.approx(d.reconstruction_error(X))
+
+
+@pytest.mark.parametrize("by", ["impact", "activation"])
+def test_top_samples_are_those_of_the_whole_matrix(by: str) -> None:
+    d = ed.decompose(model(), X, **SETTINGS)
+    whole = d.impact(X) if by == "impact" else d.activation(X)
+    values, rows = d.top(Endless(X), 5, by)
+    torch.testing.assert_close(values, whole.topk(5, 0).values.T)
+    torch.testing.assert_close(whole.T.gather(1, rows), values)
+    assert d.top(X[:3], 5, by)[1].shape == (4, 3)
 
 
 def test_codes_of_the_first_samples_do_not_depend_on_the_later_ones() -> None:

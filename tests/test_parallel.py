@@ -27,7 +27,8 @@ for name, case in cases.items():
     decomposition.CACHE_BYTES = case.pop("cache", 1 << 28)
     data = case.pop("data", x)
     checkpoint = f"{checkpoints}/{name}"
-    d = ed.decompose(model, data, n_directions=6, steps=30, batch_size=32, progress=False, checkpoint=checkpoint, **case)
+    settings = dict(n_directions=6, steps=30, batch_size=32, progress=False, checkpoint=checkpoint)
+    d = ed.decompose(model, data, **settings, **case)
     found[name] = torch.cat([d.decoder.flat(), d.encoder.flat()])
     found[name + " threshold"] = torch.tensor(d.threshold or 0.0, dtype=torch.float64)
     found[name + " error"] = torch.tensor(d.history.error, dtype=torch.float64)
@@ -38,9 +39,10 @@ if leads():
 
 def run(processes: int, script: Path, out: Path, checkpoints: Path) -> dict[str, torch.Tensor]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = launcher if processes > 1 else [sys.executable]
+    command = list(launcher) if processes > 1 else [sys.executable]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, script, out, checkpoints], env=environment, capture_output=True, text=True, timeout=150)
+    command += [str(path) for path in (script, out, checkpoints)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(out, weights_only=True)
 
