@@ -61,13 +61,13 @@ def load_model(folder: Path | None = None, device: str = "cpu") -> HookedTransfo
     with safe_open(path, "pt") as file:
         config: dict[str, Any] = json.loads((file.metadata() or {})["config"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    model = build_model(config)
+    model = build_model(config | {"device": device})
     missing = {name for name, _ in model.named_parameters()} ^ set(weights)
     if missing:
         raise ValueError(f"{path} does not hold the parameters of its configuration: {sorted(missing)}")
     model.load_state_dict(weights, strict=False)  # the attention masks are not in the file
     model.set_tokenizer(_tokenizer(folder, add_bos_token=True))
-    return model.to(device).eval()
+    return model.eval()
 
 
 def load_tokenizer(folder: Path | None = None) -> PreTrainedTokenizerFast:

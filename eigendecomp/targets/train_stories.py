@@ -180,6 +180,8 @@ def train(
 ) -> dict[str, Any]:
     """Train for ``minutes`` or ``steps``, writing ``path`` as it goes; returns the settings and the history.
 
+    The history holds the mean loss in nats a token, on recent training windows and on ``validation``.
+
     Every step sees ``tokens`` tokens, as windows of ``short`` positions or, each ``long_every``-th step, of
     the whole context, so that the later positions are trained at a fraction of their cost. A quarter of the
     windows begin at a story's beginning, the others anywhere in the stream of stories. The learning rate is
