@@ -2,6 +2,7 @@
 
 from eigendecomp.curvature import per_sample_hessian
 from eigendecomp.decomposition import Decomposition, decompose
+from eigendecomp.direct import decompose_curvature
 from eigendecomp.divergence import KLDivergence, OutputSum, SquaredError
 from eigendecomp.interaction import interactions
 from eigendecomp.reference import Constant, Mean, ModelSample, OtherSample, Uniform
@@ -22,6 +23,7 @@ __all__ = [
     "SquaredError",
     "Uniform",
     "decompose",
+    "decompose_curvature",
     "interactions",
     "per_sample_hessian",
 ]

@@ -136,9 +136,9 @@ class Decomposition:
         """Gradients of the samples, ``CHUNK`` examples at a time; references are drawn in the samples' order."""
         noise = generator(seed, "encode")
         for part in chunks(inputs, CHUNK):
+            positions = self.target.outputs(tuple(tensor[:1] for tensor in part)).shape[1]
             if self._source is None:
                 self._source = capture(self.target, part, self.settings)
-            positions = self.target.call([tensor[:1] for tensor in part]).shape[1]
             shape = len(part[0]), positions
             s = self.settings
             yield self._source(part, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))

@@ -7,7 +7,7 @@ forms a direction unless it is asked to: inner products between directions come 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,8 @@ from torch import Tensor
 
 Factorization = Literal["cp", "tucker"]
 Shapes = Mapping[str, tuple[int, ...]]
+
+NUMBER = 100  # what an intermediate number costs beside its arithmetic, in operations: measured, see notebooks/cost
 
 
 def largest_rank(shape: Sequence[int], factorization: Factorization) -> int:
@@ -56,7 +58,7 @@ class Directions:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Directions with Gaussian factors, scaled to unit *rebuilt* norm.
+        """Directions with Gaussian factors, scaled to unit *rebuilt* norm; without a generator, those of seed 0.
 
         A product of small factors vanishes and then never trains; so each tensor's part starts at norm 1/√(tensors).
 
@@ -71,6 +73,8 @@ class Directions:
                 f"rank={rank} is outside 1 to {most}: no chosen tensor {dict(shapes)} can use more in {factorization}"
             )
 
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+
         def gauss(*size: int) -> Tensor:
             return torch.randn(*size, generator=generator, dtype=dtype).to(device)
 
@@ -81,7 +85,9 @@ class Directions:
                 factors[name] = [gauss(n, k, d) for d in shape]
             else:
                 ranks = [min(rank, d) for d in shape]
-                factors[name] = [gauss(n, *ranks)] + [gauss(n, r, d) for r, d in zip(ranks, shape, strict=True)]
+                # Rows of about unit norm, so that a step of the optimiser is as large for them as for the core.
+                matrices = [gauss(n, r, d) / d**0.5 for r, d in zip(ranks, shape, strict=True)]
+                factors[name] = [gauss(n, *ranks), *matrices]
         made = cls(shapes, factorization, factors)
         for name, square in made._square_norms().items():
             made._scale(name, square.rsqrt())
@@ -102,7 +108,13 @@ class Directions:
 
     def select(self, index: Sequence[int] | Tensor) -> Self:
         """The chosen directions alone."""
-        return self.map(lambda factor: factor[torch.as_tensor(index, device=factor.device)])
+        rows = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.long)
+        return self.map(lambda factor: factor[rows.to(factor.device)])
+
+    def beside(self, other: "Directions") -> Self:
+        """These directions and then others of the same kind, as one set."""
+        rest = iter(other.tensors())
+        return self.map(lambda factor: torch.cat([factor, next(rest)]))
 
     def pair(self, name: str, rows: Sequence[int]) -> tuple[Float[Tensor, "v k r"], Float[Tensor, "v k c"]]:
         """Factors L, R with u = Σ_k L_k ⊗ R_k once the axes ``rows`` are flattened into rows and the rest into columns.
@@ -158,9 +170,12 @@ class Directions:
             mine, others = self._canonical(name), other._canonical(name)
             if len(mine) != len(others):
                 mine, others = self.pair(name, [0]), other.pair(name, [0])
+            if _better_formed([a.shape for a in mine], [b.shape for b in others]):
+                mine, others = ([d.dense(name).reshape(d.n, 1, -1)] for d in (self, other))
             product: Tensor | None = None
             for a, b in zip(mine, others, strict=True):
-                gram = a.flatten(0, 1) @ b.flatten(0, 1).T
+                a, b = a.flatten(0, 1), b.flatten(0, 1)
+                gram = _SelfGram.apply(a) if other is self else a @ b.T
                 product = gram if product is None else product * gram
             assert product is not None
             if mine[0].shape[1] * others[0].shape[1] > 1:
@@ -174,9 +189,12 @@ class Directions:
         for name in self.shapes:
             product: Tensor | float = 1.0
             for factor in self._canonical(name):
-                product = product * (factor @ factor.mT)
+                # Terms that nearly cancel grow without bound in a direction that is not used: in single precision
+                # what is left of their norms can come out as zero, and dividing by it ends the fit.
+                wide = factor.double() if factor.shape[1] > 1 else factor
+                product = product * (wide @ wide.mT)
             assert isinstance(product, Tensor)
-            norms[name] = product.sum((1, 2)).clamp_min(0)
+            norms[name] = product.sum((1, 2)).clamp_min(0).to(self.factors[name][0].dtype)
         return norms
 
     def norms(self, by_tensor: bool = False) -> Float[Tensor, " v"] | Float[Tensor, "v tensors"]:
@@ -197,3 +215,24 @@ class Directions:
         for name in self.shapes:
             self._scale(name, scale)
         return self
+
+
+class _SelfGram(torch.autograd.Function):
+    """x xᵀ, whose two equal halves go back as one product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "v d"]) -> Float[Tensor, "v v"]:
+        ctx.save_for_backward(x)
+        return x @ x.T
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return (grad[0] + grad[0].T) @ ctx.saved_tensors[0]
+
+
+def _better_formed(mine: Sequence[torch.Size], others: Sequence[torch.Size]) -> bool:
+    """Whether a tensor's Gram matrix costs less from formed directions than from factors (v, k, d), by operations."""
+    (v, k, _), (w, j, _) = mine[0], others[0]
+    size = math.prod(shape[2] for shape in mine)
+    factored = v * k * w * j * sum(2 * shape[2] + NUMBER for shape in mine)
+    return (v + w) / 2 * size * (v + w + k + j + NUMBER) < factored

@@ -60,7 +60,9 @@ class SquaredError(Divergence):
         return 2**0.5 * y
 
     def noise(self, shape: tuple[int, ...], k: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(*shape, k, generator=generator)
+        # From uniform numbers: torch.randn gives others to the first samples when it is asked for more of them.
+        u = torch.rand(*shape, k, 2, generator=generator)
+        return (-2 * (1 - u[..., 0]).log()).sqrt() * (2 * torch.pi * u[..., 1]).cos()
 
     def draw(self, f: Tensor, noise: Tensor) -> Tensor:
         return 2**0.5 * noise.to(f)

@@ -30,6 +30,7 @@ from eigendecomp.target import Target
 PATIENCE = 100  # steps without being kept after which a direction counts as dead
 CACHE_BYTES = 1 << 28  # a Jacobian up to this size is kept instead of being computed at every step
 THRESHOLD_SAMPLES = 8192  # from which the inference threshold is read
+ZERO = "does the output depend on the chosen parameters, and differ from the reference?"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Settings:
             whole(name, getattr(self, name))
         whole("seed", self.seed, 0)
         real("learning_rate", self.learning_rate, above=0)
+        if self.interference is not None:
+            real("interference", self.interference, least=0)
         if self.factorization not in ("cp", "tucker"):
             raise ValueError(f"factorization={self.factorization!r} must be 'cp' or 'tucker'")
         if not isinstance(self.tied, bool):
@@ -132,6 +135,14 @@ class CachedBatches:
             part = slice(start, start + 256)
             rows.append(source([tensor[part] for tensor in examples], basis[part]).flat())
         self.jacobian = torch.cat(rows).view(len(self.f), -1, rows[0].shape[-1])
+        if not self.jacobian.isfinite().all():
+            bad = ~self.jacobian.isfinite().flatten(1).all(1)
+            raise ValueError(
+                f"the gradient is NaN or infinite for {int(bad.sum())} of {len(bad)} samples, first for sample "
+                f"{int(bad.nonzero()[0])}; remove those examples, or smooth the model where it has no slope"
+            )
+        if not self.jacobian.any():
+            raise ValueError(f"all gradients are zero: {ZERO}")
         self.feed = Shuffled((self.f,), len(self.f), generator)
 
     @staticmethod
@@ -177,10 +188,10 @@ class Objective:
         With several processes the loss is this one's part, up to a constant: their gradients add up to the batch's.
         ``progress`` is the share of the steps done.
         """
-        y, gram = gradients.inner_and_gram(decoder)
-        z = y if encoder is decoder else gradients.inner(encoder)
+        z, y, gram = gradients.inner_and_gram(encoder, decoder)
         n = len(z) * parallel.processes()
-        total = parallel.total(gradients.square_norms().sum())
+        # A batch of sparse data may have no gradient at all; it then has no say.
+        total = parallel.total(gradients.square_norms().sum()).clamp_min(torch.finfo(y.dtype).tiny)
         s = self.sparsity.keep_batch(z, progress)
         change = error_change(s, y, gram) / total
         error = 1 + parallel.total(change)
@@ -189,7 +200,7 @@ class Objective:
             # The dead rebuild the residual e = g − ĝ, of which only ⟨e, u⟩ = ⟨g, u⟩ − s·gram and ‖e‖² are needed.
             s_dead = self.sparsity.keep_batch(z[:, dead], 1.0)
             y_dead = y[:, dead] - s.detach() @ gram[:, dead]
-            left = error_change(s_dead, y_dead, gram[dead][:, dead]) / (error * total)
+            left = error_change(s_dead, y_dead, gram[dead][:, dead]) / (error.clamp_min(1e-6) * total)
             loss = loss + self.sparsity.auxiliary * left
         return loss, error, s
 
@@ -320,6 +331,7 @@ class State:
         self.step, self.history = numbers["step"], History(**numbers["history"])
 
 
+@torch.enable_grad()
 def fit(
     source: Source,
     batches: Batches,
@@ -337,7 +349,7 @@ def fit(
     state = State(source.target, settings, batches)
     if checkpoint is not None:
         checkpoint.read(state)
-    objective = Objective(settings.sparsity)
+    objective, ever = Objective(settings.sparsity), torch.zeros((), dtype=torch.long, device=source.target.device)
     bar = tqdm(
         total=settings.steps,
         initial=state.step,
@@ -352,14 +364,16 @@ def fit(
                 gradients, state.encoder, state.decoder, state.dead(), state.step / settings.steps
             )
             log = state.step % log_every == 0 or state.step == settings.steps - 1
+            kept = parallel.total((s.detach() != 0).sum(0))
+            ever += kept.sum()
             if log and not math.isfinite(loss.item()):
                 raise ValueError(
-                    f"the loss is {loss.item()} at step {state.step}: the gradients are zero, infinite or NaN (does "
-                    "the output depend on the chosen parameters?) or "
+                    f"the loss is {loss.item()} at step {state.step}: the gradients are infinite or NaN, or "
                     f"learning_rate={settings.learning_rate} is too high"
                 )
+            if log and (state.step > 0 or settings.steps == 1) and not (ever or any(state.history.kept)):
+                raise ValueError(f"all gradients are zero in the first {state.step + 1} steps: {ZERO}")
             state.update(loss)
-            kept = parallel.total((s.detach() != 0).sum(0))
             state.last_kept[kept > 0] = state.step
             if log:
                 dead = state.dead().double().mean().item()
@@ -377,8 +391,9 @@ def fit(
     decoder = state.decoder.map(lambda factor: factor.detach())
     encoder = decoder if settings.tied else state.encoder.map(lambda factor: factor.detach())
     with torch.no_grad():
-        count = max(1, math.ceil(THRESHOLD_SAMPLES / settings.batch_size))
-        z = torch.cat([batches.batch(settings.batch_size, state.draw).inner(encoder) for _ in range(count)])
+        size = settings.batch_size * math.ceil(256 / settings.batch_size)  # small batches would take too many
+        count = math.ceil(THRESHOLD_SAMPLES / size)
+        z = torch.cat([batches.batch(size, state.draw).inner(encoder) for _ in range(count)])
     return Fit(encoder, decoder, settings.sparsity.threshold(z), state.history)
 
 

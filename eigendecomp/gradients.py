@@ -5,8 +5,9 @@ the dense form. :class:`Gradients` is a sum of parts over disjoint tensors; :cla
 numbers themselves. Samples are ordered example by example, position by position, draw by draw.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from eigendecomp.directions import Directions, Shapes
 from eigendecomp.target import Target
+
+log = logging.getLogger(__name__)
 
 
 class Cotangents(Protocol):
@@ -43,6 +46,10 @@ class Part(Protocol):
         """The gradients, formed."""
         ...
 
+    def sample(self, n: int) -> "Part":
+        """The gradient of one sample alone."""
+        ...
+
 
 class Formed:
     """Gradients as numbers, flattened tensor after tensor."""
@@ -63,6 +70,9 @@ class Formed:
         parts = self.values.split(sizes, 1)
         return {name: part.unflatten(1, shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
+    def sample(self, n: int) -> "Formed":
+        return Formed(self.shapes, self.values[n : n + 1])
+
 
 class Gradients:
     """The gradients of n samples over all chosen tensors."""
@@ -75,12 +85,21 @@ class Gradients:
         """⟨g_n, u_v⟩; differentiable in the directions."""
         return sum_of([part.inner(directions) for part in self.parts])
 
-    def inner_and_gram(self, directions: Directions) -> tuple[Float[Tensor, "n v"], Float[Tensor, "v v"]]:
-        """⟨g_n, u_v⟩ and ⟨u_v, u_w⟩; where every gradient is formed, so are the directions, once for both."""
-        if len(self.parts) == 1 and isinstance(self.parts[0], Formed):
-            rows = directions.flat(self.parts[0].names)
-            return self.parts[0].values @ rows.T, rows @ rows.T
-        return self.inner(directions), directions.gram()
+    def inner_and_gram(
+        self, encoder: Directions, decoder: Directions
+    ) -> tuple[Float[Tensor, "n v"], Float[Tensor, "n v"], Float[Tensor, "v v"]]:
+        """⟨g, u⟩ for the encoder and for the decoder, and the decoder's Gram matrix, doing nothing twice."""
+        tied = encoder is decoder
+        if len(self.parts) == 1 and isinstance(self.parts[0], Formed):  # then so are the directions
+            rows = decoder.flat(self.parts[0].names)
+            y = self.parts[0].values @ rows.T
+            return y if tied else self.inner(encoder), y, rows @ rows.T
+        if not tied and any(isinstance(part, Recomputed) for part in self.parts):  # one pass over the pieces
+            z, y = self.inner(encoder.beside(decoder)).split((encoder.n, decoder.n), 1)
+        else:
+            y = self.inner(decoder)
+            z = y if tied else self.inner(encoder)
+        return z, y, decoder.gram()
 
     def square_norms(self) -> Float[Tensor, " n"]:
         """‖g_n‖²."""
@@ -94,6 +113,59 @@ class Gradients:
     def flat(self) -> Float[Tensor, "n w"]:
         """The gradients as rows: small problems only."""
         return torch.cat([value.flatten(1) for value in self.dense().values()], 1)
+
+
+class Recomputed:
+    """Gradients that are too large to keep: made piece by piece, and again in the backward pass."""
+
+    def __init__(self, names: Sequence[str], pieces: Sequence[Callable[[], Gradients]]) -> None:
+        self.names = tuple(names)
+        self.pieces = pieces
+        self.norms: list[Tensor] = []
+
+    def inner(self, directions: Directions) -> Tensor:
+        return _InnerByPieces.apply(self, directions, *directions.tensors())
+
+    def square_norms(self) -> Tensor:
+        return torch.cat(self.norms or [piece().square_norms() for piece in self.pieces])
+
+    def dense(self) -> dict[str, Tensor]:
+        pieces = [piece().dense() for piece in self.pieces]
+        return {name: torch.cat([dense[name] for dense in pieces]) for name in self.names}
+
+    def sample(self, n: int) -> Formed:
+        g = {name: value[n : n + 1] for name, value in self.dense().items()}
+        shapes = {name: tuple(value.shape[1:]) for name, value in g.items()}
+        return Formed(shapes, torch.cat([value.flatten(1) for value in g.values()], 1))
+
+
+class _InnerByPieces(torch.autograd.Function):
+    """⟨g, u⟩ of all pieces, of which none is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Recomputed, directions: Directions, *factors: Tensor) -> Tensor:
+        ctx.gradients, ctx.directions = gradients, directions
+        ctx.save_for_backward(*factors)
+        rows, norms = [], []
+        for piece in gradients.pieces:
+            g = piece()
+            rows.append(g.inner(directions))
+            norms.append(g.square_norms())
+        gradients.norms, ctx.sizes = norms, [len(row) for row in rows]
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = [factor.detach().requires_grad_() for factor in ctx.saved_tensors]
+        copies = iter(leaves)
+        directions = ctx.directions.map(lambda _: next(copies))
+        totals = [torch.zeros_like(leaf) for leaf in leaves]
+        for piece, part in zip(ctx.gradients.pieces, grad[0].split(ctx.sizes), strict=True):
+            with torch.enable_grad():
+                z = piece().inner(directions)
+            for total, g in zip(totals, torch.autograd.grad(z, leaves, part, materialize_grads=True), strict=True):
+                total += g
+        return None, None, *totals
 
 
 class Source(Protocol):
@@ -115,8 +187,8 @@ def sum_of(terms: Sequence[Tensor]) -> Tensor:
 class FunctionalSource:
     """The oracle: ``torch.func.vmap`` of a vector–Jacobian product, one example at a time, every gradient formed.
 
-    With ``loop`` each example and cotangent is an ordinary backward pass of its own: slower still, for the few
-    operations (an LSTM's) that vmap does not know.
+    With ``loop`` each example and cotangent is an ordinary backward pass of its own: slower still, and turned to of
+    itself for the few operations (an LSTM's) that vmap does not know.
     """
 
     def __init__(
@@ -140,22 +212,26 @@ class FunctionalSource:
         def call(values: dict[str, Tensor], example: Sequence[Tensor]) -> Float[Tensor, "p k"]:
             return self.target.call([tensor.unsqueeze(0) for tensor in example], {**rest, **values})[0]
 
-        if self.loop:
-            leaves = {name: value.requires_grad_() for name, value in chosen.items()}
-            rows = []
-            for i in range(len(c)):
-                f = call(leaves, [tensor[i] for tensor in examples])
-                for row in c[i]:
-                    g = torch.autograd.grad(f, list(leaves.values()), row, retain_graph=True, materialize_grads=True)
-                    rows.append(torch.cat([part.flatten() for part in g]))
-            return torch.stack(rows)
-
         def one(c: Float[Tensor, "c p k"], *example: Tensor) -> dict[str, Tensor]:
             vjp = torch.func.vjp(lambda values: call(values, example), chosen)[1]
             return torch.func.vmap(lambda cotangent: vjp(cotangent)[0])(c)
 
-        formed = torch.func.vmap(one, chunk_size=self.chunk)(c, *examples)
-        return torch.cat([value.flatten(0, 1).flatten(1) for value in formed.values()], 1)
+        if not self.loop:
+            try:
+                formed = torch.func.vmap(one, chunk_size=self.chunk)(c, *examples)
+                return torch.cat([value.reshape(c.shape[0] * c.shape[1], -1) for value in formed.values()], 1)
+            except RuntimeError as error:
+                log.warning("torch.func.vmap cannot run this model, so examples are taken one by one: %s", error)
+                self.loop = True
+        leaves = {name: value.requires_grad_() for name, value in chosen.items()}
+        rows = []
+        for i in range(len(c)):
+            with torch.enable_grad():
+                f = call(leaves, [tensor[i] for tensor in examples])
+            for row in c[i]:
+                g = torch.autograd.grad(f, list(leaves.values()), row, retain_graph=True, materialize_grads=True)
+                rows.append(torch.cat([part.flatten() for part in g]))
+        return torch.stack(rows)
 
 
 def spread(c: Float[Tensor, "e p r k"]) -> Float[Tensor, "e pr p k"]:

@@ -72,6 +72,8 @@ class Draws:
         return Draws.of(self.reference, self.divergence, self.pool, shape, draws, generator)
 
     def __call__(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "e p r k"]:
+        if not f.isfinite().all():
+            raise ValueError("the model's output is not finite for some of the inputs; remove or mend those examples")
         draws = self.noise.shape[2]
         return self.reference.cotangent(
             self.divergence, f.unsqueeze(2).expand(-1, -1, draws, -1), self.pool, self.noise

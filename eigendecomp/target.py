@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eigendecomp.data import Examples, Inputs, chunks
 
@@ -41,10 +43,20 @@ class Target:
                 raise ValueError(f"parameter {name!r} is not initialised yet; run the model once before")
             if not value.is_floating_point():
                 raise ValueError(f"parameter {name!r} has dtype {value.dtype}; only real parameters have directions")
+            if value.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"parameter {name!r} has dtype {value.dtype}, too coarse to fit directions in; call model.float()"
+                )
             if not value.isfinite().all():
                 raise ValueError(f"parameter {name!r} holds NaN or infinity; the target must be trained and finite")
             if value.numel() == 0:
                 raise ValueError(f"parameter {name!r} is empty; choose others with parameters=[...]")
+            first = named[self.names[0]]
+            if (value.dtype, value.device) != (first.dtype, first.device):
+                raise ValueError(
+                    f"parameters {self.names[0]!r} and {name!r} are {first.dtype} on {first.device} and {value.dtype} "
+                    f"on {value.device}; choose parameters of one kind, or convert the model"
+                )
         for name, module in model.named_modules():
             chance = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
             batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -74,6 +86,11 @@ class Target:
         with plain_operations(self.onednn):
             return standard(torch.func.functional_call(self.model, values, tuple(examples)))
 
+    def _watch(self, examples: Examples) -> "Watch":
+        named = {f"its parameter {name!r}": p for name, p in self.model.named_parameters()}
+        named |= {f"its buffer {name!r}": buffer for name, buffer in self.model.named_buffers()}
+        return Watch(named | {f"its input {i}": tensor for i, tensor in enumerate(examples)})
+
     @torch.no_grad()
     def outputs(self, inputs: Inputs | Examples, chunk: int = 256) -> Float[Tensor, "e p k"]:
         """Outputs of all examples, ``chunk`` at a time.
@@ -84,7 +101,8 @@ class Target:
         rows = []
         for number, part in enumerate(chunks(inputs, chunk)):
             try:
-                f = self.call(part)
+                with nullcontext() if number else self._watch(part):
+                    f = self.call(part)
             except (RuntimeError, TypeError, IndexError, AttributeError) as error:
                 raise ValueError(f"the model does not run on these inputs: {error}") from error
             if len(f) != len(part[0]):
@@ -97,6 +115,27 @@ class Target:
                 raise ValueError(f"the model's output is not finite, first for example {number * chunk + bad}")
             rows.append(f)
         return torch.cat(rows)
+
+
+class Watch(TorchDispatchMode):
+    """Refuses to write to tensors that must stay as they are, before it happens."""
+
+    def __init__(self, kept: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.kept = {tensor.untyped_storage().data_ptr(): name for name, tensor in kept.items() if tensor.numel()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        for i, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.is_write and isinstance(value, Tensor):
+                name = self.kept.get(value.untyped_storage().data_ptr())
+                if name is not None:
+                    raise ValueError(
+                        f"the model changes {name} in place ({func}), so its gradients would be another model's; "
+                        "use inplace=False or clone() for inputs, and switch off what keeps statistics or renormalises"
+                    )
+        return func(*args, **kwargs)
 
 
 def patterns(parameters: object) -> tuple[str, ...]:

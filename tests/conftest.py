@@ -3,7 +3,7 @@
 import os
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Importing a machine learning library must not reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +14,7 @@ settings.register_profile(
     derandomize=True,
     database=None,
     print_blob=False,
+    phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 settings.load_profile("stable")

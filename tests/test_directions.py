@@ -81,9 +81,7 @@ def test_norms_are_those_of_the_rows(shapes: Shapes, kind: Factorization, rank: 
 
 @settings(max_examples=25)
 @given(shape, factorization, st.integers(1, 5), st.integers(0, 99))
-def test_pair_splits_any_axes_from_the_others(
-    size: tuple[int, ...], kind: Factorization, rank: int, seed: int
-) -> None:
+def test_pair_splits_any_axes_from_the_others(size: tuple[int, ...], kind: Factorization, rank: int, seed: int) -> None:
     directions = random({"t": size}, kind, rank, seed)
     formed = written_out(directions, "t")
     axes = range(len(size))
@@ -121,9 +119,7 @@ def test_random_directions_have_unit_norm_spread_evenly(
 
 @property_test
 @given(mixed, factorization, st.integers(1, 5), st.integers(0, 99))
-def test_normalize_scales_each_row_and_nothing_else(
-    shapes: Shapes, kind: Factorization, rank: int, seed: int
-) -> None:
+def test_normalize_scales_each_row_and_nothing_else(shapes: Shapes, kind: Factorization, rank: int, seed: int) -> None:
     directions = random(shapes, kind, rank, seed, scaled=False)
     before = rows(directions)
     assert directions.normalize_() is directions

@@ -19,6 +19,42 @@ class TMS(nn.Module):
         return torch.relu(x @ self.W_in @ w_out + self.b)
 
 
+def untie(model: TMS) -> TMS:
+    """The same network with W_out as a parameter of its own."""
+    made = TMS(*model.W_in.shape, tied=False)
+    assert made.W_out is not None
+    with torch.no_grad():
+        made.W_in.copy_(model.W_in)
+        made.W_out.copy_(model.W_in.T if model.W_out is None else model.W_out)
+        made.b.copy_(model.b)
+    return made
+
+
+def feature_vectors(model: TMS) -> dict[str, Float[Tensor, "features hidden"]]:
+    """By parameter, the hidden vector along which feature i's gradient on it lies.
+
+    ∂f_i/∂W_in is x ⊗ W_out[:, i] and ∂f_i/∂W_out[:, i] is xW_in, which is x_i W_in[i] for a feature alone: each
+    matrix's gradient shows the other one's vector.
+    """
+    w_in = model.W_in.detach()
+    return {"W_in": w_in} if model.W_out is None else {"W_in": model.W_out.detach().T, "W_out": w_in}
+
+
+def hidden_vectors(directions: dict[str, Tensor]) -> dict[str, Float[Tensor, "v hidden"]]:
+    """By parameter, the leading hidden-side singular vector of each direction, scaled by its singular value.
+
+    Its sign is that of the largest entry on the features' side.
+    """
+    found = {}
+    for name in ("W_in", "W_out"):
+        if name in directions:
+            part = directions[name].detach() if name == "W_in" else directions[name].detach().mT
+            u, s, vh = torch.linalg.svd(part, full_matrices=False)
+            sign = u[:, :, 0].gather(1, u[:, :, 0].abs().argmax(1, keepdim=True)).sign()
+            found[name] = sign * s[:, :1] * vh[:, 0]
+    return found
+
+
 def data(
     n: int, features: int, generator: torch.Generator, *, active: float = 0.05, none_empty: bool = False
 ) -> Float[Tensor, "n features"]:

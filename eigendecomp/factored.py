@@ -1,0 +1,216 @@
+"""Gradients of one tensor as a sum of outer products, in whatever form is cheapest to compute with.
+
+A weight that multiplies has the gradient Σ_t left_t ⊗ right_t, with one term for every position at which it is used:
+on one side the output gradients, on the other the inputs. Inner products with low-rank directions and squared norms
+follow from the two sides (eq. 10 and 11). Which way to go is decided for every tensor by counting operations.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from eigendecomp.directions import NUMBER, Directions
+from eigendecomp.gradients import Formed, sum_of
+
+PASSES = 4  # encoder and decoder, each forward and backward, to one squared norm
+
+
+@dataclass
+class Side:
+    """One factor of Σ_t left_t ⊗ right_t: rows of numbers, or of positions in a vocabulary (one-hot rows).
+
+    ``values`` is (c, e, t, d), with c = 1 where all cotangents of an example share it; a lookup's is (c, e, t) and
+    holds −1 for padding. ``index`` says where the d entries lie within the ``size`` of the flattened axes.
+    """
+
+    values: Tensor
+    size: int
+    index: Tensor | None = None
+
+    @property
+    def lookup(self) -> bool:
+        return self.values.ndim == 3
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return math.prod(self.values.shape[:3])
+
+    @property
+    def width(self) -> int:
+        """Operations that an inner product with a row takes; a lookup's takes none."""
+        return 0 if self.lookup else self.values.shape[-1]
+
+    def within(self, factor: Float[Tensor, "v k size"]) -> Float[Tensor, "v k d"]:
+        """The entries of a direction's factor that these rows meet."""
+        return factor if self.index is None else factor[..., self.index]
+
+    def dot(self, factor: Float[Tensor, "v k size"]) -> Float[Tensor, "c e t vk"]:
+        """Inner products of every row with every direction's factor."""
+        rows = self.within(factor).flatten(0, 1)
+        if self.lookup:
+            return F.embedding(self.values.clamp_min(0), rows.T) * (self.values >= 0).unsqueeze(-1)
+        return self.values @ rows.T
+
+    def gram(self, other: "Side") -> Float[Tensor, "c e t s"]:
+        """Inner products between the rows of two sides."""
+        if self.lookup and other.lookup:
+            return (self.values.unsqueeze(-1) == other.values.unsqueeze(-2)) & (self.values >= 0).unsqueeze(-1)
+        if self.lookup:
+            return other.gram(self).mT
+        if other.lookup:
+            rows, chosen = self.full(), other.values.unsqueeze(-2)
+            c = max(len(rows), len(chosen))
+            chosen = chosen.expand(c, -1, rows.shape[2], -1)
+            return rows.expand(c, -1, -1, -1).gather(-1, chosen.clamp_min(0)) * (chosen >= 0)
+        a, b = (self.values, other.values) if self.index is other.index else (self.full(), other.full())
+        if a.shape[2] == b.shape[2] == 1:
+            return (a * b).sum(-1, keepdim=True)
+        return a @ b.mT
+
+    def disjoint(self, other: "Side") -> bool:
+        """Whether the two meet different entries, so that all inner products are zero."""
+        if self.index is None or other.index is None or self.index is other.index:
+            return False
+        return not torch.isin(self.index, other.index).any()
+
+    def full(self) -> Float[Tensor, "c e t size"]:
+        """The same rows over all ``size`` entries."""
+        if self.lookup:
+            return F.one_hot(self.values.clamp_min(0), self.size) * (self.values >= 0).unsqueeze(-1)
+        if self.index is None:
+            return self.values
+        return self.values.new_zeros(*self.values.shape[:-1], self.size).index_copy(-1, self.index, self.values)
+
+    def first(self, examples: int) -> "Side":
+        """The rows of the first examples."""
+        return self if self.values.shape[1] == examples else Side(self.values[:, :examples], self.size, self.index)
+
+    def select(self, e: int, c: int) -> "Side":
+        """The rows of one sample."""
+        values = self.values[c if len(self.values) > 1 else 0, e]
+        return Side(values[None, None], self.size, self.index)
+
+    def spread(self, positions: int, draws: int) -> "Side":
+        """Rows of (draw, example · position) as rows of (position · draw, example), so that all sides agree."""
+        values = self.values.expand(draws, *self.values.shape[1:]).unflatten(1, (-1, positions))
+        return Side(values.movedim(2, 0).flatten(0, 1), self.size, self.index)
+
+    @staticmethod
+    def together(sides: "Sequence[Side]") -> "Side":
+        """The rows of several sides of one kind."""
+        first = sides[0]
+        if len(sides) == 1:
+            return first
+        return Side(torch.cat([side.values for side in sides], 2), first.size, first.index)
+
+
+Term = tuple[Side, Side]
+
+
+def contract(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:
+    """Σ_t Σ_k (left_t · L_k)(right_t · R_k), in the cheaper order."""
+    (a, b), (v, k) = term, left.shape[:2]
+    if folding(term, v, k) < multiplying(term, v, k):
+        # One side is shared by an example's cotangents: it meets the direction first, once for all of them.
+        shared, own, first, second = (a, b, left, right) if len(a.values) == 1 else (b, a, right, left)
+        rows = shared.dot(first)[0].unflatten(-1, (v, k)).transpose(1, 2)  # (e, v, t, k)
+        mixed = (rows @ own.within(second)).flatten(2)  # (e, v, t·d)
+        return (mixed @ own.values.flatten(2).permute(1, 2, 0)).permute(2, 0, 1)
+    product = a.dot(left) * b.dot(right)
+    if k > 1:
+        return product.unflatten(-1, (v, k)).sum((2, 4))
+    return product.squeeze(2) if product.shape[2] == 1 else product.sum(2)
+
+
+def multiplying(term: Term, v: int, k: int) -> float:
+    """The cost of each row's inner products, side by side."""
+    products = sum(2 * side.rows * side.width for side in term)
+    return v * k * (products + NUMBER * max(side.rows for side in term))
+
+
+def folding(term: Term, v: int, k: int) -> float:
+    """The cost of letting the shared side meet the directions first; infinite where no side is shared."""
+    counts = [len(side.values) for side in term]
+    if min(counts) > 1 or max(counts) == 1:
+        return float("inf")
+    shared, own = term if counts[0] == 1 else term[::-1]
+    if own.lookup:
+        return float("inf")
+    c, e, t, d = own.values.shape
+    return e * t * v * (2 * k * (shared.width + d) + (2 * c + NUMBER) * d)
+
+
+class Factored:
+    """Gradients of one tensor as Σ over uses and positions of left ⊗ right; formed only where that is cheaper.
+
+    Args:
+        rows: the axes of the tensor that the left side runs over.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], rows: tuple[int, ...], terms: Sequence[Term]) -> None:
+        self.names = (name,)
+        self.shape, self.rows, self.terms = shape, rows, list(terms)
+        self.formed: Formed | None = None
+
+    @classmethod
+    def zero(cls, name: str, shape: tuple[int, ...], none: Float[Tensor, "c e 0"]) -> "Factored":
+        """The gradients of a parameter that is never used: a sum of no terms."""
+        left, right = (Side(none.new_zeros(*none.shape, d), d) for d in (shape[0], math.prod(shape[1:])))
+        return cls(name, shape, (0,), [(left, right)])
+
+    def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
+        """Eq. 10."""
+        left, right = directions.pair(self.names[0], self.rows)
+        if self.formed is None and self.better_formed(*left.shape[:2]):
+            self.form()
+        if self.formed is not None:
+            return self.formed.inner(directions)
+        return sum_of([contract(term, left, right) for term in self.terms]).transpose(0, 1).flatten(0, 1)
+
+    def square_norms(self) -> Float[Tensor, " n"]:
+        """Eq. 11: Σ_{t,s} (left_t · left_s)(right_t · right_s), over all pairs of uses."""
+        if self.formed is not None:
+            return self.formed.square_norms()
+        total = []
+        for i, (a, b) in enumerate(self.terms):
+            for c, d in self.terms[: i + 1]:
+                if not (a.disjoint(c) or b.disjoint(d)):
+                    product = (a.gram(c) * b.gram(d)).sum((-2, -1))
+                    total.append(product if a is c else 2 * product)
+        return sum_of(total).T.flatten()
+
+    def better_formed(self, v: int, k: int) -> bool:
+        """Whether numbers, samples × parameters, cost less than the factors do, for v directions of rank k."""
+        weights, rows = math.prod(self.shape), [max(a.rows, b.rows) for a, b in self.terms]
+        n = rows[0] // max(self.terms[0][0].values.shape[2], 1)
+        factored = PASSES * sum(min(multiplying(term, v, k), folding(term, v, k)) for term in self.terms)
+        factored += sum(2 * side.rows * side.values.shape[2] * side.width for term in self.terms for side in term)
+        formed = PASSES * weights * (2 * v * (n + k) + NUMBER * (n + v)) + 2 * sum(rows) * weights
+        return formed < factored
+
+    def form(self) -> None:
+        """Give up the factors for numbers."""
+        name = self.names[0]
+        self.formed = Formed({name: self.shape}, self.dense()[name].flatten(1))
+        self.terms = []
+
+    def dense(self) -> dict[str, Float[Tensor, "n *shape"]]:
+        if self.formed is not None:
+            return self.formed.dense()
+        columns = [axis for axis in range(len(self.shape)) if axis not in self.rows]
+        dtype = next(side.values.dtype for side in self.terms[0] if not side.lookup)
+        matrix = sum_of([a.full().to(dtype).mT @ b.full().to(dtype) for a, b in self.terms])  # (c, e, left, right)
+        order = [*self.rows, *columns]
+        tensor = matrix.transpose(0, 1).reshape(-1, *(self.shape[axis] for axis in order))
+        return {self.names[0]: tensor.permute(0, *(1 + order.index(axis) for axis in range(len(order))))}
+
+    def sample(self, n: int) -> "Factored":
+        """The gradient of one sample alone."""
+        e, c = divmod(n, max(len(side.values) for term in self.terms for side in term))
+        return Factored(self.names[0], self.shape, self.rows, [(a.select(e, c), b.select(e, c)) for a, b in self.terms])

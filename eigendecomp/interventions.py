@@ -1,0 +1,236 @@
+"""Acting on a model along directions, and measuring what moves: sizes in natural units, at equal effect.
+
+A *move* turns a step δ into the model with something changed by it, inside a context manager, so that directions,
+steering vectors and arbitrary changes of the weights are measured by the same few functions. Effects are changes of the
+output in standard deviations of the output over the inputs.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from eigendecomp.curvature import push_forward
+from eigendecomp.data import Inputs, as_examples
+from eigendecomp.decomposition import Decomposition
+from eigendecomp.directions import Directions
+from eigendecomp.target import Target
+
+Move = Callable[[float], AbstractContextManager[nn.Module]]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moves
+
+
+def along(d: Decomposition, steps: int | Mapping[int, float]) -> Move:
+    """δ ↦ the model with its parameters moved by δ along one direction, or by δ times these steps along several."""
+    share = {steps: 1.0} if isinstance(steps, int) else dict(steps)
+    return lambda delta: d.perturbed({number: delta * part for number, part in share.items()})
+
+
+def displaced(model: nn.Module, change: Mapping[str, Tensor]) -> Move:
+    """δ ↦ the model with δ times ``change`` added to the parameters it names; bit for bit restored afterwards.
+
+    Raises:
+        ValueError: if the model has no such parameter, or its shape differs.
+    """
+    named = dict(model.named_parameters())
+    for name, value in change.items():
+        if name not in named:
+            raise ValueError(f"the model has no parameter {name!r}")
+        if named[name].numel() != value.numel():
+            raise ValueError(f"the change of {name!r} has shape {tuple(value.shape)}, not {tuple(named[name].shape)}")
+
+    @contextmanager
+    def move(delta: float) -> Iterator[nn.Module]:
+        kept = {name: named[name].detach().clone() for name in change}
+        try:
+            with torch.no_grad():
+                for name, value in change.items():
+                    named[name].add_(delta * value.view_as(named[name]))
+            yield model
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    named[name].copy_(value)
+
+    return move
+
+
+def low_rank(directions: Directions, number: int) -> dict[str, Tensor]:
+    """One direction as a change of the weights, for :func:`displaced`."""
+    return {name: directions.select([number]).dense(name)[0] for name in directions.shapes}
+
+
+def gradient(
+    model: nn.Module, inputs: Inputs, loss: Callable[[Tensor], Tensor], parameters: Sequence[str] = ("*",)
+) -> dict[str, Tensor]:
+    """The unit change of the weights that lowers ``loss(outputs)`` fastest, for :func:`displaced`."""
+    target, examples = Target(model, parameters), as_examples(inputs)
+    values = {name: p.detach().clone().requires_grad_() for name, p in target.chosen.items()}
+    grads = torch.autograd.grad(loss(target.call(examples, values).flatten(0, 1)), list(values.values()))
+    norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
+    return {name: -grad / norm for name, grad in zip(values, grads, strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Effects
+
+
+@dataclass
+class Probe:
+    """Inputs on which effects are measured, with the outputs of the unmoved model."""
+
+    model: nn.Module
+    inputs: Inputs
+    base: Float[Tensor, "n k"] = field(init=False)
+    unit: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.base = self.outputs(self.model)
+        self.unit = (self.base - self.base.mean(0)).square().sum(-1).mean().sqrt().item()
+        if not self.unit > 0:
+            raise ValueError("the output is the same for all inputs, so there is no unit to measure its changes in")
+
+    @torch.no_grad()
+    def outputs(self, model: nn.Module) -> Float[Tensor, "n k"]:
+        return Target(model).call(as_examples(self.inputs)).flatten(0, 1)
+
+    def change(self, move: Move, delta: float) -> Float[Tensor, "n k"]:
+        """f_δ(x) − f(x), in standard deviations of the output."""
+        with move(delta) as model:
+            return (self.outputs(model) - self.base) / self.unit
+
+    def effect(self, move: Move, delta: float) -> Float[Tensor, " n"]:
+        """How far each sample's output moves, in standard deviations of the output."""
+        return self.change(move, delta).norm(dim=-1)
+
+    def step_for(self, move: Move, on: Bool[Tensor, " n"], level: float, *, largest: float = 1e4) -> float:
+        """The smallest step found that moves the samples ``on`` by ``level`` on average.
+
+        Raises:
+            ValueError: if no step up to ``largest`` does.
+        """
+        high = 1e-3
+        while self.effect(move, high)[on].mean() < level:
+            high *= 2
+            if high > largest:
+                raise ValueError(f"no step up to {largest:g} moves the samples by {level:g} standard deviations")
+        low = high / 2
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.effect(move, middle)[on].mean() < level else (low, middle)
+        return high
+
+    def selectivity(self, move: Move, on: Bool[Tensor, " n"], level: float) -> float:
+        """The mean effect on the samples ``on`` over the mean effect elsewhere, where the former is ``level``."""
+        effect = self.effect(move, self.step_for(move, on, level))
+        return (effect[on].mean() / effect[~on].mean().clamp_min(1e-12)).item()
+
+
+def predicted(d: Decomposition, probe: Probe) -> Float[Tensor, "n v"]:
+    """‖J u‖ in standard deviations of the output: each sample's effect of a unit step, to first order."""
+    from eigendecomp.divergence import SquaredError  # S = 2I, whatever the fit's divergence
+
+    examples = as_examples(probe.inputs)
+    return push_forward(d.target, SquaredError(), d.decoder, examples).norm(dim=-1) / (2**0.5 * probe.unit)
+
+
+def interference(d: Decomposition, a: tuple[int, float], b: tuple[int, float], probe: Probe) -> float:
+    """How far two moves fail to add: ‖Δ_ab − Δ_a − Δ_b‖ / ‖Δ_a + Δ_b‖ over all samples."""
+    one, two = (probe.change(along(d, number), delta) for number, delta in (a, b))
+    both = probe.change(along(d, dict([a, b])), 1.0)
+    return ((both - one - two).norm() / (one + two).norm()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning changes
+
+
+@dataclass
+class Tuned:
+    """A change of the weights that was learned, how it is written, and what it did step by step."""
+
+    change: dict[str, Tensor]
+    free: list[Tensor]  # the numbers that were learned
+    path: list[dict[str, float]]
+
+    @property
+    def size(self) -> int:
+        return sum(tensor.numel() for tensor in self.free)
+
+
+class Subspace:
+    """w + Σ_v s_v u_v: one scalar for each of some directions."""
+
+    def __init__(self, d: Decomposition, numbers: Sequence[int]) -> None:
+        few = d.decoder.select(list(numbers))
+        self.rows = {name: few.dense(name).detach() for name in few.shapes}
+        self.free = [torch.zeros(len(numbers), requires_grad=True)]
+
+    def __call__(self) -> dict[str, Tensor]:
+        return {name: torch.tensordot(self.free[0], row, 1) for name, row in self.rows.items()}
+
+
+class Full:
+    """w + Δ, every number free."""
+
+    def __init__(self, target: Target) -> None:
+        self.change = {name: torch.zeros(shape, requires_grad=True) for name, shape in target.shapes.items()}
+        self.free = list(self.change.values())
+
+    def __call__(self) -> dict[str, Tensor]:
+        return self.change
+
+
+class LoRA:
+    """W + BA of a given rank for every matrix, B zero at the start; other tensors stay."""
+
+    def __init__(self, target: Target, rank: int, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        shapes = {name: shape for name, shape in target.shapes.items() if len(shape) == 2}
+        self.names = list(shapes)
+        self.free = []
+        for rows, columns in shapes.values():
+            a = torch.randn(rank, columns, generator=draw) / columns**0.5
+            self.free += [torch.zeros(rows, rank, requires_grad=True), a.requires_grad_()]
+
+    def __call__(self) -> dict[str, Tensor]:
+        pairs = zip(self.names, self.free[::2], self.free[1::2], strict=True)
+        return {name: b @ a for name, b, a in pairs}
+
+
+def tune(
+    target: Target,
+    change: Subspace | Full | LoRA,
+    inputs: Inputs,
+    loss: Callable[[Float[Tensor, "n k"]], Tensor],
+    *,
+    until: float = 0.0,
+    steps: int = 500,
+    learning_rate: float = 1e-2,
+    watch: Callable[[dict[str, Tensor]], dict[str, float]] | None = None,
+) -> Tuned:
+    """Lower ``loss(outputs)`` on the inputs with Adam by what ``change`` leaves free, until it is ``until`` or less.
+
+    ``watch`` is asked for other numbers of the changed weights at every tenth step. The model itself stays as it is.
+    """
+    examples = as_examples(inputs)
+    optimizer = torch.optim.Adam(change.free, lr=learning_rate, fused=True)
+    path = []
+    for step in range(steps + 1):
+        moved = change()
+        values = {name: p.detach() + moved[name] if name in moved else p for name, p in target.chosen.items()}
+        value = loss(target.call(examples, values).flatten(0, 1))
+        done = value.item() <= until or step == steps
+        if watch is not None and (step % 10 == 0 or done):
+            path.append({"step": step, "loss": value.item(), **watch({k: v.detach() for k, v in moved.items()})})
+        if done:
+            break
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    return Tuned({name: value.detach().clone() for name, value in change().items()}, change.free, path)

@@ -1,0 +1,116 @@
+"""Circles in superposition: every feature is an angle with a radius, and the network doubles the angle.
+
+A circle lies in a plane of the input space, is on in few samples, and (r cos θ, r sin θ) there has to become
+(r cos 2θ, r sin 2θ) in two outputs of its own. All planes pass through one layer of fewer dimensions than they have
+together. A circle is no direction of any layer: what a sample does with it is a point on a closed curve.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Doubler(nn.Module):
+    """x ↦ out(GELU(hidden(embed(x)))), where ``embed`` is linear and narrow: the circles share its dimensions."""
+
+    def __init__(self, inputs: int, width: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(inputs, width, bias=False)
+        self.hidden = nn.Linear(width, hidden)
+        self.gelu = nn.GELU()
+        self.out = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Float[Tensor, "n inputs"]) -> Float[Tensor, "n outputs"]:
+        return self.out(self.gelu(self.hidden(self.embed(x))))
+
+
+def planes(circles: int, inputs: int, seed: int) -> Float[Tensor, "circles 2 inputs"]:
+    """Two orthonormal rows for each circle, at random, orthogonal to the other circles'."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(inputs, 2 * circles, generator=draw)).Q.T.unflatten(0, (circles, 2))
+
+
+def point(angle: Tensor, radius: Tensor | float = 1.0) -> Float[Tensor, "... 2"]:
+    """The point of a plane at an angle."""
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+
+
+def data(
+    n: int,
+    planes: Float[Tensor, "circles 2 inputs"],
+    generator: torch.Generator,
+    *,
+    active: float = 0.1,
+    none_empty: bool = False,
+) -> tuple[Float[Tensor, "n inputs"], Float[Tensor, "n outputs"]]:
+    """Inputs and the outputs wanted; each circle is on with probability ``active``, its radius in [0.5, 1].
+
+    With ``none_empty`` only samples with a circle on are returned.
+    """
+    circles = len(planes)
+    size = int(n / (1 - (1 - active) ** circles) * 1.1) + 100 if none_empty else n
+    on = torch.rand(size, circles, generator=generator) < active
+    angle = 2 * math.pi * torch.rand(size, circles, generator=generator)
+    radius = on * (0.5 + 0.5 * torch.rand(size, circles, generator=generator))
+    if none_empty:
+        angle, radius = angle[on.any(1)][:n], radius[on.any(1)][:n]
+    return torch.einsum("ncp,cpi->ni", point(angle, radius), planes), point(2 * angle, radius).flatten(1)
+
+
+def around(
+    planes: Float[Tensor, "circles 2 inputs"], points: int, radius: float = 0.75
+) -> tuple[Float[Tensor, " points"], Float[Tensor, "circles points inputs"]]:
+    """Angles, and the inputs of each circle on alone at them."""
+    angle = 2 * math.pi * torch.arange(points) / points
+    return angle, torch.einsum("np,cpi->cni", point(angle, radius), planes)
+
+
+def train(
+    planes: Float[Tensor, "circles 2 inputs"],
+    width: int,
+    hidden: int,
+    *,
+    seed: int,
+    active: float = 0.1,
+    steps: int = 5000,
+    batch: int = 512,
+    learning_rate: float = 6e-3,
+) -> tuple[Doubler, float, float]:
+    """A trained network, its squared error on fresh data and the share of the outputs' variance it explains.
+
+    The embedded planes are held at one length, or a few would be stretched and the sizes of the circles' gradients
+    would differ by an order of magnitude.
+    """
+    circles, _, inputs = planes.shape
+    generator = torch.Generator().manual_seed(seed)
+    model = Doubler(inputs, width, hidden, 2 * circles)
+    weights = (model.embed.weight, model.hidden.weight, model.out.weight)
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
+        for bias in (model.hidden.bias, model.out.bias):
+            bias.zero_()
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        x, y = data(batch, planes, generator, active=active)
+        optimizer.zero_grad()
+        (model(x) - y).square().sum(-1).mean().backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            weights[0].copy_(same_length(weights[0], planes))
+    with torch.no_grad():
+        x, y = data(20_000, planes, generator, active=active)
+        left = (model(x) - y).square().sum()
+        return model.eval(), left.item() / len(x), 1 - (left / (y - y.mean(0)).square().sum()).item()
+
+
+def same_length(
+    embed: Float[Tensor, "width inputs"], planes: Float[Tensor, "circles 2 inputs"]
+) -> Float[Tensor, "width inputs"]:
+    """The embedding with every plane's image scaled to norm √2, and nothing outside the planes."""
+    image = torch.einsum("wi,cpi->cwp", embed, planes)
+    return torch.einsum("cwp,cpi->wi", image * 2**0.5 / image.norm(dim=(1, 2), keepdim=True), planes)

@@ -1,0 +1,497 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Acting along directions, and a map of how they interact
+#
+# A direction is a handle on the weights. This notebook moves along directions of two models whose truth is known, the
+# toy model of superposition (five features in two dimensions, all weights decomposed) and the six circles (the
+# embedding decomposed), and finds:
+#
+# - the first-order prediction $\delta\,\|J u\|$ holds within a few per cent up to about half a standard deviation of
+#   the output;
+# - **at equal effect** on the samples meant, a direction disturbs the others less than a gradient step, random
+#   directions of the same rank and both ways of steering along an autoencoder's units do. In the toy model, where the
+#   outputs of features overlap, the lead over the gradient step is small; an autoencoder's unit that is on for its
+#   feature alone, scaled in proportion, disturbs nothing else at all, but few units are like that;
+# - a feature is turned off by one or three scalars, with less left of it and less damage than when the autoencoder's
+#   units are silenced; moves of different features nearly add;
+# - a few scalars along directions change one behaviour with less damage than LoRA or full fine-tuning;
+# - the cross-curvature of directions separates the pairs of features that interact from those that do not.
+#
+# What favours us: the circles' directions are of the embedding, whose gradients for one circle cannot touch the
+# planes of the others; fine-tuning the embedding alone has the same advantage and is given beside ours.
+#
+# Effects are changes of the output in its standard deviation over held-out samples.
+
+# %% tags=["parameters"]
+features, hidden = 5, 2
+circles, inputs, width, units = 6, 72, 10, 64
+seeds = [0, 1, 2, 3, 4]  # of the fits; targets have seed 0
+level = 0.25  # standard deviations: the effect on the samples meant at which moves are compared
+samples = 1024
+
+# %%
+import warnings
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+
+import eigendecomp as ed
+from eigendecomp import baselines, interaction, interventions, metrics, plots, results, sae
+from eigendecomp.interventions import Move, along, displaced
+from eigendecomp.targets import manifold, product, tms
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+plots.style()
+smoke = results.profile() == "smoke"
+steps, target_steps, sae_steps = (60, 300, 60) if smoke else (600, 4000, 1500)
+if smoke:
+    seeds, samples = seeds[:1], 256
+report = results.Results(
+    "interventions", features=features, hidden=hidden, circles=circles, inputs=inputs, width=width, units=units,
+    seeds=seeds, level=level, samples=samples,
+)  # fmt: skip
+
+
+CAP = 1e4  # a selectivity above this is recorded as this
+
+
+def draw(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# %% [markdown]
+# ## Two models
+#
+# For each: the model, a decomposition for every seed, held-out samples, which features each sample has on, the
+# feature that owns each direction (by impact on samples with one feature on), and an autoencoder on its hidden layer.
+
+# %%
+trained, _ = tms.train(features, hidden, tied=False, seed=0, steps=target_steps)
+toy = torch.nn.Sequential(
+    torch.nn.Linear(features, hidden, bias=False), torch.nn.Linear(hidden, features), torch.nn.ReLU()
+)
+with torch.no_grad():
+    for p, (_, value) in zip(toy.parameters(), trained.named_parameters(), strict=True):
+        p.copy_(value.mT if value.ndim == 2 else value)
+toy_x = tms.data(8192, features, draw(1), none_empty=True)
+toy_test = tms.data(samples, features, draw(2), none_empty=True)
+toy_fits = [
+    ed.decompose(
+        toy, toy_x, n_directions=features, sparsity=ed.BatchTopK(0.1), steps=steps, learning_rate=3e-2, seed=seed,
+        progress=False,
+    )
+    for seed in seeds
+]  # fmt: skip
+
+# %%
+planes = manifold.planes(circles, inputs, 0)
+doubler, _, explained = manifold.train(planes, width, units, seed=0, steps=target_steps)
+circle_x, _ = manifold.data(8192, planes, draw(1), none_empty=True, active=0.05)
+circle_on = torch.einsum("ni,cpi->ncp", circle_x, planes).norm(dim=-1) > 0.1
+circle_x = circle_x[circle_on.sum(1) == 1]
+circle_test, _ = manifold.data(samples, planes, draw(2), none_empty=True)
+circle_fits = [
+    ed.decompose(
+        doubler, circle_x, reference=ed.Constant(0.0), parameters=["embed.weight"], n_directions=24, rank=3,
+        factorization="tucker", tied=True, sparsity=ed.BatchTopK(1.6 / 24, warmup=0.1, auxiliary=0.02), steps=steps,
+        batch_size=128, learning_rate=3e-2, seed=seed, progress=False,
+    )
+    for seed in seeds
+]  # fmt: skip
+
+
+# %%
+class Case:
+    """A model with its fits, what is on in each held-out sample, and an autoencoder."""
+
+    def __init__(self, name, model, layer, fits, x, test, on, single, kept, rows):
+        self.name, self.model, self.layer, self.fits = name, model, layer, fits
+        self.probe, self.on, self.single = interventions.Probe(model, test), on, single
+        with torch.no_grad():
+            read = model.get_submodule(layer)
+            self.sae = sae.train(read(x), rows, kept, seed=0, steps=sae_steps, batch_size=256)
+            z = self.sae.encode(read(single.flatten(0, 1))).unflatten(0, single.shape[:2])
+        self.sae_energy = z.square().mean(1)
+
+    def energy(self, d):
+        return d.impact(self.single.flatten(0, 1)).unflatten(0, self.single.shape[:2]).square().mean(1)
+
+
+one_hot = torch.linspace(0.25, 1, 8).view(1, 8, 1) * torch.eye(features).unsqueeze(1)
+around = manifold.around(planes, 48)[1]
+test_on = torch.einsum("ni,cpi->ncp", circle_test, planes).norm(dim=-1) > 0.1
+cases = [
+    Case("toy model", toy, "0", toy_fits, toy_x, toy_test, toy_test > 0.1, one_hot, 0.9, features),
+    Case("circles", doubler, "embed", circle_fits, circle_x, circle_test, test_on, around, 1.6, 24),
+]
+report.record(circles_r2=explained)
+
+# %% [markdown]
+# ## How far the local picture holds
+#
+# Each direction's samples are those where its owner is on. Predicted is the mean of $\delta\,\|J u\|$ over them, real
+# the mean change of the output. One line a direction of the first fit, steps in both senses.
+
+
+# %%
+def owners(case: Case, d: ed.Decomposition) -> tuple[list[int], torch.Tensor]:
+    """The directions that carry at least 5% of their owner's squared impact, and all owners."""
+    energy = case.energy(d)
+    share = energy.amax(0) / energy.sum(1)[energy.argmax(0)]
+    return [int(v) for v in (share > 0.05).nonzero()[:, 0]], energy.argmax(0)
+
+
+def response(case: Case, d: ed.Decomposition, v: int, on: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Real effects of both senses at steps whose predicted effects are ``wanted``."""
+    unit = interventions.predicted(d, case.probe)[on, v].mean()
+    return torch.stack([case.probe.effect(along(d, v), float(s / unit))[on].mean() for s in wanted])
+
+
+wanted = torch.logspace(-2, 0.5, 11)
+figure, axes = plots.panels(1, 2, height=2.3, width=5.0)
+local = {}
+for ax, case in zip(axes, cases, strict=True):
+    d = case.fits[0]
+    numbers, owner = owners(case, d)
+    both_senses = [(v, sign) for v in numbers for sign in (1, -1)]
+    real = torch.stack([response(case, d, v, case.on[:, owner[v]], sign * wanted) for v, sign in both_senses])
+    ax.plot(wanted, wanted, color="black", ls=":", label="as predicted")
+    ax.plot(wanted, real.T, color=plots.OURS, lw=0.6, alpha=0.5)
+    ax.plot(wanted, real.median(0).values, color=plots.COLORS[1], lw=1.6, label="median")
+    ax.set(xscale="log", yscale="log", xlabel="predicted effect (standard deviations)", title=case.name)
+    local[case.name] = {"predicted": wanted, "real_over_predicted": (real / wanted).mean(0),
+                        "lowest": (real / wanted).amin(0), "highest": (real / wanted).amax(0)}  # fmt: skip
+axes[0].set_ylabel("real effect")
+axes[0].legend()
+report.figure("local", figure)
+report.record(local=local)
+
+# %% [markdown]
+# ## Selectivity at equal effect
+#
+# Every move is scaled until the samples meant (the owner is on) move by a quarter of a standard deviation on average;
+# selectivity is that over the mean effect on all other samples. For a direction the sense is the one that is more
+# selective, and so it is for every other move. Compared:
+#
+# - **direction**: a decoder row; **encoder row**: the row that reads (the same where the fit is tied);
+# - **gradient**: one step that raises the squared output of the samples meant, on the same weights;
+# - **random**: rows of the same rank;
+# - **SAE, add**: the unit's row added to the hidden layer on every sample, as steering is usually done;
+# - **SAE, scale**: only where the unit is on, in proportion to its activation.
+
+
+# %%
+def best(case: Case, move, on: torch.Tensor) -> float | None:
+    """The more selective sense of a move; None if neither reaches the level."""
+    found = []
+    for sign in (1.0, -1.0):
+        try:
+            found.append(case.probe.selectivity(lambda s, sign=sign: move(sign * s), on, level))
+        except ValueError:  # no step has this effect
+            continue
+    return max(found, default=None)
+
+
+def steering(case: Case, unit: int, how):
+    return lambda s: case.sae.steered(case.model, case.layer, {unit: s}, how=how)
+
+
+def weight_moves(case: Case, d: ed.Decomposition, seed: int) -> Iterator[tuple[str, int, Move]]:
+    """(method, feature, move) for everything that changes weights."""
+    numbers, owner = owners(case, d)
+    rows = metrics.encoder_rows(d)
+    patterns, s = list(d.settings.parameters), d.settings
+    random = baselines.random_directions(d.decoder.shapes, len(numbers), s.rank, s.factorization, seed=seed)
+    for i, v in enumerate(numbers):
+        feature = int(owner[v])
+        yield "direction", feature, along(d, v)
+        if not s.tied:
+            yield "encoder row", feature, along(rows, v)
+        yield "random", feature, displaced(case.model, interventions.low_rank(random, i))
+    for feature in sorted({int(owner[v]) for v in numbers}):
+        x = case.probe.inputs[case.on[:, feature]]
+        change = interventions.gradient(case.model, x, lambda f: -f.square().sum(-1).mean(), patterns)
+        yield "gradient", feature, displaced(case.model, change)
+
+
+def unit_moves(case: Case) -> Iterator[tuple[str, int, Move]]:
+    """(method, feature, move) for every unit of the autoencoder that carries 5% of its owner's energy."""
+    energy = case.sae_energy
+    share = energy.amax(0) / energy.sum(1)[energy.argmax(0)].clamp_min(1e-12)
+    for unit in (share > 0.05).nonzero()[:, 0].tolist():
+        for how in ("add", "scale"):
+            yield f"SAE, {how}", int(energy.argmax(0)[unit]), steering(case, unit, how)
+
+
+rows = []
+for case in cases:
+    moves = [(seed, *move) for seed, d in zip(seeds, case.fits, strict=True) for move in weight_moves(case, d, seed)]
+    for seed, method, feature, move in moves + [(0, *move) for move in unit_moves(case)]:
+        value = best(case, move, case.on[:, feature])
+        rows.append({"model": case.name, "method": method, "seed": seed, "feature": feature, "selectivity": value})
+selectivity = pd.DataFrame(rows)
+report.table("moves", selectivity)
+selectivity["selectivity"] = selectivity["selectivity"].clip(upper=CAP)
+pd.DataFrame(selectivity.groupby(["model", "method"])["selectivity"].describe()).round(2)
+
+# %%
+METHODS = {"direction": plots.OURS, "encoder row": plots.COLORS[5], "gradient": plots.PCA, "random": plots.RANDOM,
+           "SAE, add": plots.SAE, "SAE, scale": plots.COLORS[4]}  # fmt: skip
+
+
+def strips(ax, rows: pd.DataFrame, key: str, value: str, colors: dict[str, str]) -> list[str]:
+    """One row of points for each kind, with a bar at the median."""
+    here = [kind for kind in colors if kind in set(rows[key])]
+    for i, kind in enumerate(here):
+        values = torch.tensor(rows.loc[rows[key] == kind, value].tolist())
+        shift = 0.5 * (torch.rand(len(values), generator=draw(i)) - 0.5)
+        ax.plot(values, i + shift, "o", color=colors[kind], ms=2.5, alpha=0.5, mew=0)
+        ax.plot([values.median()] * 2, [i - 0.36, i + 0.36], color="black", lw=1.5)
+    ax.set(yticks=range(len(here)), yticklabels=here)
+    ax.invert_yaxis()
+    return here
+
+
+figure, axes = plots.panels(1, 2, height=2.2)
+for ax, case in zip(axes, cases, strict=True):
+    strips(ax, selectivity.query("model == @case.name").dropna(), "method", "selectivity", METHODS)
+    ax.axvline(1, color="0.7", lw=0.8, zorder=0)
+    ax.set(xscale="log", title=case.name, xlabel="effect on the samples meant / on the others")
+report.figure("selectivity", figure)
+
+
+def summary(rows: pd.DataFrame, columns: list[str]) -> dict:
+    """Spread and median of each column by what the rows' ``key`` says, leaving out what is missing."""
+    found = {key: {} for key in sorted(set(rows["key"]))}
+    for key, entry in found.items():
+        for name in columns:
+            values = [float(v) for k, v in zip(rows["key"], rows[name], strict=True) if k == key and v == v]
+            entry[name] = results.spread(values) | {"median": torch.tensor(values).median()}
+    return found
+
+
+selectivity["key"] = selectivity["model"] + ", " + selectivity["method"]
+report.record(
+    selectivity=summary(selectivity, ["selectivity"]),
+    moves_without_enough_effect=len(selectivity) - len(selectivity.dropna()),
+)
+
+# %% [markdown]
+# ## Turning a feature off
+#
+# One scalar for each direction that the feature owns, learned so that its own outputs vanish on samples that have it
+# on alone; and the autoencoder's way, its owned units set to zero. What is left of the feature's own output, and what
+# happened to the samples that do not have it.
+
+
+# %%
+def own_outputs(case: Case, feature: int) -> slice:
+    wide = case.probe.base.shape[1] // case.on.shape[1]
+    return slice(feature * wide, (feature + 1) * wide)
+
+
+def aftermath(case: Case, move, feature: int) -> dict:
+    part, on = own_outputs(case, feature), case.on[:, feature]
+    change = case.probe.change(move, 1.0) * case.probe.unit
+    left = (case.probe.base + change)[on, part].norm() / case.probe.base[on, part].norm()
+    return {"left": left.item(), "elsewhere": (change[~on].norm(dim=-1).mean() / case.probe.unit).item()}
+
+
+def turn_off(case: Case, d: ed.Decomposition, feature: int) -> dict:
+    numbers, owner = owners(case, d)
+    mine, part = [v for v in numbers if owner[v] == feature], own_outputs(case, feature)
+    tuned = interventions.tune(
+        d.target, interventions.Subspace(d, mine), case.single[feature], lambda f: f[:, part].square().sum(-1).mean(),
+        steps=200, learning_rate=0.05,
+    )  # fmt: skip
+    return aftermath(case, displaced(case.model, tuned.change), feature)
+
+
+def silence(case: Case, feature: int) -> dict:
+    mine = (case.sae_energy.argmax(0) == feature).nonzero()[:, 0].tolist()
+    steps = dict.fromkeys(mine, -1.0)
+    return aftermath(case, lambda s: case.sae.steered(case.model, case.layer, steps, how="scale"), feature)
+
+
+rows = []
+for case in cases:
+    for feature in range(case.on.shape[1]):
+        for d in case.fits:
+            if any(owners(case, d)[1][v] == feature for v in owners(case, d)[0]):
+                rows.append({"model": case.name, "method": "directions", **turn_off(case, d, feature)})
+        rows.append({"model": case.name, "method": "SAE", **silence(case, feature)})
+off = pd.DataFrame(rows)
+off["key"] = off["model"] + ", " + off["method"]
+report.record(turned_off=summary(off, ["left", "elsewhere"]))
+report.table("off", pd.DataFrame(off.groupby("key")[["left", "elsewhere"]].mean()).reset_index()).round(3)
+
+# %% [markdown]
+# ## Two at once
+#
+# Two moves, each of half a standard deviation on its own samples. The table gives $\|\Delta_{ab} - \Delta_a -
+# \Delta_b\| / \|\Delta_a + \Delta_b\|$: zero where effects add.
+
+# %%
+rows = []
+for case in cases:
+    d = case.fits[0]
+    numbers, owner = owners(case, d)
+    sizes = {v: case.probe.step_for(along(d, v), case.on[:, owner[v]], 2 * level) for v in numbers}
+    for i, a in enumerate(numbers):
+        for b in numbers[i + 1 :]:
+            value = interventions.interference(d, (a, sizes[a]), (b, sizes[b]), case.probe)
+            kind = "one feature" if owner[a] == owner[b] else "two features"
+            rows.append({"model": case.name, "directions of": kind, "does not add": value})
+both = pd.DataFrame(rows)
+both["key"] = both["model"] + ", " + both["directions of"]
+report.record(two_at_once=summary(both, ["does not add"]))
+pd.DataFrame(both.groupby("key")["does not add"].describe()).round(3)
+
+# %% [markdown]
+# ## Fine-tuning in a subspace
+#
+# The behaviour to change: one feature's own output is to be half of what it is. Only samples with this feature on
+# alone are given. Each method stops when the squared error is down to 10% of what it was, so that success is equal;
+# damage is the mean change on held-out samples without the feature. Full fine-tuning and LoRA are run on all weights,
+# and, for the circles, also on the embedding alone, which is what our directions move.
+
+
+# %%
+def halve(case: Case, feature: int, change, patterns=("*",)) -> dict:
+    part, x = own_outputs(case, feature), case.single[feature]
+    with torch.no_grad():
+        goal = case.model(x)
+    goal[:, part] *= 0.5
+
+    def loss(f):
+        return (f - goal).square().sum(-1).mean()
+
+    start = goal[:, part].square().sum(-1).mean().item()
+    target = interventions.Target(case.model, list(patterns))
+    tuned = interventions.tune(target, change(target), x, loss, until=0.1 * start, steps=1000, learning_rate=0.01)
+    effect = case.probe.effect(displaced(case.model, tuned.change), 1.0)
+    with displaced(case.model, tuned.change)(1.0) as model, torch.no_grad():
+        reached = loss(model(x)).item() / start
+    return {"numbers": tuned.size, "error left": reached, "damage": effect[~case.on[:, feature]].mean().item()}
+
+
+def ways(case: Case, feature: int):
+    patterns = case.fits[0].settings.parameters
+    for d in case.fits:
+        numbers, owner = owners(case, d)
+        mine = [v for v in numbers if owner[v] == feature]
+        if mine:
+            yield "own directions", halve(case, feature, lambda t, d=d, m=mine: interventions.Subspace(d, m), patterns)
+    for seed in seeds:
+        yield "LoRA, rank 1", halve(case, feature, lambda t, seed=seed: interventions.LoRA(t, 1, seed))
+    yield "all weights", halve(case, feature, interventions.Full)
+    if patterns != ("*",):
+        yield "embedding only", halve(case, feature, interventions.Full, patterns)
+
+
+tuning = pd.DataFrame([
+    {"model": case.name, "feature": feature, "way": way, **outcome}
+    for case in cases for feature in range(case.on.shape[1]) for way, outcome in ways(case, feature)
+])  # fmt: skip
+report.table("tuning", tuning)
+tuning["key"] = tuning["model"] + ", " + tuning["way"]
+pd.DataFrame(tuning.groupby("key")[["numbers", "error left", "damage"]].mean()).round(4)
+
+# %%
+report.record(tuning=summary(tuning, ["numbers", "error left", "damage"]))
+figure, axes = plots.panels(1, 2, height=1.9)
+WAYS = {"own directions": plots.OURS, "embedding only": plots.COLORS[5], "LoRA, rank 1": plots.PCA,
+        "all weights": plots.SAE}  # fmt: skip
+for ax, case in zip(axes, cases, strict=True):
+    rows = tuning.query("model == @case.name")
+    here = strips(ax, rows, "way", "damage", WAYS)
+    count = dict(zip(rows["way"], rows["numbers"], strict=True))
+    ax.set_yticklabels([f"{way} ({count[way]})" for way in here])
+    ax.set(title=case.name, xlabel="damage elsewhere (standard deviations)")
+    ax.set_xlim(left=-0.005)
+report.figure("tuning", figure)
+
+# %% [markdown]
+# In brackets: how many numbers are learned.
+#
+# ## Interactions
+#
+# A network with nine features and six outputs. Three pairs (0, 1), (2, 3) and (4, 5) share an output, $a + b + 2ab$,
+# for which their product is needed; features 6 to 8 have one each. Every output has hidden units of its own, in
+# random order, so the truth is known: features of a pair act on each other, no others do. Directions are learned on
+# sparse data, and the map, the normalised cross-curvature $\mathrm{E}[u_a^\top H u_b]$, is taken on denser samples in
+# which features meet.
+
+# %%
+pairs = ((0, 1), (2, 3), (4, 5))
+coupled, coupled_r2 = product.train(9, 8, pairs, seed=0, steps=target_steps // 2)
+sparse_x, _ = product.data(4096, 9, pairs, draw(1), active=0.05)
+dense_x, _ = product.data(2 * samples, 9, pairs, draw(2), active=0.3)
+
+
+def attempt(seed: int) -> ed.Decomposition:
+    return ed.decompose(
+        coupled, sparse_x, reference=ed.Constant(0.0), parameters=["hidden.weight"], n_directions=9, rank=2,
+        factorization="tucker", tied=True, sparsity=ed.BatchTopK(1.1 / 9), steps=steps, batch_size=128,
+        learning_rate=3e-2, seed=seed, progress=False,
+    )  # fmt: skip
+
+
+def best_of_three(seed: int) -> ed.Decomposition:
+    return min((attempt(seed + 10 * k) for k in range(3)), key=lambda d: d.reconstruction_error(sparse_x))
+
+
+coupled_fits = [best_of_three(seed) for seed in seeds]
+
+
+# %%
+def margin(d: ed.Decomposition) -> dict:
+    owner = d.impact(torch.eye(9)).argmax(0)
+    size, known = ed.interactions(d, dense_x).abs(), product.interacting(owner, pairs)
+    other = ~known & (owner.unsqueeze(0) != owner.unsqueeze(1))
+    weakest = size[known].min().item() if known.any() else 0.0
+    strongest = size[other].max().item()
+    return {"features owned": owner.unique().numel(), "weakest pair": weakest, "strongest other": strongest}
+
+
+margins = pd.DataFrame([{"seed": seed, **margin(d)} for seed, d in zip(seeds, coupled_fits, strict=True)])
+report.record(
+    interactions={key: results.spread(margins[key].tolist()) for key in margins if key != "seed"}
+    | {"separated_in_every_seed": bool((margins["weakest pair"] > margins["strongest other"]).all())},
+    interactions_r2=coupled_r2,
+)  # fmt: skip
+report.table("interactions", margins).round(3)
+
+# %%
+d = coupled_fits[0]
+owner, matrix = d.impact(torch.eye(9)).argmax(0), ed.interactions(d, dense_x)
+order = interaction.clustered(matrix)
+names = [str(int(owner[v])) for v in order]
+figure, (left, center, right) = plots.panels(1, 3, height=2.3)
+plots.heat(left, matrix[order][:, order], signed=True, rows=names, columns=names, limit=0.5, label="cross-curvature")
+used = interaction.together(d, dense_x)[order][:, order]
+plots.heat(center, used, signed=False, rows=names, columns=names, limit=0.5, label="used together")
+spot = {int(v): torch.tensor(2 * torch.pi * i / len(order)) for i, v in enumerate(order)}
+for a in spot:
+    for b in spot:
+        size = abs(float(matrix[a, b]))
+        if a < b and size > 0.1:
+            ends = torch.stack([spot[a], spot[b]])
+            right.plot(ends.cos(), ends.sin(), color=plots.OURS, lw=10 * size, zorder=1, solid_capstyle="round")
+for v, place in spot.items():
+    plots.node(right, float(place.cos()), float(place.sin()), "white", 13, str(int(owner[v])))
+right.set(aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), title="|cross-curvature| > 0.1")
+right.axis("off")
+left.set_ylabel("direction of feature")
+report.figure("interactions", figure)
+
+# %%
+report.write().name

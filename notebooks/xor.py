@@ -1,0 +1,350 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # XOR: six parameters, three directions
+#
+# The smallest network on which the method can be seen whole. Two inputs, two GELU units and their sum compute XOR with
+# six parameters. Three directions in the space of these parameters are learned from four gradients, one for each
+# input. What comes out:
+#
+# - Each of the inputs [0,1], [1,0] and [1,1] **owns one direction**, in every fitting seed.
+# - A direction has two sides. Its **decoder row** is the gradient of the input that owns it. Gradients of different
+#   inputs overlap here, so a step along a decoder row moves several outputs. Its **encoder row** reads the
+#   coefficient, and the fit turns it away from the gradients of the others: a step along it moves one output alone.
+# - Measured along encoder rows, each owner's activation stands out from the next by more than in the draft (4.1, 5.1
+#   and 2.1 times). Along decoder rows it cannot: rows that rebuild these gradients overlap as the gradients do.
+# - Neither principal components nor random directions tell the three inputs apart. A single set of rows for reading
+#   and writing, as in the draft, does so in some seeds and not in others.
+
+# %% tags=["parameters"]
+network_seed = 0
+other_networks = 5  # exact networks of other sizes, to see what depends on the one chosen
+fit_seeds = [0, 1, 2, 3, 4]
+l1 = 0.4  # weight of the L1 penalty; chosen, like the steps and the rate, on fitting seeds 100 to 104
+steps = 1000
+learning_rate = 0.05
+
+# %%
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+
+import eigendecomp as ed
+from eigendecomp import baselines, metrics, plots, results
+from eigendecomp.curvature import hessian_root
+from eigendecomp.targets import xor
+
+plots.style()
+if results.profile() == "smoke":
+    fit_seeds, other_networks, steps = fit_seeds[:2], 1, 300
+
+INPUTS = ["[0,0]", "[0,1]", "[1,0]", "[1,1]"]
+OWNERS = INPUTS[1:]
+DRAFT = torch.tensor([4.1, 5.1, 2.1])  # the draft's ratio of each owner's activation to the next, in this order
+CAP = 100.0  # a ratio above this is recorded as this: how nearly orthogonal rows become says nothing more
+report = results.Results(
+    "xor", network_seed=network_seed, fit_seeds=fit_seeds, l1=l1, steps=steps, learning_rate=learning_rate
+)
+
+# %% [markdown]
+# ## The network
+#
+# $$f(x, w) = \sum_{j=1}^{2} \mathrm{GELU}(W_j \cdot x + b_j), \qquad w = (W, b) \in \mathbb{R}^{6}.$$
+#
+# Six parameters and four equations leave a two-dimensional surface of networks that compute XOR without error, so the
+# lowest loss does not say which to take. We take the **smallest**: a penalty on $\|w\|^2$ fades away during training.
+# Up to the order of the two units it is the same one from every seed, with $b = 0$ and weights $\pm 1.26$: one unit
+# for $x_1$ without $x_2$, the other for $x_2$ without $x_1$.
+
+# %%
+model, loss = xor.train(network_seed)
+with torch.no_grad():
+    outputs = model(xor.INPUTS)[:, 0]
+report.record(
+    network={"W": model.W, "b": model.b, "squared_norm": sum(p.square().sum() for p in model.parameters())},
+    outputs=dict(zip(INPUTS, outputs.tolist(), strict=True)),
+    solved=loss < 1e-4,
+)
+pd.DataFrame({"input": INPUTS, "target": xor.OUTPUTS[:, 0].int(), "output": outputs.round(decimals=3)})
+
+# %% [markdown]
+# ## Four gradients that overlap
+#
+# The output is one number, so a sample's Jacobian is a single vector $J(x)$, the cotangent is a number, and
+#
+# $$H(x) = J^\top S J = 2\,J(x)^\top J(x), \qquad a_v(x) = \sqrt{u_v^\top H(x)\, u_v} = \sqrt{2}\,|J(x)\,u_v| .$$
+#
+# The whole problem is the geometry of four vectors in six dimensions. [0,1] and [1,0] go through different units, and
+# their gradients are close to orthogonal. [1,1] leaves both units at their threshold, half open, and shares parameters
+# with each of them: a cosine of 0.5. [0,0] uses the biases alone, and its gradient is short.
+
+# %%
+root = hessian_root(model, xor.INPUTS, ed.SquaredError())  # R with H = RᵀR: one row a sample here
+J = root[:, 0] / 2**0.5
+overlap = metrics.cosines(J, J)
+report.record(gradient_norms=dict(zip(INPUTS, J.norm(dim=1).tolist(), strict=True)), gradient_cosines=overlap)
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(0.75 * plots.PAGE, 2.0), width_ratios=[1.25, 1])
+plots.two_layer(left, model.W.detach(), model.b.detach(), limit=1.5, size=17)
+left.set_title("the network")
+plots.heat(right, overlap, signed=True, rows=INPUTS, columns=INPUTS, numbers=True, limit=1.0)
+right.set(title="cosine of gradients", aspect="equal")
+report.figure("network", figure)
+
+# %% [markdown]
+# The direction that rebuilds an input's gradient best is that gradient itself. What such directions separate can be
+# said before any fit, and it is less than the draft's ratios:
+
+# %%
+along_gradients = metrics.activation_along(root, torch.nn.functional.normalize(J[1:], dim=1))
+limit_decoder = metrics.ownership(along_gradients).by_feature(4)[1:]
+report.record(ratio_along_own_gradient=dict(zip(OWNERS, limit_decoder.tolist(), strict=True)))
+print("own over next activation, along each input's own gradient:")
+print("  ".join(f"{name} {ratio:.1f}" for name, ratio in zip(OWNERS, limit_decoder.tolist(), strict=True)))
+
+# %% [markdown]
+# ## The fit
+#
+# Encoder rows read $z = U_{\text{in}}\,g$, decoder rows rebuild $\hat g = U_{\text{out}}^\top z$, and the fit makes
+#
+# $$\frac{\sum\|g - \hat g\|^2}{\sum\|g\|^2} + \lambda\;\frac{\text{mean}\,\|z\|_1}{\sqrt{\text{mean}\,\|g\|^2}}$$
+#
+# small. Reference and sparsity are the draft's: $D'(f) = \sum_k f_k - c$, whose cotangent is 1, so that $g = J^\top$
+# for every sample, and an L1 penalty. One thing differs: encoder and decoder are **two sets of rows**, as in the
+# published method. The penalty then turns each encoder row away from the gradients that it need not read, until it is
+# one of the *dual* set, $\langle g_i, u_j \rangle = 0$ for $i \ne j$. A single set of rows cannot be both the
+# gradients and their duals. Rows have rank 1 in $W$.
+#
+# Weight, steps and learning rate were chosen on the fitting seeds 100 to 139, where this setting gave each input its
+# direction and passed the draft's ratios every time. The two other settings are the draft's own (one set, and the best
+# of four weights on seeds 100 to 115) and the published one. With four samples there is little for BatchTopK to choose
+# from: it keeps a third of the coefficients, which is one a sample.
+
+# %%
+DRAFT_LOSS = {"divergence": ed.OutputSum(), "reference": ed.Constant(), "batch_size": 4}
+SETTINGS = {
+    "two sets, L1, constant": {**DRAFT_LOSS, "sparsity": ed.L1(l1)},
+    "one set, L1, constant (draft)": {**DRAFT_LOSS, "sparsity": ed.L1(0.1), "tied": True},
+    "two sets, BatchTopK, other sample (published)": {"sparsity": ed.BatchTopK(1 / 3), "batch_size": 32},
+}
+
+
+def decompose(network, seed, **setting):
+    options = {"n_directions": 3, "steps": steps, "learning_rate": learning_rate, "progress": False}
+    return ed.decompose(network, xor.INPUTS, seed=seed, **options, **setting)
+
+
+fits = {name: [decompose(model, seed, **setting) for seed in fit_seeds] for name, setting in SETTINGS.items()}
+main = fits["two sets, L1, constant"]
+
+# %% [markdown]
+# `metrics.encoder_rows(d)` is the decomposition with its encoder rows, at unit norm, in the place of the directions,
+# so that `activation` and `perturbed` speak of them. With one output and cotangent 1 the coefficient *is* the
+# derivative of the output along the encoder row, $z_v(x) = J(x)\,u_v$, so impact and the activation along encoder rows
+# are the same up to scale.
+#
+# The draft's table, for fitting seed 0: each direction's activations, sorted.
+
+# %%
+def by_owner(d):
+    """The direction that each owner has, and its activations on the four inputs."""
+    strength = d.activation(xor.INPUTS)
+    order = metrics.ownership(strength).clearest(4)[1:]
+    return order, strength.T[order]
+
+
+SIDES = {"encoder row": metrics.encoder_rows(main[0]), "decoder row": main[0]}
+(_, encoder), (_, decoder) = (by_owner(d) for d in SIDES.values())
+rows = []
+for owner, read, written in zip(OWNERS, encoder, decoder, strict=True):
+    for i in read.argsort(descending=True).tolist():
+        values = {"encoder row": read[i].item(), "decoder row": written[i].item()}
+        rows.append({"owned by": owner, "input": INPUTS[i], **values})
+table = report.table("activations", pd.DataFrame(rows))
+table.style.format(precision=2).hide(axis="index")
+
+# %% [markdown]
+# The same as a picture, beside the two floors: the three leading principal components of the four gradients, and three
+# random directions. Encoder rows answer to one input each. They pay for it with length: per unit step, a row that
+# avoids three gradients moves its own output by two thirds, or half, of what the gradient itself would.
+
+# %%
+components = baselines.principal_directions(J, 3)
+random = [baselines.random_directions(main[0].target.shapes, 3, 1, seed=seed).flat() for seed in fit_seeds]
+maps = {
+    "encoder rows": encoder,
+    "decoder rows": decoder,
+    "principal components": metrics.activation_along(root, components).T,
+    "random": metrics.activation_along(root, random[0]).T,
+}
+figure, axes = plots.panels(1, 4, height=1.65, gridspec_kw={"width_ratios": [1, 1, 1, 1]})
+for ax, (name, values) in zip(axes, maps.items(), strict=True):
+    named = name.endswith("rows")
+    labels = OWNERS if named else ["1", "2", "3"]
+    plots.heat(ax, values, signed=False, rows=labels, columns=INPUTS, numbers=True, limit=2.3)
+    ax.set(title=name, xlabel="input", ylabel="direction of" if name == "encoder rows" else "")
+report.figure("activations", figure)
+
+# %% [markdown]
+# ## What the directions are
+#
+# A direction has the shape of the network, so it can be drawn as one: how each weight and bias changes in a step along
+# it. Decoder rows are the gradients. That of [0,1] is the weight from $x_2$ into the unit that it opens, and that
+# unit's bias; [1,0] is its mirror image; [1,1] is all weights and biases alike. Encoder rows are built from the same
+# parts and something that cancels: that of [0,1] raises its own unit and lowers the other, which [0,1] keeps shut
+# anyway, so that the two changes meet in [1,1] and [0,0] and undo each other. That of [1,1] is a weight that no other
+# input uses: the one from an input that is off, or into a unit that is shut.
+
+# %%
+def oriented(d):
+    """The direction of each owner and the sign with which a step along it raises the owner's output."""
+    order = by_owner(d)[0].tolist()
+    return [(v, (d.decoder.flat()[v] @ own).sign().item()) for v, own in zip(order, J[1:], strict=True)]
+
+
+figure, axes = plots.panels(2, 3, height=1.55, width=plots.PAGE)
+for k, (side, d) in enumerate(SIDES.items()):
+    rows = d.directions()
+    for ax, owner, (v, sign) in zip(axes[3 * k :], OWNERS, oriented(d), strict=False):
+        plots.two_layer(ax, sign * rows["W"][v].detach(), sign * rows["b"][v].detach(), limit=0.9, size=13)
+        ax.set_title(f"{side} of {owner}")
+report.figure("directions", figure)
+
+# %% [markdown]
+# ## Moving along them
+#
+# Activation is a derivative, and a step $w + \delta u_v$ is finite. The picture holds over steps half as long as the
+# weights: along an encoder row one output moves, along a decoder row others move with it.
+
+# %%
+deltas = torch.linspace(-0.6, 0.6, 25).tolist()
+
+
+STYLE = dict(zip(INPUTS, [("0.55", ":"), *((color, "-") for color in plots.COLORS[:3])], strict=True))
+figure, axes = plots.panels(2, 3, height=1.5, sharex=True, sharey=True)
+for k, (side, d) in enumerate(SIDES.items()):
+    for ax, owner, (v, sign) in zip(axes[3 * k :], OWNERS, oriented(d), strict=False):
+        moved = metrics.responses(d, xor.INPUTS, [sign * delta for delta in deltas], [v])[0, :, :, 0] - outputs
+        for name, line in zip(INPUTS, moved.T, strict=True):
+            color, dash = STYLE[name]
+            ax.plot(deltas, line, color=color, ls=dash, lw=2.2 if name == owner else 1.1, label=name)
+        ax.set_title(f"{side} of {owner}")
+handles = axes[0].get_legend_handles_labels()
+legend = figure.legend(*handles, title="input", title_fontsize=7, loc="outside right center")
+for handle in legend.legend_handles:
+    handle.set(linewidth=1.5)
+figure.supxlabel("step δ", size=8)
+figure.supylabel("change of the output", size=8)
+report.figure("moves", figure)
+
+# %% [markdown]
+# ## Over seeds, settings and floors
+#
+# For every fit: which of the three inputs own a direction, and the owner's activation over the next input's. A fit
+# *reaches the draft* if all three ratios are at least the draft's. The table gives medians over fits, with 0 for an
+# input that owns no direction.
+
+# %%
+def score(strength):
+    """Ratios of the three owners, 0 where one owns nothing."""
+    return metrics.ownership(strength).by_feature(4)[1:].clamp(max=CAP)
+
+
+ratios = {}
+for name, found in fits.items():
+    ratios[f"{name}: encoder rows"] = [score(metrics.encoder_rows(d).activation(xor.INPUTS)) for d in found]
+    if not name.startswith("one set"):
+        ratios[f"{name}: decoder rows"] = [score(d.activation(xor.INPUTS)) for d in found]
+ratios["principal components"] = [score(metrics.activation_along(root, components))]
+ratios["random directions"] = [score(metrics.activation_along(root, rows)) for rows in random]
+ratios = {name.replace("(draft): encoder rows", "(draft)"): torch.stack(values) for name, values in ratios.items()}
+
+
+def summary(name, values):
+    means = {owner: values[:, i].median().item() for i, owner in enumerate(OWNERS)}
+    owned = (values > 0).sum(1)
+    return {"rows": name, "fits": len(values), "all three owned": int((owned == 3).sum()), **means} | {
+        "reach the draft": int((values >= DRAFT).all(1).sum())
+    }
+
+
+table = report.table("settings", pd.DataFrame([summary(*item) for item in ratios.items()]))
+table.style.format(precision=1).hide(axis="index")
+
+# %%
+chosen = ratios["two sets, L1, constant: encoder rows"]
+report.record(
+    draft_ratio=dict(zip(OWNERS, DRAFT.tolist(), strict=True)),
+    ratio={owner: results.spread(chosen[:, i]) for i, owner in enumerate(OWNERS)},
+    ratio_cap=CAP,
+    owned=results.spread((chosen > 0).sum(1).double()),
+    seeds_that_reach_the_draft=int((chosen >= DRAFT).all(1).sum()),
+    seeds=len(fit_seeds),
+    settings=table.set_index("rows").to_dict("index"),
+    error={name: results.spread([d.reconstruction_error(xor.INPUTS) for d in found]) for name, found in fits.items()},
+)
+
+# %% [markdown]
+# Every fit as a point:
+
+# %%
+SHOWN = {
+    "two sets, L1, constant: encoder rows": ("encoder rows", plots.OURS, "o"),
+    "two sets, L1, constant: decoder rows": ("decoder rows", plots.COLORS[5], "s"),
+    "one set, L1, constant (draft)": ("one set (draft)", plots.COLORS[1], "^"),
+    "principal components": ("principal components", plots.PCA, "D"),
+    "random directions": ("random", plots.RANDOM, "v"),
+}
+figure, ax = plt.subplots(figsize=(0.75 * plots.PAGE, 2.2))
+for k, (name, (text, color, marker)) in enumerate(SHOWN.items()):
+    for i in range(3):
+        y = ratios[name][:, i].clamp(min=0.5)
+        x = i + 0.15 * (k - 2) + 0.02 * (torch.arange(len(y)) - (len(y) - 1) / 2)
+        ax.plot(x, y, marker, color=color, ms=4, mew=0, alpha=0.85, label=text if i == 0 else None)
+ax.hlines(DRAFT, torch.arange(3) - 0.42, torch.arange(3) + 0.42, color="black", lw=1, label="the draft's ratio")
+ax.set(yscale="log", xticks=range(3), xticklabels=OWNERS, xlabel="input", ylabel="own over next activation")
+ax.set_yticks([0.5, 1, 2, 5, 10, 20, 50, 100], ["owns none", "1", "2", "5", "10", "20", "50", "≥ 100"])
+ax.set_ylim(0.4, 140)
+ax.minorticks_off()
+ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+report.figure("seeds", figure)
+
+# %% [markdown]
+# ## Other networks that compute XOR
+#
+# Without the penalty on its size, training ends anywhere on the surface of exact networks, and there the gradient of
+# [1,1] comes within 40° of another. One fit for each of a few such networks, with nothing tuned again:
+
+# %%
+rows = []
+for seed in range(other_networks):
+    network, _ = xor.train(seed, penalty=0.0, steps=1000)
+    gradients = hessian_root(network, xor.INPUTS, ed.SquaredError())[1:, 0]
+    d = decompose(network, 0, **SETTINGS["two sets, L1, constant"])
+    values = score(metrics.encoder_rows(d).activation(xor.INPUTS)).tolist()
+    closest = metrics.cosines(gradients, gradients).fill_diagonal_(0).abs().max().item()
+    rows.append({"network": seed, "largest cosine": closest, **dict(zip(OWNERS, values, strict=True))})
+table = report.table("networks", pd.DataFrame(rows))
+report.record(
+    other_networks=table.to_dict("records"),
+    other_networks_all_owned=sum(all(row[owner] > 0 for owner in OWNERS) for row in rows),
+    other_networks_that_reach_the_draft=sum(all(row[o] >= r for o, r in zip(OWNERS, DRAFT.tolist())) for row in rows),
+)
+table.style.format(precision=2).hide(axis="index")
+
+# %% [markdown]
+# ## What to take from it
+#
+# Where gradients overlap, "the direction of a feature" is two things: what its gradient is made of, and what it alone
+# responds to. The decoder row is the first, the encoder row the second, and on a network as small as this one they
+# differ visibly. A single set of rows has to be both. It settles for nearly orthogonal rows, of which many rebuild
+# equally well, so that which ones come out depends on the seed.
+
+# %%
+report.write().name

@@ -1,0 +1,118 @@
+"""Moves, effects and learned changes, on a small network whose algebra is known."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import eigendecomp as ed
+from eigendecomp import interventions
+from eigendecomp.interventions import LoRA, Probe, Subspace, along, displaced
+from eigendecomp.target import Target
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3))
+
+
+@pytest.fixture(scope="module")
+def x() -> torch.Tensor:
+    return torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def d(model: nn.Module, x: torch.Tensor) -> ed.Decomposition:
+    return ed.decompose(model, x, n_directions=4, steps=30, sparsity=ed.BatchTopK(0.5), progress=False)
+
+
+def values(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_moves_leave_the_model_bit_identical_even_when_the_body_raises(model, x, d) -> None:
+    before = values(model)
+    change = {"0.weight": torch.randn(6, 4)}
+    for move in (along(d, 1), along(d, {0: 1.0, 2: -2.0}), displaced(model, change)):
+        with pytest.raises(RuntimeError, match="on purpose"), move(0.3) as moved:
+            assert not all(torch.equal(a, b) for a, b in zip(before, values(moved), strict=True))
+            raise RuntimeError("on purpose")
+        assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
+
+
+def test_a_direction_and_its_dense_form_move_the_model_alike(model, x, d) -> None:
+    probe = Probe(model, x)
+    dense = displaced(model, interventions.low_rank(d.decoder, 2))
+    torch.testing.assert_close(probe.change(along(d, 2), 0.7), probe.change(dense, 0.7))
+
+
+def test_displaced_refuses_what_does_not_fit(model) -> None:
+    with pytest.raises(ValueError, match="no parameter 'weight'"):
+        displaced(model, {"weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match="shape"):
+        displaced(model, {"0.weight": torch.zeros(3)})
+
+
+def test_predicted_effect_is_the_limit_of_the_real_one(model, x, d) -> None:
+    model = copy.deepcopy(model).double()
+    probe = Probe(model, x.double())
+    encoder, decoder = d.encoder.map(torch.Tensor.double), d.decoder.map(torch.Tensor.double)
+    exact = ed.Decomposition(Target(model), d.settings, encoder, decoder, d.threshold, d.pool.double(), d.history)
+    real = torch.stack([probe.effect(along(exact, v), 1e-6) / 1e-6 for v in range(4)], 1)
+    torch.testing.assert_close(interventions.predicted(exact, probe), real, rtol=1e-4, atol=1e-6)
+
+
+def test_effects_are_in_standard_deviations_and_matched_where_asked(model, x, d) -> None:
+    probe, on = Probe(model, x), torch.arange(64) < 20
+    shift = displaced(model, {"2.bias": torch.tensor([1.0, 0.0, 0.0])})
+    spread = (model(x) - model(x).mean(0)).square().sum(-1).mean().sqrt()
+    torch.testing.assert_close(probe.effect(shift, 2.0), (2.0 / spread.detach()).expand(64), rtol=1e-4, atol=1e-6)
+    assert probe.effect(shift, probe.step_for(shift, on, 0.3))[on].mean() == pytest.approx(0.3, rel=1e-3)
+    assert probe.selectivity(shift, on, 0.3) == pytest.approx(1.0, rel=1e-3)  # a bias moves all samples alike
+    nothing = displaced(model, {"0.weight": torch.zeros(6, 4)})
+    with pytest.raises(ValueError, match="no step"):
+        probe.step_for(nothing, on, 0.3)
+    with pytest.raises(ValueError, match="same for all"):
+        Probe(model, x[:1].expand(5, 4))
+
+
+def test_a_gradient_step_is_of_unit_norm_and_lowers_the_loss(model, x) -> None:
+    change = interventions.gradient(model, x, lambda f: f.square().sum(), ["0.*"])
+    assert set(change) == {"0.weight", "0.bias"}
+    assert sum(value.square().sum() for value in change.values()) == pytest.approx(1.0, rel=1e-5)
+    with torch.no_grad(), displaced(model, change)(1e-3) as moved:
+        after = moved(x).square().sum()
+    assert after < model(x).square().sum()
+
+
+def test_moves_of_the_last_bias_add_exactly(model, x) -> None:
+    bias = ed.decompose(
+        model, x, parameters=["2.bias"], n_directions=2, steps=5, reference=ed.ModelSample(), progress=False
+    )
+    assert interventions.interference(bias, (0, 0.5), (1, -0.2), Probe(model, x)) < 1e-5
+
+
+def test_tuning_in_a_subspace_finds_the_step_that_was_taken(model, x, d) -> None:
+    before = values(model)
+    with d.perturbed({1: 0.4, 3: -0.2}) as moved, torch.no_grad():
+        goal = moved(x)
+    tuned = interventions.tune(
+        Target(model), Subspace(d, [1, 3]), x, lambda f: (f - goal).square().mean(), steps=400, learning_rate=0.02
+    )
+    torch.testing.assert_close(tuned.free[0].detach(), torch.tensor([0.4, -0.2]), atol=0.01, rtol=0)
+    assert tuned.size == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
+
+
+def test_tuning_stops_at_success_and_watches(model, x) -> None:
+    target = Target(model)
+    for change in (interventions.Full(target), LoRA(target, 1, 0)):
+        tuned = interventions.tune(
+            target, change, x, lambda f: f.square().mean(), until=0.02, watch=lambda moved: {"matrices": len(moved)}
+        )
+        assert tuned.path[-1]["loss"] <= 0.02
+        assert tuned.path[0]["step"] == 0
+    assert set(tuned.change) == {"0.weight", "2.weight"}  # LoRA leaves the biases
+    assert torch.linalg.matrix_rank(tuned.change["0.weight"]) == 1
