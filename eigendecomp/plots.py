@@ -7,6 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -70,7 +72,7 @@ def heat(
 
 def two_layer(ax: Axes, w: Tensor, b: Tensor, *, limit: float, size: float = 15) -> None:
     """A network of inputs, hidden units and their sum: weights W as coloured edges, biases b as coloured units."""
-    color = mpl.cm.ScalarMappable(mpl.colors.Normalize(-limit, limit), SIGNED).to_rgba
+    color = ScalarMappable(Normalize(-limit, limit), SIGNED).to_rgba
     hidden, inputs = w.shape
     left, middle = ([(x, (n - 1) / 2 - i) for i in range(n)] for x, n in ((0.0, inputs), (1.25, hidden)))
     right = (2.0, 0.0)
@@ -82,11 +84,11 @@ def two_layer(ax: Axes, w: Tensor, b: Tensor, *, limit: float, size: float = 15)
         width = 0.8 + 4.5 * strength / limit
         if strength > 0.02 * limit:
             ax.plot([x, x2], [y, y2], color="0.5", lw=width + 0.7, zorder=2, solid_capstyle="round")
-        ax.plot([x, x2], [y, y2], color=color(value), lw=width, zorder=2, solid_capstyle="round")
+        ax.plot([x, x2], [y, y2], color=color(value), lw=width, zorder=2, solid_capstyle="round")  # pyright: ignore[reportArgumentType]
         at = 0.5 if i == j else 0.27
         label(ax, x + at * (x2 - x), y + at * (y2 - y), value)
     for j, (x, y) in enumerate(middle):
-        node(ax, x, y, color(float(b[j])), size, f"$h_{j + 1}$")
+        node(ax, x, y, color(float(b[j])), size, f"$h_{j + 1}$")  # pyright: ignore[reportArgumentType]
         label(ax, x, y + (0.33 if j == 0 else -0.33), float(b[j]), "b=")
     for i, source in enumerate(left):
         node(ax, *source, "white", size, f"$x_{i + 1}$")
@@ -97,7 +99,7 @@ def two_layer(ax: Axes, w: Tensor, b: Tensor, *, limit: float, size: float = 15)
 
 def node(ax: Axes, x: float, y: float, fill, size: float, text: str) -> None:
     """One unit of a network; dark fills get white text."""
-    light = np.dot(mpl.colors.to_rgb(fill), (0.3, 0.59, 0.11)) > 0.5
+    light = np.dot(to_rgb(fill), (0.3, 0.59, 0.11)) > 0.5
     ax.plot(x, y, "o", ms=size, mfc=fill, mec="0.25", mew=0.8, zorder=3)
     ax.text(x, y, text, ha="center", va="center", size=7, color="black" if light else "white", zorder=4)
 

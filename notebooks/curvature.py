@@ -55,6 +55,7 @@ from eigendecomp.targets import stories as story
 from eigendecomp.targets import tms, xor
 
 warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", message="IProgress not found")
 plots.style()
 if results.profile() == "smoke":
     seeds, steps, direct_steps, largest_draw = seeds[:2], 60, 10, 1000
@@ -161,7 +162,7 @@ def disagreement(name):
 agreement = {name: disagreement(name) for name in ("XOR", "TMS 5-2", "classifier")}
 largest = max(row["largest difference"] for row in agreement.values())
 report.record(closed_form_difference_below=next(10.0**-k for k in range(20, 0, -1) if largest <= 10.0**-k))
-pd.DataFrame(agreement).T.style.format("{:.1e}")
+pd.DataFrame(agreement).T.map("{:.0e}".format)
 
 # %% [markdown]
 # ## Two propositions
@@ -211,7 +212,7 @@ propositions = {
 counterexample = ed.per_sample_hessian(Logits(), three_classes, KL)[0]
 report.record(propositions=propositions, counterexample_hessian=counterexample.round(decimals=9))
 table = pd.DataFrame(propositions).T.reset_index(names="case")
-report.table("propositions", table.round(6)).style.hide(axis="index").format(precision=3)
+report.table("propositions", table.round(6)).round(3)
 
 # %% [markdown]
 # Both propositions hold to rounding for one output and for two classes. Both fail with three.
@@ -220,9 +221,9 @@ report.table("propositions", table.round(6)).style.hide(axis="index").format(pre
 #
 # Against $m$ references a sample has $m$ gradients $J^\top c_1, \dots, J^\top c_m$. Once the cotangents span the
 # range of $S$, the gradients span that of $H$, and both propositions hold: after $K$ draws, or $K-1$ for KL, if the
-# cotangents are in general position. A fixed reference stays where it was after the first. `ModelSample` draws $p -
-# e_y$ with $y \sim p$ under KL: it needs $K-1$ *different* classes and waits for the rare ones, on which little of
-# $H$ depends.
+# cotangents are in general position. A fixed reference stays where it was after the first. `ModelSample` draws
+# $p-e_y$ with $y \sim p$ under KL: it needs $K-1$ *different* classes and waits for the rare ones, on which little of
+# $H$ depends. On TMS three draws are enough for most samples, which open three rectifiers at most.
 
 # %%
 DRAWS = [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32]
@@ -265,7 +266,7 @@ for ax, (name, of), rank in zip(axes, explained.items(), (5, CLASSES - 1), stric
     for kind, row in of.items():
         color, marker = LOOK[kind]
         ax.plot(DRAWS, row, color=color, marker=marker, ms=4, lw=1.3, mew=0, label=kind)
-    ax.text(rank * 1.05, 0.02, f"largest rank of H: {rank}", color="0.4", size=6.5)
+    ax.text(rank * 1.05, 0.02, "K = 5" if rank == 5 else "K − 1 = 4", color="0.4", size=7)
     ax.set(xscale="log", xticks=(ticks := [1, 2, 4, 8, 16, 32]), xticklabels=ticks, xlabel="references", title=name)
     ax.set(ylim=(0, 1.04))
     ax.minorticks_off()
@@ -438,7 +439,7 @@ for k, name in enumerate(compared):
     sets = {"first order": found[name, first_order][0], "direct": found[name, direct][0]}
     sets["eigenvectors of the mean H"] = eigenvectors[name]
     for ax, (title, rows) in zip(axes[3 * k :], sets.items(), strict=False):
-        plots.heat(ax, responses(name, rows), signed=False, columns=labels[name], numbers=True)
+        plots.heat(ax, responses(name, rows), signed=False, columns=labels[name], numbers=True, limit=(2.3, 3.6)[k])
         ax.set(title=title if k == 0 else "", xlabel=("input", "feature")[k])
     axes[3 * k].set_ylabel(f"{name}: directions")
 report.figure("direct", figure)
@@ -495,7 +496,7 @@ scores = {key: judged(key[0], of) for key, of in fits.items()}
 ceiling = {name: curvature.rebuilt_hessians(roots[name], eigenvectors[name]).trace for name in kinds}
 report.record(by_reference={", ".join(key): of for key, of in scores.items()}, rebuilt_by_eigenvectors=ceiling)
 rows = [{"target": n, "reference": kind} | {k: v["mean"] for k, v in of.items()} for (n, kind), of in scores.items()]
-report.table("by_reference", pd.DataFrame(rows)).style.hide(axis="index").format(precision=3)
+report.table("by_reference", pd.DataFrame(rows)).round(3)
 
 # %%
 figure, axes = plots.panels(2, 4, height=1.5, sharex="col")
@@ -555,7 +556,7 @@ sets = {name: sets_of(name) for name in models}
 measured = {name: {kind: criteria(roots[name], rows) for kind, rows in of.items()} for name, of in sets.items()}
 report.record(criteria=measured)
 rows = [{"target": n, "directions": kind, **row} for n, of in measured.items() for kind, row in of.items()]
-report.table("criteria", pd.DataFrame(rows)).style.hide(axis="index").format(precision=3)
+report.table("criteria", pd.DataFrame(rows)).round(3)
 
 # %%
 LOOKS = [(plots.OURS, "o"), (plots.COLORS[1], "D"), (plots.PCA, "s"), (plots.RANDOM, "v")]
@@ -563,7 +564,7 @@ figure, axes = plots.panels(1, 4, height=2.1, sharey=True)
 for ax, (name, of) in zip(axes, sets.items(), strict=True):
     ks = list(range(1, min(8, counts[name]) + 1))
     for (kind, rows), (color, marker) in zip(of.items(), LOOKS, strict=True):
-        values = [curvature.strongest_share(roots[name], rows, k) for k in ks]
+        values = [curvature.strongest_share(roots[name][:256], rows, k) for k in ks]
         ax.plot(ks, values, marker=marker, color=color, ms=3.5, lw=1.2, mew=0, label=kind)
     ax.set(title=f"{name} ({counts[name]} directions)", ylim=(0, 1.03), xticks=ks, xlabel="strongest directions")
 axes[0].set_ylabel("share of tr H")

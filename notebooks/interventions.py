@@ -16,9 +16,10 @@
 # - the first-order prediction $\delta\,\|J u\|$ holds within a few per cent up to about half a standard deviation of
 #   the output;
 # - **at equal effect** on the samples meant, a direction disturbs the others less than a gradient step, random
-#   directions of the same rank and both ways of steering along an autoencoder's units do. In the toy model, where the
-#   outputs of features overlap, the lead over the gradient step is small; an autoencoder's unit that is on for its
-#   feature alone, scaled in proportion, disturbs nothing else at all, but few units are like that;
+#   directions of the same rank and steering that adds an autoencoder's row do: by orders of magnitude for the
+#   circles, by a third against the gradient step in the toy model, where the outputs of features overlap. Scaling an
+#   autoencoder's unit in proportion to its activation comes closest: in the toy model it is as selective as ours for
+#   the three features that have a unit, and one of its units disturbs nothing else at all;
 # - a feature is turned off by one or three scalars, with less left of it and less damage than when the autoencoder's
 #   units are silenced; moves of different features nearly add;
 # - a few scalars along directions change one behaviour with less damage than LoRA or full fine-tuning;

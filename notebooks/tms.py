@@ -56,7 +56,7 @@ report = results.Results(
 # %% [markdown]
 # ## The network
 #
-# $$f(x) = \mathrm{ReLU}(x\,W_{\text{in}} W_{\text{out}} + b), 
+# $$f(x) = \mathrm{ReLU}(x\,W_{\text{in}} W_{\text{out}} + b),
 # \qquad W_{\text{in}} \in \mathbb{R}^{5\times 2},\; W_{\text{out}} \in \mathbb{R}^{2\times 5},$$
 #
 # trained to give back its input. Each feature is on with probability 5%, and then uniform in [0, 1]. In the draft
