@@ -1,8 +1,7 @@
 """The same training step, with gradients got in several ways, and what each takes."""
 
 import copy
-import ctypes
-import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from eigendecomp.target import Target
 
 
 class JacobianSource:
-    """One backward pass through the whole batch for every sample, as published code does it: O(samples²)."""
+    """The Jacobian of the batch's losses: a backward pass through the whole batch for every sample, as published."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -31,14 +30,12 @@ class JacobianSource:
         with torch.no_grad():
             c = spread(cotangents(self.target.call(examples)))
         chosen = {name: p.detach() for name, p in self.target.chosen.items()}
-        copies, e = c.shape[1], len(c)
-        repeated = [tensor.repeat_interleave(copies, 0) for tensor in examples]
 
         def losses(values: Mapping[str, Tensor]) -> Tensor:
-            return (self.target.call(repeated, dict(values)) * c.flatten(0, 1)).sum((1, 2))
+            return (self.target.call(examples, dict(values)).unsqueeze(1) * c).sum((2, 3)).flatten()
 
         found = torch.func.jacrev(losses, chunk_size=16)(chosen)
-        return Gradients(self.target.shapes, [Formed(self.target.shapes, _rows(found, e * copies))])
+        return Gradients(self.target.shapes, [Formed(self.target.shapes, _rows(found, c.shape[0] * c.shape[1]))])
 
 
 class OpacusSource:
@@ -131,34 +128,36 @@ def plain_pass(target: Target, examples: Sequence[Tensor]) -> Callable[[], None]
     return run
 
 
-def seconds(work: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
-    """Median CPU seconds of each piece of work; each in turn in every round, so that all meet the same machine."""
+def seconds(work: Mapping[str, Callable[[], object]], repeats: int = 5, limit: float = 4.0) -> dict[str, float]:
+    """Median CPU seconds of each piece of work; each in turn in every round, so that all meet the same machine.
+
+    The first time counts for nothing. What has taken more than ``limit`` seconds in all is not repeated.
+    """
     taken: dict[str, list[float]] = {name: [] for name in work}
-    for call in work.values():
-        call()
-    for _ in range(repeats):
+    for number in range(repeats + 1):
         for name, call in work.items():
+            if number > 1 and sum(taken[name]) > limit:
+                continue
             start = time.process_time()
             call()
             taken[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in taken.items()}
+    return {name: statistics.median(values[1:]) for name, values in taken.items()}
 
 
-def peak_memory(work: Callable[[], object]) -> float:
-    """Bytes by which the process grows at most while the work is done.
+def peak_memory(work: Callable[[], object]) -> int:
+    """Bytes of all tensors made during the work and alive at once, at most; what was there before does not count.
 
-    Linux alone: the allocator gives back what it holds, the kernel's mark is set back, and read after the work.
+    Told by the profiler from every allocation, so it is the same on every machine. A process takes more: the
+    interpreter and torch (0.3 GB), the model and the data, and what the allocator keeps.
     """
-    work()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = _status("VmRSS")
-    work()
-    return float(max(_status("VmHWM") - before, 0))
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key + ":"))
+    os.environ.update(KINETO_LOG_LEVEL="99", TORCH_CPP_LOG_LEVEL="ERROR")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        most = max(most, alive)
+    return most
