@@ -158,6 +158,6 @@ def peak_memory(work: Callable[[], object]) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
+        alive += event.nbytes()  # type: ignore[attr-defined]
         most = max(most, alive)
     return most

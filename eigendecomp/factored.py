@@ -114,33 +114,40 @@ Term = tuple[Side, Side]
 
 
 def contract(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:
-    """Σ_t Σ_k (left_t · L_k)(right_t · R_k), in the cheaper order."""
+    """Σ_t Σ_k (left_t · L_k)(right_t · R_k), in the cheaper of two orders."""
+    v, k = left.shape[:2]
+    order = by_folding if folding_cost(term, v, k) < rows_cost(term, v, k) else by_rows
+    return order(term, left, right)
+
+
+def by_rows(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:
+    """Every row of both sides meets every direction."""
     (a, b), (v, k) = term, left.shape[:2]
-    if folding(term, v, k) < multiplying(term, v, k):
-        # One side is shared by an example's cotangents: it meets the direction first, once for all of them.
-        shared, own, first, second = (a, b, left, right) if len(a.values) == 1 else (b, a, right, left)
-        rows = shared.dot(first)[0].unflatten(-1, (v, k)).transpose(1, 2)  # (e, v, t, k)
-        mixed = (rows @ own.within(second)).flatten(2)  # (e, v, t·d)
-        return (mixed @ own.values.flatten(2).permute(1, 2, 0)).permute(2, 0, 1)
     product = a.dot(left) * b.dot(right)
     if k > 1:
         return product.unflatten(-1, (v, k)).sum((2, 4))
     return product.squeeze(2) if product.shape[2] == 1 else product.sum(2)
 
 
-def multiplying(term: Term, v: int, k: int) -> float:
-    """The cost of each row's inner products, side by side."""
+def rows_cost(term: Term, v: int, k: int) -> float:
+    """Operations of :func:`by_rows` for v directions of rank k."""
     products = sum(2 * side.rows * side.width for side in term)
     return v * k * (products + NUMBER * max(side.rows for side in term))
 
 
-def folding(term: Term, v: int, k: int) -> float:
-    """The cost of letting the shared side meet the directions first; infinite where no side is shared."""
-    counts = [len(side.values) for side in term]
-    if min(counts) > 1 or max(counts) == 1:
-        return float("inf")
-    shared, own = term if counts[0] == 1 else term[::-1]
-    if own.lookup:
+def by_folding(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:
+    """The side that an example's cotangents share meets the directions first, once for all of them."""
+    (a, b), (v, k) = term, left.shape[:2]
+    shared, own, first, second = (a, b, left, right) if len(a.values) == 1 else (b, a, right, left)
+    rows = shared.dot(first)[0].unflatten(-1, (v, k)).transpose(1, 2)  # (e, v, t, k)
+    folded = (rows @ own.within(second)).flatten(2)  # (e, v, t·d)
+    return (folded @ own.values.flatten(2).permute(1, 2, 0)).permute(2, 0, 1)
+
+
+def folding_cost(term: Term, v: int, k: int) -> float:
+    """Operations of :func:`by_folding`; infinite where there is no such side."""
+    shared, own = term if len(term[0].values) == 1 else term[::-1]
+    if len(shared.values) > 1 or len(own.values) == 1 or own.lookup:
         return float("inf")
     c, e, t, d = own.values.shape
     return e * t * v * (2 * k * (shared.width + d) + (2 * c + NUMBER) * d)
@@ -189,7 +196,7 @@ class Factored:
         """Whether numbers, samples × parameters, cost less than the factors do, for v directions of rank k."""
         weights, rows = math.prod(self.shape), [max(a.rows, b.rows) for a, b in self.terms]
         n = rows[0] // max(self.terms[0][0].values.shape[2], 1)
-        factored = PASSES * sum(min(multiplying(term, v, k), folding(term, v, k)) for term in self.terms)
+        factored = PASSES * sum(min(rows_cost(term, v, k), folding_cost(term, v, k)) for term in self.terms)
         factored += sum(2 * side.rows * side.values.shape[2] * side.width for term in self.terms for side in term)
         formed = PASSES * weights * (2 * v * (n + k) + NUMBER * (n + v)) + 2 * sum(rows) * weights
         return formed < factored
