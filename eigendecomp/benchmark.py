@@ -4,7 +4,8 @@ import copy
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -144,15 +145,27 @@ def seconds(work: Mapping[str, Callable[[], object]], repeats: int = 5, limit: f
     return {name: statistics.median(values[1:]) for name, values in taken.items()}
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the profiler's C++ says on standard error about GPUs and memory it has not seen."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def peak_memory(work: Callable[[], object]) -> int:
     """Bytes of all tensors made during the work and alive at once, at most; what was there before does not count.
 
     Told by the profiler from every allocation, so it is the same on every machine. A process takes more: the
     interpreter and torch (0.3 GB), the model and the data, and what the allocator keeps.
     """
-    os.environ.update(KINETO_LOG_LEVEL="99", TORCH_CPP_LOG_LEVEL="ERROR")
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         work()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

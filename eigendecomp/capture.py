@@ -58,7 +58,7 @@ class CapturedSource:
         self.fallback: dict[str, str] = {}  # parameters left to the oracle, and why
         self.constant: set[int] = set()  # numbers of the lookups whose rows all examples share
         self.batched = True  # whether torch can batch the model's backward pass
-        self.calls = 0
+        self.coins = torch.Generator().manual_seed(0)
         self._prepare(several(examples, 3))
 
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
@@ -127,9 +127,10 @@ class CapturedSource:
         tail = [*apart, *([] if cut is None else [cut])]
         if not tail:
             return self._pull(output, rest, spread(c).transpose(0, 1), e * p)
-        # All positions in two backward passes: each for half of them, to see that the others get nothing.
-        self.calls += 1
-        first, second = halves(f, self.calls % (p - 1).bit_length())
+        # All positions in two backward passes: each for a random half of them, to see that the others get nothing.
+        # Two that do meet are in different halves every other time, and seldom are there two alone.
+        first = torch.randint(2, (e, p), generator=self.coins).bool().to(f.device)
+        second = ~first
         layout, found = Layout(positions=p), []
         one, two = (
             self._pull(output, tail, (c * half[..., None, None]).movedim(2, 0), e * p) for half in (first, second)

@@ -14,7 +14,7 @@ settings.register_profile(
     derandomize=True,
     database=None,
     print_blob=False,
-    phases=[Phase.explicit, Phase.generate],
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 settings.load_profile("stable")

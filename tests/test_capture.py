@@ -717,7 +717,7 @@ def going(way: str) -> ExitStack:
     if (forced := WAYS[way]) is not None:
         formed, fold = forced
         stack.enter_context(patch.object(factored.Factored, "better_formed", lambda *_: formed))
-        stack.enter_context(patch.object(factored, "multiplying" if fold else "folding", lambda *_: float("inf")))
+        stack.enter_context(patch.object(factored, "rows_cost" if fold else "folding_cost", lambda *_: float("inf")))
     return stack
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from eigendecomp import factored
 from eigendecomp.capture import CapturedSource
 from eigendecomp.directions import Directions
-from eigendecomp.factored import Factored, Side, contract, folding, multiplying
+from eigendecomp.factored import Factored, Side, contract, folding_cost, rows_cost
 from eigendecomp.gradients import FunctionalSource, Gradients, Recomputed
 from eigendecomp.target import Target
 
@@ -145,7 +145,7 @@ def test_both_orders_of_a_contraction_agree(lookup: bool, monkeypatch: pytest.Mo
     term = Side(shared, 5), Side(torch.randn(6, 3, 4, 2).double(), 7, torch.tensor([5, 1]))
     left, right = torch.randn(3, 2, 5).double(), torch.randn(3, 2, 7).double()
     expected = torch.einsum("cetl,vkl,cetr,vkr->cev", term[0].full().double(), left, term[1].full(), right)
-    for cheap, dear in (("folding", "multiplying"), ("multiplying", "folding")):
+    for cheap, dear in (("folding_cost", "rows_cost"), ("rows_cost", "folding_cost")):
         monkeypatch.setattr(factored, cheap, lambda *_: 0.0)
         monkeypatch.setattr(factored, dear, lambda *_: 1.0)
         torch.testing.assert_close(contract(term, left, right), expected)
@@ -164,8 +164,8 @@ def test_the_cheaper_way_is_taken() -> None:
     assert not gradient(1, 128, 1, 784, 512).better_formed(100, 16)  # a wide layer
     assert not gradient(16, 8, 16, 2000, 64, lookup=True).better_formed(100, 4)  # a vocabulary
     wide = gradient(16, 8, 16, 256, 256).terms[0]
-    assert multiplying(wide, 100, 1) < folding(wide, 100, 1)
-    assert folding(wide, 100, 16) < multiplying(wide, 100, 16)
+    assert rows_cost(wide, 100, 1) < folding_cost(wide, 100, 1)
+    assert folding_cost(wide, 100, 16) < rows_cost(wide, 100, 16)
 
 
 def test_layers_that_keep_positions_apart_are_found() -> None:
@@ -188,7 +188,7 @@ class Late(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
-        return y + torch.where(x.sum((1, 2), keepdim=True) > 0, y.cumsum(1), 0)
+        return y + torch.where(x.sum((1, 2), keepdim=True) > 0, y.roll(2, 1), 0)
 
 
 def test_positions_that_meet_later_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
