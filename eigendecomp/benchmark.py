@@ -97,9 +97,9 @@ class Step:
 
     def __call__(self) -> float:
         loss, _, _ = self.objective(self.gradients(), self.encoder, self.decoder, self.dead)
-        self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()  # nothing is left over for the next time, so that all its memory is seen
         self.decoder.normalize_()
         return loss.item()
 

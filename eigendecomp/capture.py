@@ -23,14 +23,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eigendecomp.factored import Factored, Side, Term
-from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, Recomputed, spread
+from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, Recomputed, spread, sum_of
 from eigendecomp.plan import Layout, NotUnderstood, Plan, find_layout, make_plan, product_sides, summed
 from eigendecomp.target import Target
 from eigendecomp.trace import Node, Trace, Use, storages
 
 log = logging.getLogger(__name__)
 
-FEW_ROWS = 256  # up to so many rows of output, one backward pass for all cotangents beats one for each
+FEW_ROWS = 128  # up to so many rows of output, one backward pass for all cotangents beats one for each
 DIFFERENT = (
     "the model runs different operations for different inputs, so its gradients cannot be captured; give a model "
     "without data-dependent branches or loops over examples"
@@ -162,42 +162,58 @@ class CapturedSource:
         c = cotangents(f.detach()[:count])
         r, shapes = c.shape[2], self.target.shapes
         deltas = self._deltas(f, trace, c if count == e else torch.cat([c, torch.zeros_like(c)]))
-        formed = Sums()
-        terms: dict[str, dict[tuple, list[Term]]] = defaultdict(lambda: defaultdict(list))
-        whole = {plan.name for plan, apart in zip(plans, self.apart, strict=True) if apart is None}
-        for use, plan, apart, delta in zip(uses, plans, self.apart, deltas, strict=True):
-            plan, own = (plan, count) if apart is None else (apart, count * p)
-            if plan.rows is None:
-                value = summed(use, plan, delta, e, math.prod(shapes[plan.name]))
-                formed.add(plan.name, value[:, :own].transpose(0, 1).flatten(0, 1))
-                continue
-            term = product_sides(use, plan, delta, e)
-            term = term[0].first(own), term[1].first(own)
-            if apart is not None and plan.name in whole:
-                term = term[0].spread(p, r), term[1].spread(p, r)
-            terms[plan.name][plan.group].append(term)
+        by_name: dict[str, list[int]] = defaultdict(list)
+        for number, plan in enumerate(plans):
+            by_name[plan.name].append(number)
         parts: list[Part] = []
-        for name, groups in terms.items():
-            by_rows = defaultdict(list)  # uses of one parameter that split its axes differently share no factored part
-            for (rows, *_), found in groups.items():
-                by_rows[rows].append((Side.together([a for a, _ in found]), Side.together([b for _, b in found])))
-            factored = [Factored(name, shapes[name], rows, found) for rows, found in by_rows.items()]
-            if len(factored) == 1 and name not in formed:
-                parts += factored
+        formed: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            if name in by_name:
+                found = [(uses[i], plans[i], self.apart[i], deltas[i]) for i in by_name[name]]
+                part = self._read(name, found, e, count, p, r)
+            elif name not in self.fallback:  # never used
+                part = Factored.zero(name, shape, c.new_zeros(p * r, count, 0))
             else:
-                for part in factored:
-                    formed.add(name, part.dense()[name].flatten(1))
+                continue
+            if isinstance(part, Tensor):
+                formed[name] = part
+            else:
+                parts.append(part)
         if self.fallback:
             values = self.slow.pull_back(examples, spread(c))
-            sizes = [math.prod(shapes[name]) for name in self.fallback]
-            formed.update(zip(self.fallback, values.split(sizes, 1), strict=True))
-        for name in self.target.names:
-            if name not in formed and name not in terms:
-                parts.append(Factored.zero(name, shapes[name], c.new_zeros(p * r, count, 0)))
+            formed.update(zip(self.fallback, values.split([math.prod(shapes[name]) for name in self.fallback], 1)))
         if formed:
-            chosen = {name: shapes[name] for name in self.target.names if name in formed}
+            chosen = {name: shapes[name] for name in shapes if name in formed}
             parts.append(Formed(chosen, torch.cat([formed[name] for name in chosen], 1)))
         return Gradients(shapes, parts)
+
+    def _read(
+        self, name: str, found: Sequence[tuple[Use, Plan, Plan | None, Tensor]], e: int, count: int, p: int, r: int
+    ) -> Part | Float[Tensor, "n w"]:
+        """The gradients of one parameter for the first ``count`` of e examples, from its uses: factored, or numbers."""
+        shape, sums = self.target.shapes[name], []
+        terms: dict[tuple, list[Term]] = defaultdict(list)
+        both = any(apart is None for _, _, apart, _ in found)
+        for use, plan, apart, delta in found:
+            plan, own = (plan, count) if apart is None else (apart, count * p)
+            if plan.rows is None:
+                value = summed(use, plan, delta, e, math.prod(shape))
+                sums.append(value[:, :own].transpose(0, 1).flatten(0, 1))
+                continue
+            a, b = (side.first(own) for side in product_sides(use, plan, delta, e))
+            if apart is not None and both:
+                a, b = a.spread(p, r), b.spread(p, r)
+            terms[plan.group].append((a, b))
+        by_rows: dict[tuple[int, ...], list[Term]] = defaultdict(list)
+        for (rows, *_), of_group in terms.items():
+            by_rows[rows].append((Side.together([a for a, _ in of_group]), Side.together([b for _, b in of_group])))
+        parts = [Factored(name, shape, rows, of_rows) for rows, of_rows in by_rows.items()]
+        if len(parts) == 1 and not sums:
+            if parts[0].better_formed(self.terms, 1):  # then at any other rank as well; and factors take more memory
+                parts[0].form()
+            return parts[0]
+        # Uses that split the parameter's axes differently, or do not factor, share no factored form.
+        return sum_of([*sums, *(part.dense()[name].flatten(1) for part in parts)])
 
     # ---- once: how every use is read, and whether that is right
 
@@ -345,13 +361,6 @@ class CapturedSource:
             if set(wrong) <= set(self.fallback):
                 raise ValueError(f"the gradient of {wrong[0]!r} for one example changes with the examples beside it")
             self._fall_back(dict.fromkeys(wrong, "its factored gradient is not the true one"))
-
-
-class Sums(dict[str, Tensor]):
-    """Tensors by name, to which others are added."""
-
-    def add(self, name: str, value: Tensor) -> None:
-        self[name] = self[name] + value if name in self else value
 
 
 def signature(trace: Trace) -> list[tuple[str, str]]:

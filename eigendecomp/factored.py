@@ -217,7 +217,9 @@ class Factored:
         tensor = matrix.transpose(0, 1).reshape(-1, *(self.shape[axis] for axis in order))
         return {self.names[0]: tensor.permute(0, *(1 + order.index(axis) for axis in range(len(order))))}
 
-    def sample(self, n: int) -> "Factored":
+    def sample(self, n: int) -> "Factored | Formed":
         """The gradient of one sample alone."""
+        if self.formed is not None:
+            return self.formed.sample(n)
         e, c = divmod(n, max(len(side.values) for term in self.terms for side in term))
         return Factored(self.names[0], self.shape, self.rows, [(a.select(e, c), b.select(e, c)) for a, b in self.terms])

@@ -207,11 +207,12 @@ class Trace(TorchDispatchMode):
         lists = [value for value in (*args, list(kwargs.values())) if isinstance(value, (list, tuple))]
         others = [weight for value in lists for item in value if (weight := self.weight(item)) is not None]
         out = func(*args, **kwargs)
-        number = len(self.operations)
-        self.operations.append(func)
-        if isinstance(out, Tensor) and (self.keep is None or number in self.keep):
-            self.kept[number] = Node(out)
-            self.waiting.append(self.kept[number])
+        if func is not aten.detach.default:  # which torch calls more often when outputs are kept
+            number = len(self.operations)
+            self.operations.append(func)
+            if isinstance(out, Tensor) and (self.keep is None or number in self.keep):
+                self.kept[number] = Node(out)
+                self.waiting.append(self.kept[number])
         if not found and not others:
             return out
         plain, count = not kwargs or func in COPIES, len(self.uses)  # a keyword may scale a term
