@@ -2,7 +2,7 @@
 
 A *move* turns a step δ into the model with something changed by it, inside a context manager, so that directions,
 steering vectors and arbitrary changes of the weights are measured by the same few functions. Effects are changes of the
-output in standard deviations of the output over the inputs.
+output in standard deviations of the output over the inputs, or of what a ``view`` makes of the output.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,12 +80,21 @@ def gradient(
 # Effects
 
 
+def probabilities(logits: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """What a classifier says, which a shift of all logits does not change."""
+    return logits.softmax(-1)
+
+
 @dataclass
 class Probe:
-    """Inputs on which effects are measured, with the outputs of the unmoved model."""
+    """Inputs on which effects are measured, with the outputs of the unmoved model.
+
+    ``view`` turns outputs (n, k) into what is compared, such as :func:`probabilities` for logits.
+    """
 
     model: nn.Module
     inputs: Inputs
+    view: Callable[[Tensor], Tensor] = lambda f: f
     base: Float[Tensor, "n k"] = field(init=False)
     unit: float = field(init=False)
 
@@ -97,7 +106,7 @@ class Probe:
 
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> Float[Tensor, "n k"]:
-        return Target(model).call(as_examples(self.inputs)).flatten(0, 1)
+        return self.view(Target(model).call(as_examples(self.inputs)).flatten(0, 1))
 
     def change(self, move: Move, delta: float) -> Float[Tensor, "n k"]:
         """f_δ(x) − f(x), in standard deviations of the output."""

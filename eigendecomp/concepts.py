@@ -1,0 +1,101 @@
+"""How well units resolve known concepts: average precision, with units chosen on one split and scored on another.
+
+Scores are one number for each sample and unit, larger where the unit is more on; concepts are true or false for each
+sample. Nothing here knows where scores come from, so directions, autoencoders and floors are judged alike.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+CANDIDATES = 10  # units among which a concept's team is sought
+
+
+def average_precision(scores: Float[Tensor, "n v"], concepts: Bool[Tensor, "n m"]) -> Float[Tensor, "v m"]:
+    """The area under each unit's precision-recall curve for each concept, in [0, 1]; tied scores count as one step.
+
+    Raises:
+        ValueError: if a concept is true of no sample, since precision has no meaning then.
+    """
+    if len(scores) != len(concepts):
+        raise ValueError(f"{len(scores)} scored samples, but {len(concepts)} with concepts")
+    total = concepts.sum(0)
+    if not total.all():
+        raise ValueError(f"concept {int((total == 0).nonzero()[0])} is true of no sample; leave it out")
+    truth, n = concepts.to(torch.float32), len(scores)
+    rank = torch.arange(1, n + 1, device=scores.device, dtype=torch.float32).unsqueeze(1)
+    rows = []
+    for column in scores.unbind(1):
+        value, order = column.sort(descending=True)
+        last = torch.ones(n, dtype=torch.bool, device=scores.device)
+        last[:-1] = value[1:] != value[:-1]  # precision is read where a run of equal scores ends
+        found = truth[order].cumsum(0)[last]
+        gained = found.diff(dim=0, prepend=found.new_zeros(1, found.shape[1]))
+        rows.append((gained * found / rank[last]).sum(0) / total)
+    return torch.stack(rows)
+
+
+def oriented(scores: Float[Tensor, "n v"], on: Float[Tensor, "k v"] | None = None) -> Float[Tensor, "n v"]:
+    """Signed scores with each unit's sign, which is arbitrary, turned so that its heavier tail is positive.
+
+    The tail is that of ``on`` where given (another split), by the sum of cubes.
+    """
+    tail = (scores if on is None else on).double().pow(3).sum(0)
+    return scores * torch.where(tail < 0, -1.0, 1.0).to(scores)
+
+
+@dataclass
+class Resolution:
+    """For every concept the best unit, and how well it and a team of units do on samples they were not chosen on."""
+
+    unit: Int[Tensor, " m"]
+    single: Float[Tensor, " m"]
+    team: Float[Tensor, " m"]
+
+
+def resolve(
+    chosen_on: tuple[Float[Tensor, "n v"], Bool[Tensor, "n m"]],
+    scored_on: tuple[Float[Tensor, "k v"], Bool[Tensor, "k m"]],
+    size: int = 3,
+) -> Resolution:
+    """Choose each concept's best unit, and its best ``size`` together, on one split; score them on the other.
+
+    A team's score is a weighted sum: units are added one at a time, among the best few, by the least-squares fit of the
+    concept that they allow.
+    """
+    (scores, concepts), (held, truth) = chosen_on, scored_on
+    precision = average_precision(scores, concepts)
+    unit = precision.argmax(0)
+    single = _diagonal(held[:, unit], truth)
+    mean, scale = scores.mean(0), scores.std(0).clamp_min(1e-12)
+    x, y = (scores - mean) / scale, concepts.to(scores)
+    sums = []
+    for m in range(concepts.shape[1]):
+        among = precision[:, m].topk(min(CANDIDATES, scores.shape[1])).indices
+        team, weights = _team(x[:, among], y[:, m] - y[:, m].mean(), size)
+        sums.append(((held[:, among[team]] - mean[among[team]]) / scale[among[team]]) @ weights)
+    return Resolution(unit, single, _diagonal(torch.stack(sums, 1), truth))
+
+
+def _team(x: Float[Tensor, "n c"], y: Float[Tensor, " n"], size: int) -> tuple[list[int], Float[Tensor, " t"]]:
+    """Columns of x added one at a time so that least squares explains most of y, and their weights."""
+    gram, along = (x.T @ x).double(), (x.T @ y).double()
+    gram += 1e-6 * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    team: list[int] = []
+    weights = along[:0]
+    for _ in range(min(size, len(gram))):
+        trials = {}
+        for c in set(range(len(gram))) - set(team):
+            of = [*team, c]
+            trials[c] = torch.linalg.solve(gram[of][:, of], along[of])
+        best = max(trials, key=lambda c: float(trials[c] @ along[[*team, c]]))
+        team, weights = [*team, best], trials[best]
+    return team, weights.to(x.dtype)
+
+
+def _diagonal(scores: Float[Tensor, "n m"], concepts: Bool[Tensor, "n m"]) -> Float[Tensor, " m"]:
+    """Each score's precision for its own concept."""
+    pairs = zip(scores.split(1, 1), concepts.split(1, 1), strict=True)
+    return torch.cat([average_precision(s, c)[0] for s, c in pairs])
