@@ -97,6 +97,11 @@ class Directions:
     def n(self) -> int:
         return next(self.tensors()).shape[0]
 
+    @property
+    def sums_terms(self) -> bool:
+        """Whether a direction is a sum of CP terms, which can cancel."""
+        return self.factorization == "cp" and any(factors[0].shape[1] > 1 for factors in self.factors.values())
+
     def tensors(self) -> Iterator[Tensor]:
         """Every factor, in a fixed order."""
         return (factor for factors in self.factors.values() for factor in factors)
@@ -201,6 +206,11 @@ class Directions:
         """Each direction's norm over all tensors together, or its share in every tensor."""
         squares = torch.stack(list(self._square_norms().values()), -1)
         return squares.sqrt() if by_tensor else squares.sum(-1).sqrt()
+
+    def cancellation(self) -> Float[Tensor, " v"]:
+        """Σ_k ‖term k‖² over all tensors of every unit direction: about 1, and large where its CP terms cancel."""
+        squares = [[factor.square().sum(-1) for factor in factors] for factors in self.factors.values()]
+        return torch.stack([math.prod(axes, start=axes[0].new_ones(())).sum(1) for axes in squares]).sum(0)
 
     def _scale(self, name: str, scale: Float[Tensor, " v"]) -> None:
         factors = self.factors[name]

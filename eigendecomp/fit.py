@@ -30,6 +30,7 @@ from eigendecomp.target import Target
 PATIENCE = 100  # steps without being kept after which a direction counts as dead
 CACHE_BYTES = 1 << 28  # a Jacobian up to this size is kept instead of being computed at every step
 THRESHOLD_SAMPLES = 8192  # from which the inference threshold is read
+CANCELLATION = 1e-2  # weight against CP terms that grow and cancel, from twice the squares they need
 ZERO = "does the output depend on the chosen parameters, and differ from the reference?"
 
 
@@ -198,10 +199,16 @@ class Objective:
         loss = 1 + change + self.sparsity.penalty(z, n, (total / n).sqrt())
         if isinstance(self.sparsity, BatchTopK) and self.sparsity.auxiliary and dead.any():
             # The dead rebuild the residual e = g − ĝ, of which only ⟨e, u⟩ = ⟨g, u⟩ − s·gram and ‖e‖² are needed.
+            # The residual is given: the live directions that leave it learn nothing from this.
+            few, rest = decoder.select(dead.nonzero()[:, 0]), decoder.map(Tensor.detach)
             s_dead = self.sparsity.keep_batch(z[:, dead], 1.0)
-            y_dead = y[:, dead] - s.detach() @ gram[:, dead]
-            left = error_change(s_dead, y_dead, gram[dead][:, dead]) / (error.clamp_min(1e-6) * total)
+            y_dead = y[:, dead] - s.detach() @ rest.gram(few)
+            left = error_change(s_dead, y_dead, few.gram()) / (error.detach().clamp_min(1e-6) * total)
             loss = loss + self.sparsity.auxiliary * left
+        if decoder.sums_terms:
+            # A best CP fit need not exist: terms can grow without bound against each other (de Silva and Lim, 2008).
+            excess = (decoder.cancellation() - 2).clamp_min(0).mean()
+            loss = loss + CANCELLATION * excess / parallel.processes()
         return loss, error, s
 
 

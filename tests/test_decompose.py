@@ -16,12 +16,13 @@ from eigendecomp import decomposition
 from eigendecomp.data import Shuffled
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
-from eigendecomp.fit import CachedBatches, LiveBatches, Objective, generator
+from eigendecomp.fit import CANCELLATION, CachedBatches, LiveBatches, Objective, generator
 from eigendecomp.gradients import Formed, FunctionalSource, Gradients
 from eigendecomp.metrics import max_cosine
 from eigendecomp.reference import Draws, Reference
 from eigendecomp.sparsity import Sparsity
 from eigendecomp.target import Target
+from eigendecomp.targets import tms
 
 FACTORIZATIONS: tuple[Factorization, ...] = ("cp", "tucker")
 
@@ -207,9 +208,33 @@ def test_the_objective_is_the_one_written_out(
     g = normal(n, 8, seed=seed, dtype=torch.float64)
     loss, error, s = Objective(sparsity)(Gradients(shapes, [Formed(shapes, g)]), encoder, decoder, dead, progress)
     expected, expected_error = objective_by_hand(sparsity, g, encoder.flat(), decoder.flat(), dead, progress)
+    (a, b), (c,) = decoder.factors["a"], decoder.factors["b"]  # matrices are sums of two terms, vectors are one
+    terms = torch.einsum("vki,vkj->vkij", a, b).square().flatten(1).sum(1) + c[:, 0].square().sum(1)
+    expected = expected + CANCELLATION * (terms - 2).clamp_min(0).mean()
     torch.testing.assert_close(error, expected_error.detach())
     torch.testing.assert_close(loss.detach(), expected.detach())
     assert s.shape == (n, v)
+
+
+def test_only_the_dead_learn_from_what_the_others_leave() -> None:
+    shapes, dead = {"a": (3, 2)}, torch.tensor([True, False])
+    learned = []
+    for auxiliary in (0.0, 0.5):
+        decoder, encoder = (Directions.random(shapes, 2, 1, dtype=torch.float64) for _ in range(2))
+        decoder.map(lambda f: f.requires_grad_())
+        g = Gradients(shapes, [Formed(shapes, normal(9, 6, dtype=torch.float64))])
+        loss, *_ = Objective(ed.BatchTopK(0.5, warmup=0.0, auxiliary=auxiliary))(g, encoder, decoder, dead, 1.0)
+        learned.append(torch.autograd.grad(loss, list(decoder.tensors()))[0])
+    torch.testing.assert_close(learned[0][1], learned[1][1])
+    assert not torch.allclose(learned[0][0], learned[1][0])
+
+
+def test_terms_of_a_direction_do_not_grow_against_each_other() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.rand(1000, 12, generator=draw) * (torch.rand(1000, 12, generator=draw) < 0.1)
+    network = tms.untie(tms.train(12, 4, tied=True, seed=0, steps=300)[0])
+    d = quick(network, x, n_directions=20, rank=4, tied=True, sparsity=ed.L1(0.05), steps=1500, batch_size=128)
+    assert d.decoder.cancellation().max() < 50  # 1e7 and growing, were nothing to hold them
 
 
 @settings(max_examples=30)
