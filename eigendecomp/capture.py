@@ -45,13 +45,16 @@ class CapturedSource:
         terms: directions × rank, from which the memory that examples take is estimated.
         budget: bytes that the gradients of one chunk of examples may take; those of a larger batch are captured chunk
             by chunk, and again in the backward pass.
+        form: whether gradients may be held as numbers where that is cheaper; without, positions can be told apart.
 
     Raises:
         ValueError: if what the model gives for one example depends on the examples beside it, or on chance.
     """
 
-    def __init__(self, target: Target, examples: Sequence[Tensor], *, terms: int = 64, budget: int = 1 << 29) -> None:
-        self.target, self.terms, self.budget = target, terms, budget
+    def __init__(
+        self, target: Target, examples: Sequence[Tensor], *, terms: int = 64, budget: int = 1 << 29, form: bool = True
+    ) -> None:
+        self.target, self.terms, self.budget, self.form = target, terms, budget, form
         self.plans: list[Plan] = []  # how every use is read
         self.apart: list[Plan | None] = []  # the same, where positions are apart
         self.cut: int | None = None  # the operation from which on they are
@@ -209,7 +212,8 @@ class CapturedSource:
             by_rows[rows].append((Side.together([a for a, _ in of_group]), Side.together([b for _, b in of_group])))
         parts = [Factored(name, shape, rows, of_rows) for rows, of_rows in by_rows.items()]
         if len(parts) == 1 and not sums:
-            if parts[0].better_formed(self.terms, 1):  # then at any other rank as well; and factors take more memory
+            # Formed at rank one means formed at any other rank as well; and factors take more memory.
+            if self.form and parts[0].better_formed(self.terms, 1):
                 parts[0].form()
             return parts[0]
         # Uses that split the parameter's axes differently, or do not factor, share no factored form.
