@@ -205,6 +205,14 @@ class Decomposition:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None
 
+    # ---- showing
+
+    def browse(self, inputs: Inputs, path: str | Path, **options: Any) -> Path:
+        """Write one HTML file to look at the directions on these inputs; see :func:`eigendecomp.browse.browse`."""
+        from eigendecomp.browse import browse  # which knows this module
+
+        return browse(self, inputs, path, **options)
+
 
 def decompose(
     model: nn.Module,
