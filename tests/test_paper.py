@@ -29,7 +29,7 @@ def fails(text: str, root: Path = ROOT) -> str:
     """What the build of a small text says that must not build."""
     start = '#import "/paper/results.typ": *\n'
     with pytest.raises(typst.TypstError) as error:
-        typst.compile((start + text).encode(), root=str(root), ignore_system_fonts=True)
+        typst.compile((start + text).encode(), root=str(root), ignore_system_fonts=True)  # pyright: ignore
     return str(error.value)
 
 
@@ -75,7 +75,7 @@ def test_a_claim_that_no_longer_holds_stops_the_build(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_numbers_are_written_as_asked(call: str, text: str) -> None:
     source = f'#import "/paper/results.typ": *\n#assert.eq({call}, {json.dumps(text, ensure_ascii=False)})'
-    typst.compile(source.encode(), root=str(ROOT), ignore_system_fonts=True)
+    typst.compile(source.encode(), root=str(ROOT), ignore_system_fonts=True)  # pyright: ignore
 
 
 # ---- what is shown
@@ -198,6 +198,7 @@ def prose(text: str) -> Iterator[str]:
                     end = match.end()
                 else:
                     break
+            assert text[end : end + 1] != ";", f"Typst swallows the semicolon after {text[i:end]!r}; write \\\\;"
             yield from contents(text[i:end])
             i = end
         else:

@@ -14,7 +14,7 @@ from execute import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from scrub import displayed, scrub
 from tqdm import tqdm
-from verify import moved
+from verify import moved, read
 
 SOURCE = """\
 # ---
@@ -194,4 +194,18 @@ def test_verify_finds_what_moved_and_passes_over_the_run() -> None:
         "extra: new, True",
         "name: 'a', now 'b'",
         "bad: nan, now 0.0",
+    ]
+
+
+def test_verify_reads_tables() -> None:
+    old = read('setting,score,step seconds\nplain,0.5,1\n"a, b",,2\n', "toy_table.csv")
+    assert old == [
+        {"setting": "plain", "score": 0.5, "step seconds": 1.0},
+        {"setting": "a, b", "score": "", "step seconds": 2.0},
+    ]
+    new = read('setting,score,step seconds\nplain,0.51,9\n"a, b",,9\n', "toy_table.csv")
+    assert moved(old, new) == ["[0].score: 0.5, now 0.51"]
+    assert moved(old, new[:1] if isinstance(new, list) else new, rtol=0.1) == [
+        "[1].setting: 'a, b', now missing",
+        "[1].score: '', now missing",
     ]

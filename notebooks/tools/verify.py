@@ -1,14 +1,16 @@
-"""Compare the numbers of a new run, figures/*.json, with the committed ones, and list what moved.
+"""Compare the numbers of a new run, figures/*.json and *.csv, with the committed ones, and list what moved.
 
     python notebooks/tools/verify.py [--base HEAD] [--rtol 1e-2] [--atol 1e-6]
 
 A number has moved if |new - old| > atol + rtol * |old|; text, true and false must be equal, and the same keys
 must be there. Torch promises equal results only on one version and one kind of processor, hence 1%. Entries
-that describe the run instead of the result are passed over: a key that holds one of the words of RUN between
-underscores, with all that is under it. Exits with 1 if anything moved.
+that describe the run instead of the result are passed over: a key or a column that holds one of the words of RUN
+between underscores or spaces, with all that is under it, and the tables of TIMES. Exits with 1 if anything moved.
 """
 
 import argparse
+import csv
+import io
 import json
 import math
 import re
@@ -22,19 +24,34 @@ RUN = (
     "seconds|minutes|hours|time|times|timestamp|date|speedup|memory|rss|version|versions|commit|machine|platform"
     "|device|threads"
 )
+TIMES = ("cost_steps.csv", "cost_choices.csv")
 
 
 def flatten(value: object, key: str = "") -> Iterator[tuple[str, object]]:
     """Every leaf of nested results with its dotted key, without what describes the run."""
     if isinstance(value, dict):
         for name, item in value.items():
-            if not re.search(rf"(?:^|_)(?:{RUN})(?:_|$)", str(name).lower()):
+            if not re.search(rf"(?:^|[_ ])(?:{RUN})(?:[_ ]|$)", str(name).lower()):
                 yield from flatten(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from flatten(item, f"{key}[{index}]")
     else:
         yield key, value
+
+
+def read(text: str, name: str) -> object:
+    """What is in a results file, or the rows of a table, with its numbers as numbers."""
+    if name.endswith(".json"):
+        return json.loads(text)
+    return [{key: number(entry) for key, entry in row.items()} for row in csv.DictReader(io.StringIO(text))]
+
+
+def number(entry: str) -> float | str:
+    try:
+        return float(entry)
+    except ValueError:
+        return entry
 
 
 def same(old: object, new: object, rtol: float, atol: float) -> bool:
@@ -65,7 +82,7 @@ def git(*arguments: str) -> str:
 
 
 def main() -> None:
-    """Compare every results file of the working tree and of the base commit."""
+    """Compare every results file and table of the working tree and of the base commit."""
     parser = argparse.ArgumentParser(description="Compare the numbers of a new run with the committed ones.")
     parser.add_argument("--base", default="HEAD", help="the commit to compare with (%(default)s)")
     parser.add_argument("--rtol", type=float, default=1e-2, help="relative tolerance (%(default)s)")
@@ -74,17 +91,18 @@ def main() -> None:
     committed = {
         Path(path).name: path
         for path in git("ls-tree", "-r", "--name-only", arguments.base, "figures/").splitlines()
-        if path.endswith(".json")
+        if path.endswith((".json", ".csv")) and Path(path).name not in TIMES
     }
-    here = {path.name: path for path in (ROOT / "figures").glob("*.json")}
+    found = [*(ROOT / "figures").glob("*.json"), *(ROOT / "figures").glob("*.csv")]
+    here = {path.name: path for path in found if path.name not in TIMES}
     failures = compared = 0
     for name in sorted({*committed, *here}):
         if name not in committed:
             print(f"{name}: not in {arguments.base}, nothing to compare it with")
             continue
-        old = json.loads(git("show", f"{arguments.base}:{committed[name]}"))
+        old = read(git("show", f"{arguments.base}:{committed[name]}"), name)
         if name in here:
-            lines = moved(old, json.loads(here[name].read_text()), arguments.rtol, arguments.atol)
+            lines = moved(old, read(here[name].read_text(), name), arguments.rtol, arguments.atol)
         else:
             lines = ["missing"]
         entries = len(dict(flatten(old)))
