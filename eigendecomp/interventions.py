@@ -140,6 +140,55 @@ class Probe:
         return (effect[on].mean() / effect[~on].mean().clamp_min(1e-12)).item()
 
 
+@dataclass
+class Push:
+    """What a move does once the samples it is meant for have changed by a set amount."""
+
+    step: float
+    on: float  # mean total variation of the outputs meant, which are probabilities
+    off: float  # the same on other samples
+    toward: Float[Tensor, " k"]  # mean change of each probability on the samples meant
+
+    @property
+    def selectivity(self) -> float:
+        """The change where it is meant over that elsewhere."""
+        return self.on / max(self.off, 1e-9)
+
+    def share(self, k: int) -> float:
+        """The part of the mean change that output ``k`` gains or loses; 1 is all that one output can."""
+        return (self.toward[k].abs() / max(self.on, 1e-9)).item()
+
+
+def total_variation(probe: Probe, move: Move, delta: float) -> Float[Tensor, " n"]:
+    """½ Σ|p_δ − p| of every sample; the probe's view must be :func:`probabilities`."""
+    with move(delta) as model:
+        return (probe.outputs(model) - probe.base).abs().sum(-1) / 2
+
+
+def push(on: Probe, off: Probe, move: Move, level: float, *, first: float = 0.1, largest: float = 1e3) -> Push | None:
+    """Move along until the mean total variation on the samples ``on`` is ``level``; see what that does to ``off``.
+
+    Steps double from ``first``, and six halvings of the last interval follow; the sign of ``first`` is that of the
+    step. None where no step up to ``largest`` reaches the level.
+    """
+    high = first
+    while (reached := total_variation(on, move, high).mean()) < level:
+        high *= 2
+        if abs(high) > largest:
+            return None
+    low = high / 2
+    for _ in range(6):
+        middle = (low + high) / 2
+        effect = total_variation(on, move, middle).mean()
+        if effect < level:
+            low = middle
+        else:
+            high, reached = middle, effect
+    with move(high) as model:
+        toward = (on.outputs(model) - on.base).mean(0)
+    return Push(high, reached.item(), total_variation(off, move, high).mean().item(), toward)
+
+
 def predicted(d: Decomposition, probe: Probe) -> Float[Tensor, "n v"]:
     """‖J u‖ in standard deviations of the output: each sample's effect of a unit step, to first order."""
     from eigendecomp.divergence import SquaredError  # S = 2I, whatever the fit's divergence

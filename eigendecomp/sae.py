@@ -42,9 +42,15 @@ class Autoencoder:
 
     @contextmanager
     def steered(
-        self, model: nn.Module, module: str, steps: dict[int, float], *, how: Literal["add", "scale"] = "add"
+        self,
+        model: nn.Module,
+        module: str,
+        steps: dict[int, float],
+        *,
+        how: Literal["add", "scale"] = "add",
+        axis: int = -1,
     ) -> Iterator[nn.Module]:
-        """Inside, the output of ``module`` has δ · (the unit's row) added to it.
+        """Inside, the output of ``module`` has δ · (the unit's row) added to it, along ``axis`` (1 for a convolution).
 
         ``"add"`` does so on every sample; ``"scale"`` only where the unit is on, and δ times its activation: the
         unit's own part of the activation grows by the factor 1 + δ.
@@ -53,8 +59,9 @@ class Autoencoder:
         sizes = torch.tensor([float(steps[unit]) for unit in units])
 
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            z = self.encode(output)[..., units] if how == "scale" else torch.ones(*output.shape[:-1], len(units))
-            return output + (z * sizes) @ self.decoder[units]
+            rows = output.movedim(axis, -1)
+            z = self.encode(rows)[..., units] if how == "scale" else torch.ones(*rows.shape[:-1], len(units))
+            return output + ((z * sizes) @ self.decoder[units]).movedim(-1, axis)
 
         handle = model.get_submodule(module).register_forward_hook(hook)
         try:

@@ -113,6 +113,14 @@ def available(root: str | Path | None = None) -> bool:
     return True
 
 
+def ensure(root: str | Path | None = None) -> Path:
+    """The folder that holds the four IDX files, which are fetched if they are not there yet.
+
+    Raises OSError with every route's failure and the remedies if they cannot be fetched.
+    """
+    return raw_folder(root) if available(root) else fetch(root)
+
+
 def load(
     split: Split, root: str | Path | None = None, *, subset: bool = False
 ) -> tuple[Float[Tensor, "n 1 28 28"], Int[Tensor, " n"]]:
@@ -166,7 +174,8 @@ def _from_debian(folder: Path) -> None:
         if done.returncode:
             raise OSError(f"`{' '.join(command)}` failed (try `apt-get update` first): {done.stderr.strip()}")
 
-    run("apt-get", "download", DEBIAN_PACKAGE)
+    quick = ("Acquire::Retries=0", "Acquire::http::Timeout=20", "Acquire::https::Timeout=20")  # a closed network
+    run("apt-get", *(word for option in quick for word in ("-o", option)), "download", DEBIAN_PACKAGE)
     run("dpkg-deb", "-x", next(folder.glob("*.deb")).name, "unpacked")
     for name in SHA256:
         packed = next((folder / "unpacked").rglob(f"{name}.gz"))
