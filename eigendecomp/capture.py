@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from eigendecomp import parallel
 from eigendecomp.factored import Factored, Side, Term
 from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, Recomputed, spread, sum_of
 from eigendecomp.plan import Layout, NotUnderstood, Plan, find_layout, make_plan, product_sides, summed
@@ -198,6 +199,8 @@ class CapturedSource:
         terms: dict[tuple, list[Term]] = defaultdict(list)
         both = any(apart is None for _, _, apart, _ in found)
         for use, plan, apart, delta in found:
+            if delta.dtype != self.target.dtype:  # under mixed precision; sums over samples are taken in full
+                use, delta = use.to(self.target.dtype), delta.to(self.target.dtype)
             plan, own = (plan, count) if apart is None else (apart, count * p)
             if plan.rows is None:
                 value = summed(use, plan, delta, e, math.prod(shape))
@@ -328,7 +331,8 @@ class CapturedSource:
     def _check(self, examples: tuple[Tensor, ...], f: Tensor, c: Tensor) -> None:
         """Compare with one example run alone; what differs falls back, and what differs still is refused."""
         target = self.target
-        tolerance = 1e-7 if f.dtype == torch.float64 else min(0.3, 30 * torch.finfo(f.dtype).eps ** 0.5)
+        dtype = parallel.precision() or f.dtype
+        tolerance = 1e-7 if dtype == torch.float64 else min(0.3, 30 * torch.finfo(dtype).eps ** 0.5)
         with torch.no_grad():
             again = target.call(examples)
         scale = float(again.abs().max())

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eigendecomp import divergence as divergences
-from eigendecomp import files
+from eigendecomp import files, parallel
 from eigendecomp import reference as references
 from eigendecomp import sparsity as sparsities
 from eigendecomp.capture import CapturedSource
@@ -282,6 +282,7 @@ def decompose(
     identity = {
         "settings": settings.as_json(),
         "target": fingerprint(target),
+        "precision": str(parallel.precision() or target.dtype),
         "data": files.checksum({str(number): tensor for number, tensor in enumerate(held)}, f"{n} examples"),
     }
     keeper = None if checkpoint is None else Checkpoint(checkpoint, identity)

@@ -20,6 +20,23 @@ def _state():
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def precision() -> torch.dtype | None:
+    """The precision of the target's passes under ``accelerate launch --mixed_precision bf16``; None for its own.
+
+    Gradients, directions and the objective stay in the precision of the target's parameters.
+
+    Raises:
+        ValueError: for a precision other than bf16.
+    """
+    name = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if name not in ("no", "bf16"):
+        raise ValueError(
+            f"ACCELERATE_MIXED_PRECISION={name!r} is not supported: single samples' gradients underflow in it; "
+            "use 'bf16' or 'no'"
+        )
+    return torch.bfloat16 if name == "bf16" else None
+
+
 def processes() -> int:
     """How many processes take part."""
     state = _state()

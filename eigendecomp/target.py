@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eigendecomp import parallel
 from eigendecomp.data import Examples, Inputs, chunks
 
 
@@ -83,8 +84,10 @@ class Target:
     def call(self, examples: Sequence[Tensor], chosen: dict[str, Tensor] | None = None) -> Float[Tensor, "e p k"]:
         """Outputs as examples × positions × outputs, with ``chosen`` in the place of the chosen parameters."""
         values = {**self.frozen, **(self.chosen if chosen is None else chosen)}
-        with plain_operations(self.onednn):
-            return standard(torch.func.functional_call(self.model, values, tuple(examples)))
+        mixed = parallel.precision()
+        coarse = torch.autocast(self.device.type, mixed) if mixed else nullcontext()
+        with plain_operations(self.onednn), coarse:
+            return standard(torch.func.functional_call(self.model, values, tuple(examples))).to(self.dtype)
 
     def _watch(self, examples: Examples) -> "Watch":
         named = {f"its parameter {name!r}": p for name, p in self.model.named_parameters()}

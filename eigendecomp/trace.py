@@ -7,7 +7,7 @@ the graph of derivatives, to which backward passes can then be run.
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -142,6 +142,11 @@ class Use(Node):
     data: Tensor | None = None
     # matmul: (places in the batch, transposed); conv: its arguments; lookup: (padding, number); shift: sign
     options: Any = None
+
+    def to(self, dtype: torch.dtype) -> "Use":
+        """The same use with its data, if they are numbers, in another precision."""
+        wanted = self.data is not None and self.data.is_floating_point()
+        return replace(self, data=self.data.to(dtype)) if wanted else self  # type: ignore[union-attr]
 
     @property
     def name(self) -> str:

@@ -4,9 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+import eigendecomp as ed
+from eigendecomp.capture import CapturedSource
+from eigendecomp.gradients import FunctionalSource
+from eigendecomp.target import Target
+from eigendecomp.targets import sizes
 
 SCRIPT = """
 import sys, torch, eigendecomp as ed
@@ -62,3 +69,47 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     moved = run(1, script, tmp_path / "moved.pt", folders[1])
     for name, value in two.items():
         assert (moved[name] - value).abs().max() <= 1e-9, name
+
+
+class Ones:
+    """The gradient of the sum of a sample's even outputs."""
+
+    def __call__(self, f: torch.Tensor) -> torch.Tensor:
+        return (torch.arange(f.shape[-1]) % 2 == 0).to(f).expand(*f.shape[:2], 1, f.shape[-1])
+
+    def __getitem__(self, rows: slice) -> "Ones":
+        return self
+
+
+def language_model() -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return sizes.Transformer(64, 32, 4, 2, 16).eval(), torch.randint(64, (16, 8))
+
+
+def test_passes_in_half_precision_give_the_same_gradients_to_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = language_model()
+    target = Target(model)
+    c = Ones()
+    exact = FunctionalSource(target)((tokens,), c).flat()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    source = CapturedSource(target, (tokens,))
+    coarse = source((tokens,), c).flat()
+    assert not source.fallback
+    assert coarse.dtype == torch.float32
+    assert 1e-4 < (coarse - exact).norm() / exact.norm() < 0.03
+
+
+def test_a_fit_in_half_precision_reaches_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = language_model()
+    settings: dict[str, Any] = dict(
+        divergence=ed.KLDivergence(), n_directions=8, steps=60, batch_size=64, progress=False
+    )
+    exact = ed.decompose(model, tokens, **settings)
+    error = exact.reconstruction_error(tokens)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    coarse = ed.decompose(model, tokens, **settings)
+    assert coarse.decoder.norms().dtype == coarse.activation(tokens).dtype == torch.float32
+    assert coarse.reconstruction_error(tokens) == pytest.approx(error, abs=0.02)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r"'fp16' is not supported.*use 'bf16' or 'no'"):
+        ed.decompose(model, tokens, **settings)
