@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from eigendecomp import interventions, shares
+from eigendecomp.directions import Directions
+from eigendecomp.target import Target
 from eigendecomp.targets import cnn, fashion
 
 needs_data = pytest.mark.skipif(
@@ -338,3 +342,42 @@ def test_mobilenet_weights_without_a_network(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.hub, "download_url_to_file", closed)
     with pytest.raises(OSError, match=r"no network.*mobilenet_v3_small-\w+\.pth.*pretrained=False"):
         cnn.mobilenet()
+
+
+# -------------------------------------------------------------------------------------------- from the middle block
+
+
+@pytest.fixture(scope="module")
+def middle(model: cnn.FashionCNN, test_subset: tuple[Tensor, Tensor]) -> tuple[cnn.FromMiddle, Tensor]:
+    with torch.no_grad():
+        return cnn.FromMiddle(model), model.enter(test_subset[0][:8])
+
+
+def test_the_network_goes_on_from_its_middle_block(model, middle, test_subset) -> None:
+    tail, entering = middle
+    assert torch.equal(cnn.predict(tail, entering), cnn.predict(model, test_subset[0][:8]))
+    assert {name for name, _ in tail.named_parameters()} < {name for name, _ in model.named_parameters()}
+
+
+def test_contribution_maps_add_up_to_the_coefficient(middle) -> None:
+    tail, entering = middle
+    target = Target(tail, ["block2.*"])
+    directions = Directions.random(target.shapes, 3, 2)
+    c = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+    j = shares.read(target, entering, {"u": directions.flat()}).along["u"]
+    maps = cnn.contribution_maps(tail, interventions.low_rank(directions, 1), entering, c)
+    assert maps.shape == (8, 14, 14)
+    torch.testing.assert_close(maps.sum((1, 2)), (c * j[:, :, 1]).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_attribution_is_the_first_order_change_of_the_logits(middle) -> None:
+    tail, entering = middle
+    draw = torch.Generator().manual_seed(0)
+    z, decoder = torch.rand(8, 196, 3, generator=draw).double(), torch.randn(3, 32, generator=draw).double()
+    tail, entering = deepcopy(tail).double(), entering.double()
+    found = cnn.attribution(tail, entering, z, decoder)
+    with torch.no_grad():
+        output, step = tail.block2(entering), 1e-6
+        added = torch.einsum("np,c->ncp", z[..., 1], decoder[1]).view_as(output)
+        change = (tail.after_block(output + step * added) - tail.after_block(output - step * added)) / (2 * step)
+    torch.testing.assert_close(found[..., 1], change, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,8 +96,69 @@ class FromMiddle(nn.Module):
         self.train(model.training)
 
     def forward(self, entering: Float[Tensor, "n c 14 14"]) -> Float[Tensor, "n 10"]:
-        x = self.block3(self.down2(self.block2(entering)))
-        return self.head(x.mean(dim=(2, 3)))
+        return self.after_block(self.block2(entering))
+
+    def after_block(self, output: Float[Tensor, "n c 14 14"]) -> Float[Tensor, "n 10"]:
+        """The logits from what the middle block writes."""
+        return self.head(self.block3(self.down2(output)).mean(dim=(2, 3)))
+
+
+def contribution_maps(
+    tail: FromMiddle,
+    change: Mapping[str, Tensor],
+    entering: Float[Tensor, "n c 14 14"],
+    cotangents: Float[Tensor, "n k"],
+) -> Float[Tensor, "n 14 14"]:
+    """How much each position of the middle block adds to ⟨Jᵀc, u⟩: maps that sum up to it.
+
+    ``change`` is the direction u by parameter, as ``interventions.low_rank`` gives it. A layer adds, at every position,
+    the change of its output along u, its input staying as it is, times what the output is asked to change.
+    """
+    block, u = tail.block2, {name.removeprefix("block2."): value for name, value in change.items()}
+    with torch.enable_grad():
+        x = entering.detach().requires_grad_()  # so that there is a graph whatever the parameters ask for
+        first = block.conv1(x)
+        first_normed = block.bn1(first)
+        hidden = block.relu1(first_normed)
+        second = block.conv2(hidden)
+        second_normed = block.bn2(second)
+        later = tail.after_block(block.relu2(x + second_normed))
+        asked = torch.autograd.grad(later, [first, first_normed, second, second_normed], cotangents)
+
+    def normed(norm: nn.BatchNorm2d, value: Tensor, name: str) -> Tensor:
+        assert norm.running_mean is not None and norm.running_var is not None
+        mean, scale = norm.running_mean[:, None, None], (norm.running_var + norm.eps).rsqrt()[:, None, None]
+        return (value - mean) * scale * u[f"{name}.weight"][:, None, None] + u[f"{name}.bias"][:, None, None]
+
+    with torch.no_grad():
+        changes = [
+            F.conv2d(x, u["conv1.weight"], padding=1),
+            normed(block.bn1, first, "bn1"),
+            F.conv2d(hidden, u["conv2.weight"], padding=1),
+            normed(block.bn2, second, "bn2"),
+        ]
+        return torch.stack([(g * moved).sum(1) for g, moved in zip(asked, changes, strict=True)]).sum(0)
+
+
+def attribution(
+    tail: FromMiddle,
+    entering: Float[Tensor, "n c 14 14"],
+    z: Float[Tensor, "n positions units"],
+    decoder: Float[Tensor, "units c"],
+) -> Float[Tensor, "n k units"]:
+    """What each unit of a code of the middle block's output adds to each logit, to first order, over all positions.
+
+    This is what J u is to a direction: by it, units are read with the same knowledge of the outputs.
+    """
+    found = []
+    for part, codes in zip(entering.split(250), z.split(250), strict=True):
+        with torch.enable_grad():
+            output = tail.block2(part).detach().requires_grad_()
+            logits = tail.after_block(output)
+            rows = [torch.autograd.grad(f.sum(), output, retain_graph=True)[0] for f in logits.unbind(1)]
+        asked = torch.stack(rows, 1).flatten(3)  # (n, k, c, positions)
+        found.append(torch.einsum("npu,nkcp,uc->nku", codes, asked, decoder))
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
