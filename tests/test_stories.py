@@ -121,6 +121,20 @@ def test_local_attention_would_change_nothing(model: Any) -> None:
     torch.testing.assert_close(neo(tokens), model(tokens))
 
 
+def test_standardised_is_the_same_function_with_standard_inputs(model: Any) -> None:
+    tokens = stories.token_windows(stories.load_stories("validation")[:60], 60, 24)
+    other = stories.standardised(model, [2, 4], tokens)
+    torch.testing.assert_close(other(tokens), model(tokens), rtol=1e-3, atol=1e-3)
+    met: list[torch.Tensor] = []
+    for point in ("ln1", "attn.hook_z", "ln2"):
+        module = other.get_submodule(f"blocks.4.{point}")
+        module.register_forward_hook(lambda _, __, x: met.append(x.detach().flatten(0, 1)))
+    other(tokens)
+    assert len(met) >= 3
+    for x in met:
+        assert x.mean(0).abs().max() < 1e-3 and (x.std(0) - 1).abs().max() < 1e-3
+
+
 def test_a_missing_or_changed_file_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing.*train_stories"):
         stories.load_model(tmp_path)

@@ -12,6 +12,7 @@ used.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gzip
 import hashlib
@@ -24,7 +25,7 @@ import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Int
@@ -155,6 +156,53 @@ def _imported(name: str) -> Any:
         raise ImportError(
             f"the story models need {name}, which is not installed: pip install 'eigendecomp[language]'"
         ) from error
+
+
+@torch.no_grad()
+def standardised(model: HookedTransformer, layers: Sequence[int], tokens: Int[Tensor, "n t"]) -> HookedTransformer:
+    """The same function with some blocks' weights written so that their inputs have mean 0 and deviation 1.
+
+    A gradient of a weight is an outer product with what arrives there, so it depends on how the layer is written: a
+    mean that all tokens share is in every gradient, and large entries count for more than small ones. Means and
+    deviations over ``tokens`` are moved from the weights of the query, key, value, output and first MLP maps into the
+    normalisations' scales and shifts, and biases. (What arrives at the second MLP map cannot be shifted so.)
+    """
+    names = [f"blocks.{layer}.{point}" for layer in layers for point in ("ln1", "ln2", "attn.hook_z")]
+    met: dict[str, list[Tensor]] = {name: [] for name in names}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda _, __, x, name=name: met[name].append(x.flatten(0, 1)))
+        for name in names
+    ]
+    for part in tokens.split(256):
+        model(part, stop_at_layer=max(layers) + 1)
+    for hook in hooks:
+        hook.remove()
+    moments = {name: (torch.cat(x).mean(0), torch.cat(x).std(0)) for name, x in met.items()}
+    other = copy.deepcopy(model)
+    for layer in layers:
+        block = cast(Any, other.blocks[layer])
+        attn, mlp = block.attn, block.mlp
+        mean, scale = moments[f"blocks.{layer}.ln1"]
+        for letter in "QKV":
+            weight = getattr(attn, f"W_{letter}")
+            getattr(attn, f"b_{letter}").add_(torch.einsum("d,hde->he", mean, weight))
+            weight.mul_(scale[None, :, None])
+        _rescale(block.ln1.w, block.ln1.b, mean, scale)
+        mean, scale = moments[f"blocks.{layer}.attn.hook_z"]  # attention's rows sum to one: values shift alike
+        attn.b_O.add_(torch.einsum("he,hed->d", mean, attn.W_O))
+        attn.W_O.mul_(scale.unsqueeze(-1))
+        attn.W_V.div_(scale.unsqueeze(1))
+        attn.b_V.sub_(mean).div_(scale)
+        mean, scale = moments[f"blocks.{layer}.ln2"]
+        mlp.b_in.add_(mean @ mlp.W_in)
+        mlp.W_in.mul_(scale.unsqueeze(1))
+        _rescale(block.ln2.w, block.ln2.b, mean, scale)
+    return other
+
+
+def _rescale(w: Tensor, b: Tensor, mean: Tensor, scale: Tensor) -> None:
+    w.div_(scale)
+    b.sub_(mean).div_(scale)
 
 
 # ------------------------------------------------------------------------------------------ tokens and words
