@@ -6,60 +6,74 @@ Images, with what a class is called and what each image is::
 
 Text, inputs being token numbers; ``names`` says what an output is called and, unless ``tokens`` does, a token too::
 
-    d.browse(windows, "stories_browse.html", names=stories.readable)
+    d.browse(windows, "tinystories_browse.html", names=stories.readable)
 
 Anything else is a vector, shown as bars: ``d.browse(x, "tms_browse.html", features=[...], names=[...])``.
 
-All that the page shows is computed here (:func:`collect`) and put in it as JSON; ``page/script.js`` draws it.
-A sample's activation a is also split over the places where it arises (:func:`spatial_maps`): with the cotangent
-c = S J u / a, the sum ⟨Jᵀc, u⟩ of the contributions of all places is a itself, and no reference is needed.
+All that the page shows is computed here (:func:`collect`) and put in it as JSON; ``page/script.js`` draws it. Every
+number comes from J u, what the directions do to each sample's output to first order: activations are ‖S^½ J u‖, and a
+coefficient is the product ⟨Jᵀc, u⟩ = ⟨c, J u⟩ with a reference's cotangent. So the samples go through the model once.
 """
 
 import base64
 import hashlib
-import io
 import json
-import math
 import os
-import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from eigendecomp import files
 from eigendecomp.checks import real, whole
 from eigendecomp.curvature import push_forward
-from eigendecomp.data import Examples, Inputs, as_examples
-from eigendecomp.decomposition import Decomposition
+from eigendecomp.data import Examples, Inputs, as_examples, chunks
+from eigendecomp.decomposition import CHUNK, Decomposition, capture
 from eigendecomp.directions import Directions
-from eigendecomp.divergence import Divergence, KLDivergence, SquaredError
-from eigendecomp.interaction import interactions
-from eigendecomp.target import Target
-
-Kind = Literal["text", "image", "vector"]
-Names = Sequence[str] | Callable[[int], str]
-Tokens = Sequence[Sequence[str]] | Callable[[int], str]
+from eigendecomp.divergence import KLDivergence, SquaredError
+from eigendecomp.fit import generator
+from eigendecomp.kinds import Images, Kind, Names, Renderer, Tokens, plain, renderer
+from eigendecomp.places import outputs_along, spatial_maps
+from eigendecomp.reference import Draws
 
 BINS = 40
 LISTED = 8  # outputs, neighbours: how many are listed of each
-BEFORE, AFTER = 32, 12  # tokens shown around a sample
-WIDEST = 256  # numbers in a vector that can still be seen as bars
-STEPS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # pushes, over the mean activation of the top samples
-MEETING = 32  # examples on which interactions are measured
-MEMORY = 1 << 28  # bytes for them at a time
-EDGES, THUMBNAILS = (64, 48, 32, 24), 3 << 20  # pixels of a thumbnail: the most with which all stay under so many bytes
-HEADS = re.compile(r"(?:^|\.)_?[Wb]_[QKVO]$")  # transformer-lens's names; heads along the first axis
+LINES = 6  # outputs whose course is drawn
+STEPS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # pushes, over the mean activation of the top samples
+MEMORY = 1 << 28  # bytes of J u at a time
+HEADS = {"W_Q": 3, "W_K": 3, "W_V": 3, "W_O": 3, "b_Q": 2, "b_K": 2, "b_V": 2}  # transformer-lens: heads are axis 0
+
+
+@dataclass(frozen=True)
+class View:
+    """What is looked at; the arguments of :func:`browse` of these names."""
+
+    by: Literal["impact", "activation"]
+    top: int
+    middle: int
+    steps: tuple[float, ...] | None
+    threshold: float | None
+    references: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.by not in ("impact", "activation"):
+            raise ValueError(f"by={self.by!r} must be 'impact' or 'activation'")
+        whole("top", self.top)
+        whole("middle", self.middle, 0)
+        whole("references", self.references)
+        for step in self.steps or ():
+            real("steps: a step", step)
+        if self.threshold is not None:
+            real("threshold", self.threshold, least=0)
 
 
 def browse(
@@ -82,7 +96,7 @@ def browse(
     references: int = 16,
     seed: int = 0,
 ) -> Path:
-    """Write a page to look at directions, and say where: one HTML file that needs nothing else.
+    """Write a page to look at directions, one HTML file that needs nothing else, and return its path.
 
     Args:
         inputs: a tensor or tuple of tensors, some hundred to some thousand samples; the first one is shown.
@@ -105,199 +119,15 @@ def browse(
         OSError: if the file cannot be written; what was there before is then still there.
     """
     path = files.writable(path)
-    if by not in ("impact", "activation"):
-        raise ValueError(f"by={by!r} must be 'impact' or 'activation'")
-    whole("top", top)
-    whole("middle", middle, 0)
-    whole("references", references)
-    for step in steps or ():
-        real("steps", step)
-    if threshold is not None:
-        real("threshold", threshold, least=0)
+    view = View(by, top, middle, None if steps is None else tuple(steps), threshold, references, seed)
     examples = as_examples(inputs)
-    e, p, k = d.target.outputs(tuple(tensor[:1] for tensor in examples)).shape
-    e = len(examples[0])
+    e, (p, k) = len(examples[0]), d.target.outputs(single(examples)).shape[1:]
     name = namer(names, k)
     if labels is not None and len(labels) not in (e, e * p):
         raise ValueError(f"labels has {len(labels)} entries; give one for each of the {e} examples")
     shown = renderer(kind, examples[0], p, names=names, tokens=tokens, images=images, features=features)
-    data = collect(d, examples, shown, name, labels, by, top, middle, steps, threshold, references, seed)
-    write(path, render({"title": str(title), **data}))
+    write(path, render({"title": str(title), **collect(d, examples, shown, name, labels, view)}))
     return path
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kinds of samples
-
-
-class Renderer(Protocol):
-    """How samples of one kind are put in the page."""
-
-    kind: Kind
-
-    def examples(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """What the page needs to show these examples, and what they share."""
-        ...
-
-    def sample(self, e: int, p: int, strength: Mapping[str, Float[Tensor, "e p"]]) -> dict[str, Any]:
-        """What it needs for one sample beside its example; ``strength`` is that of all samples."""
-        ...
-
-    def about(self, e: int, p: int) -> str | None:
-        """What to call a sample if it has no label."""
-        ...
-
-
-class Text:
-    """Tokens, shaded by how strong the direction is at each."""
-
-    kind: Kind = "text"
-
-    def __init__(self, inputs: Tensor, p: int, tokens: Tokens | None, names: Names | None) -> None:
-        if inputs.ndim != 2:
-            raise ValueError(f"kind='text' shows inputs (examples, tokens), not {tuple(inputs.shape)}")
-        length = inputs.shape[1]
-        if p not in (1, length):
-            raise ValueError(f"the model gives {p} outputs for {length} tokens; text has one for each, or one in all")
-        if isinstance(tokens, Sequence) and not isinstance(tokens, str):
-            if len(tokens) != len(inputs) or any(len(row) != length for row in tokens):
-                raise ValueError(
-                    f"tokens holds {len(tokens)} examples; give {len(inputs)} lists of {length} strings each, or a "
-                    "function from a token's number to its string"
-                )
-            self.strings = [[str(token) for token in row] for row in tokens]
-        else:
-            if inputs.is_floating_point():
-                raise ValueError(f"inputs are {inputs.dtype}, not token numbers; give tokens=[[string, ...], ...]")
-            say: Any = names if tokens is None else tokens
-            most = int(inputs.max())
-            if say is None or not (callable(say) or len(say) > most):
-                raise ValueError(
-                    f"what token {most} is called is not known; give tokens= (a function from a token's number to its "
-                    "string) or names= with one string for each token"
-                )
-            call = say if callable(say) else say.__getitem__
-            called = {token: str(call(token)) for token in inputs.unique().tolist()}
-            self.strings = [[called[token] for token in row] for row in inputs.tolist()]
-        self.whole = p == 1
-
-    def examples(self, numbers: Sequence[int]) -> dict[str, Any]:
-        ids: dict[str, int] = {}
-        rows = {e: [ids.setdefault(token, len(ids)) for token in self.strings[e]] for e in numbers}
-        return {"examples": rows, "vocabulary": list(ids)}
-
-    def sample(self, e: int, p: int, strength: Mapping[str, Float[Tensor, "e p"]]) -> dict[str, Any]:
-        if self.whole:
-            return {"from": 0, "to": len(self.strings[e])}
-        start, stop = max(0, p - BEFORE), min(len(self.strings[e]), p + AFTER + 1)
-        shades = {name: plain(values[e, start:stop], 3) for name, values in strength.items()}
-        return {"from": start, "to": stop, "shades": shades}
-
-    def about(self, e: int, p: int) -> str | None:
-        return None if self.whole else self.strings[e][p].strip() or self.strings[e][p]
-
-
-class Images:
-    """Thumbnails; where the outputs arise in them is drawn over them."""
-
-    kind: Kind = "image"
-
-    def __init__(self, inputs: Tensor, p: int, images: Tensor | None) -> None:
-        shown = inputs if images is None else images
-        if not isinstance(shown, Tensor) or len(shown) != len(inputs):
-            raise ValueError(f"images must be a tensor of {len(inputs)} images, as many as there are examples")
-        shown = shown.unsqueeze(1) if shown.ndim == 3 else shown
-        if shown.ndim != 4 or shown.shape[1] not in (1, 3):
-            raise ValueError(
-                f"an image has 1 or 3 channels, as (examples, channels, height, width); {tuple(shown.shape)} is none. "
-                "Give images= to show in their place"
-            )
-        if p != 1:
-            raise ValueError(f"the model gives {p} outputs for an image; kind='image' shows models that give one")
-        self.images = shown.detach().float().cpu()
-        low, high = float(self.images.min()), float(self.images.max())
-        self.low, self.high = (0.0, 1.0) if low >= 0 and 0.5 < high <= 1 else (low, max(high, low + 1e-12))
-
-    def png(self, e: int, edge: int) -> str:
-        """A data URI of a thumbnail, ``edge`` pixels long at most."""
-        gray = (self.images[e] - self.low).div(self.high - self.low).clamp(0, 1).mul(255).round().byte()
-        image = Image.fromarray(gray.permute(1, 2, 0).squeeze(2).numpy())
-        if max(image.size) > edge:
-            image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
-        file = io.BytesIO()
-        image.save(file, "PNG", optimize=True)
-        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-    def examples(self, numbers: Sequence[int]) -> dict[str, Any]:
-        made: dict[int, str] = {}
-        for edge in EDGES:
-            made = {e: self.png(e, edge) for e in numbers}
-            if sum(map(len, made.values())) < THUMBNAILS:
-                break
-        return {"examples": made, "aspect": self.images.shape[3] / self.images.shape[2]}
-
-    def sample(self, e: int, p: int, strength: Mapping[str, Float[Tensor, "e p"]]) -> dict[str, Any]:
-        return {}
-
-    def about(self, e: int, p: int) -> str | None:
-        return None
-
-
-class Vectors:
-    """Bars, one for each entry."""
-
-    kind: Kind = "vector"
-
-    def __init__(self, inputs: Tensor, p: int, features: Sequence[str] | None) -> None:
-        rows = inputs.detach().double().cpu()
-        rows = rows.unsqueeze(1) if rows.ndim == 1 else rows
-        self.rows = rows.unsqueeze(1).expand(-1, p, -1) if rows.ndim == 2 else rows
-        if self.rows.ndim != 3 or self.rows.shape[1] != p:
-            raise ValueError(
-                f"kind='vector' shows inputs (examples, numbers) or (examples, {p}, numbers), not {tuple(inputs.shape)}"
-            )
-        size = self.rows.shape[-1]
-        if size > WIDEST:
-            raise ValueError(f"a vector of {size} numbers cannot be seen as bars (at most {WIDEST}); use kind='image'")
-        if features is not None and len(features) != size:
-            raise ValueError(f"features has {len(features)} names; give one for each of the {size} entries")
-        self.features = [str(i) for i in range(size)] if features is None else [str(name) for name in features]
-
-    def examples(self, numbers: Sequence[int]) -> dict[str, Any]:
-        rows = {e: plain(self.rows[e], 3) for e in numbers}
-        return {"examples": rows, "features": self.features, "largest": plain(self.rows.abs().max())}
-
-    def sample(self, e: int, p: int, strength: Mapping[str, Float[Tensor, "e p"]]) -> dict[str, Any]:
-        return {}
-
-    def about(self, e: int, p: int) -> str | None:
-        row = self.rows[e, p].abs()
-        return self.features[int(row.argmax())] if row.max() > 0 else None
-
-
-def renderer(
-    kind: Kind | None,
-    inputs: Tensor,
-    p: int,
-    *,
-    names: Names | None,
-    tokens: Tokens | None,
-    images: Tensor | None,
-    features: Sequence[str] | None,
-) -> Renderer:
-    """The renderer asked for, or else the one that the inputs look like."""
-    if kind is None:
-        if tokens is not None or (not inputs.is_floating_point() and inputs.ndim == 2 and names is not None):
-            kind = "text"
-        elif images is not None or (inputs.ndim == 4 and inputs.shape[1] in (1, 3)):
-            kind = "image"
-        else:
-            kind = "vector"
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind={kind!r} must be 'text', 'image' or 'vector'")
-    if kind == "text":
-        return Text(inputs, p, tokens, names)
-    return Images(inputs, p, images) if kind == "image" else Vectors(inputs, p, features)
 
 
 def namer(names: Names | None, k: int) -> Callable[[int], str]:
@@ -312,81 +142,149 @@ def namer(names: Names | None, k: int) -> Callable[[int], str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the page shows
+# All samples
 
 
+@dataclass
+class Measured:
+    """What all samples and directions have to do with each other; equal to what the methods of these names return."""
+
+    activation: Float[Tensor, "n v"]
+    impact: Float[Tensor, "n v"]
+    z: Float[Tensor, "n v"]  # encode()
+    interactions: Float[Tensor, "v v"]
+
+
+@torch.no_grad()
+def measure(d: Decomposition, examples: Examples, references: int, seed: int) -> Measured:
+    """Read all samples along all directions."""
+    s = d.settings
+    draws = 1 if s.reference.fixed else references
+    noises = generator(seed, "encode"), generator(seed, "encode")
+    activation, impact, z = [], [], []
+    cross = torch.zeros(d.decoder.n, d.decoder.n, dtype=torch.float64)
+    for part in chunks(examples, CHUNK):
+        for few, f, reads, writes in changes(d, part):
+            shape = len(few[0]), len(f) // len(few[0])
+            moved = s.divergence.root(f.unsqueeze(1), writes)
+            activation.append(moved.norm(dim=-1))
+            cross += torch.einsum("nvk,nwk->vw", moved, moved).cpu()
+            for noise, m, found in zip(noises, (draws, 1), (impact, z), strict=True):
+                c = Draws.of(s.reference, s.divergence, d.pool, shape, m, noise)(f.view(*shape, -1)).flatten(0, 1)
+                found.append(reads @ c.mT)  # (n, v, m)
+    scale = cross.diagonal().sqrt()
+    scale = scale.outer(scale)
+    return Measured(
+        torch.cat(activation),
+        torch.cat([one.abs().mean(-1) for one in impact]),
+        torch.cat(z).squeeze(-1),
+        torch.where(scale > 0, cross / scale, 0.0),
+    )
+
+
+def changes(
+    d: Decomposition, part: Examples
+) -> Iterator[tuple[Examples, Float[Tensor, "n k"], Float[Tensor, "n v k"], Float[Tensor, "n v k"]]]:
+    """A few examples at a time: they, their outputs f, and J u for the encoder's and for the decoder's directions.
+
+    Backwards, as the gradients of all outputs, where these are few; else forwards, direction by direction.
+    """
+    both = d.encoder if d.settings.tied else d.encoder.beside(d.decoder)
+    p, k = d.target.outputs(single(part)).shape[1:]
+    backwards = p * k <= both.n
+    if backwards and d._source is None:
+        d._source = capture(d.target, part, d.settings)
+    source = d._source
+    size = max(1, MEMORY // (p * k * both.n * torch.finfo(d.target.dtype).bits // 8))
+    for few in chunks(part, size):
+        f = d.target.outputs(few).flatten(0, 1)
+        if backwards and source is not None:
+            y = source(few, EachOutput()).inner(both).unflatten(0, (-1, k)).mT
+        else:
+            y = push_forward(d.target, SquaredError(), both, few) / 2**0.5  # S = 2I
+        yield few, f, y[:, : d.encoder.n], y[:, -d.decoder.n :]
+
+
+class EachOutput:
+    """The cotangents that pick one output each."""
+
+    def __call__(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "e p k k"]:
+        return torch.eye(f.shape[-1], dtype=f.dtype, device=f.device).expand(*f.shape, -1)
+
+    def __getitem__(self, rows: slice) -> "EachOutput":
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Direction by direction
+
+
+@torch.no_grad()
 def collect(
     d: Decomposition,
     examples: Examples,
     shown: Renderer,
     name: Callable[[int], str],
     labels: Sequence[str] | None,
-    by: str,
-    top: int,
-    middle: int,
-    steps: Sequence[float] | None,
-    threshold: float | None,
-    references: int,
-    seed: int,
+    view: View,
 ) -> dict[str, Any]:
-    """Everything in the page, as plain values.
-
-    The samples go through the model once for their activations, impacts and coefficients; beyond that, each direction
-    through its own few samples.
-    """
-    e = len(examples[0])
-    activation, impact = d.activation(examples), d.impact(examples, references, seed)
-    z = d.encode(examples, seed)
-    n, p = len(z), len(z) // e
-    cut = threshold if threshold is not None else d.threshold
-    cut = 0.1 * float(z.abs().max()) if cut is None else cut
-    on = ((z.abs() >= cut) & (z != 0)).double().mean(0)
-    energy = activation.double().square().mean(0)
-    strength = {"impact": impact, "activation": activation}
-    chosen = [pick(column, top, middle) for column in strength[by].T]
-    meeting = met(d, examples, [rows[0] // p for rows, _ in chosen])
-    k = d.target.outputs(tuple(tensor[:1] for tensor in examples)).shape[-1]
+    """Everything in the page, as plain values."""
+    found = measure(d, examples, view.references, view.seed)
+    strength = {"impact": found.impact, "activation": found.activation}
+    n, e = len(found.z), len(examples[0])
+    p = n // e
+    cut = view.threshold if view.threshold is not None else d.threshold
+    cut = 0.1 * float(found.z.abs().max()) if cut is None else cut
+    active = ((found.z.abs() >= cut) & (found.z != 0)).double().mean(0)
+    energy = found.activation.double().square().mean(0)
     tensors, heads = shares(d.decoder)
-
-    def sample(v: int, row: int, group: str) -> dict[str, Any]:
-        at = row // p, row % p
-        column = {key: values[:, v].view(e, p) for key, values in strength.items()}
-        label = None if labels is None else str(labels[at[0] if len(labels) == e else row])
-        values = {key: plain(value[row, v]) for key, value in (*strength.items(), ("z", z))}
-        return {"e": at[0], "p": at[1], "group": group, "label": label, **values, **shown.sample(*at, column)}
-
     directions = []
     for v in range(d.decoder.n):
-        first, others = chosen[v]
-        samples = [sample(v, row, "top") for row in first] + [sample(v, row, "middle") for row in others]
-        if isinstance(shown, Images):
-            maps = spatial_maps(d, v, tuple(tensor[first + others] for tensor in examples))
-            for one, values in zip(samples, maps if maps is not None else (), strict=maps is not None):
-                one["map"] = packed(values)
+        first, others = pick(strength[view.by][:, v], view.top, view.middle)
+        column = {key: values[:, v].view(e, p) for key, values in strength.items()}
+        samples = []
+        for row in (*first, *others):
+            at = row // p, row % p
+            samples.append({
+                "e": at[0],
+                "p": at[1],
+                "group": "top" if len(samples) < len(first) else "middle",
+                "label": None if labels is None else str(labels[at[0] if len(labels) == e else row]),
+                "z": plain(found.z[row, v]),
+                **{key: plain(values[at]) for key, values in column.items()},
+                **shown.sample(*at, column),
+            })  # fmt: skip
+        mapped = isinstance(shown, Images)
+        acts, maps = act(d, v, examples, [*first, *others] if mapped else first, len(first), mapped, name, view.steps)
+        for sample, one in zip(samples, () if maps is None else maps, strict=maps is not None):
+            sample["map"] = packed(one)
         about = [one["label"] or shown.about(one["e"], one["p"]) for one in samples[: len(first)]]
-        weights = strength[by][first, v].tolist()
         directions.append({
-            "about": common(about, weights),
-            "alive": bool(on[v] > 0),
-            "active": plain(on[v]),
+            "about": common(about, strength[view.by][first, v].tolist()),
+            "alive": bool(active[v] > 0),
+            "active": plain(active[v]),
             "curvature": plain(energy[v] / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)),
-            "impact": plain(impact[:, v].max()),
-            "activation": plain(activation[:, v].max()),
-            "histograms": {key: histogram(values[:, v]) for key, values in strength.items()},
+            **{key: plain(values.max()) for key, values in column.items()},
+            "histograms": {key: histogram(values) for key, values in column.items()},
             "samples": samples,
-            "tensors": [[key, plain(share)] for key, share in zip(d.decoder.shapes, tensors[v])],
-            "heads": [[key, plain(value[v])] for key, value in heads.items()],
-            "interactions": strongest(meeting[v], v),
-            **moved(d, v, examples, first, name, steps, float(activation[first, v].mean())),
+            "tensors": [[key, plain(share)] for key, share in zip(d.decoder.shapes, tensors[v], strict=True)],
+            "heads": [[key, plain(values[v])] for key, values in heads.items()],
+            "interactions": neighbours(found.interactions[v], v),
+            **acts,
         })  # fmt: skip
     used = sorted({one["e"] for direction in directions for one in direction["samples"]})
     return {
-        "kind": shown.kind, "by": by, "samples": n, "count": e, "positions": p, "outputs": k,
-        "threshold": plain(cut), "references": 1 if d.settings.reference.fixed else references,
+        "kind": shown.kind,
+        "by": view.by,
+        "samples": n,
+        "positions": p,
+        "threshold": plain(cut),
+        "references": 1 if d.settings.reference.fixed else view.references,
         "divergence": type(d.settings.divergence).__name__,
         "probabilities": isinstance(d.settings.divergence, KLDivergence),
-        "directions": directions, **shown.examples(used),
-    }  # fmt: skip
+        "directions": directions,
+        **shown.examples(used),
+    }
 
 
 def pick(strength: Float[Tensor, " n"], top: int, middle: int) -> tuple[list[int], list[int]]:
@@ -394,24 +292,17 @@ def pick(strength: Float[Tensor, " n"], top: int, middle: int) -> tuple[list[int
     order = strength.sort(descending=True, stable=True).indices
     first, rest = order[:top].tolist(), order[top:]
     found: list[int] = []
-    for part in torch.linspace(0.75, 0.25, middle).tolist() if middle else ():
+    for level in torch.linspace(0.75, 0.25, middle).tolist() if middle else ():
         if len(rest) == 0:
             break
-        at = int((strength[rest] - part * strength.max()).abs().argmin())
+        at = int((strength[rest] - level * strength.max()).abs().argmin())
         found.append(int(rest[at]))
         rest = torch.cat([rest[:at], rest[at + 1 :]])
     return first, sorted(found, key=lambda row: -float(strength[row]))
 
 
-def histogram(values: Float[Tensor, " n"]) -> dict[str, Any]:
-    """Counts in equal bins from zero to the largest value."""
-    most = float(values.max())
-    counts = torch.histc(values.float(), BINS, 0, most if most > 0 else 1.0)
-    return {"most": plain(most), "counts": [int(count) for count in counts.tolist()]}
-
-
 def common(about: Sequence[str | None], weights: Sequence[float]) -> list[str]:
-    """What the top samples have in common, in order of the strength it comes with: three at most."""
+    """What the top samples have in common, in order of the strength that it comes with: three at most."""
     total: Counter[str] = Counter()
     for text, weight in zip(about, weights, strict=True):
         if text:
@@ -419,172 +310,90 @@ def common(about: Sequence[str | None], weights: Sequence[float]) -> list[str]:
     return [text for text, weight in total.most_common(3) if weight > 0.1 * sum(weights)]
 
 
+def histogram(values: Float[Tensor, "e p"]) -> dict[str, Any]:
+    """Counts in equal bins from zero to the largest value."""
+    most = float(values.max())
+    counts = torch.histc(values.float(), BINS, 0, most if most > 0 else 1.0)
+    return {"most": plain(most), "counts": [int(count) for count in counts.tolist()]}
+
+
 def shares(u: Directions) -> tuple[list[list[float]], dict[str, Float[Tensor, "v heads"]]]:
-    """Each direction's squared norm by tensor, and of the tensors that have heads by head."""
-    tensors = u.norms(by_tensor=True).double().square()
-    heads = {}
+    """Each direction's squared norm by tensor, as a share, and of the tensors that have heads by head."""
+    tensors, heads = u.norms(by_tensor=True).double().square(), {}
     for key, shape in u.shapes.items():
-        if HEADS.search(key) and len(shape) == (3 if "W_" in key[-3:] else 2):
+        if HEADS.get(key.rsplit(".", 1)[-1]) == len(shape):
             parts = (u.select([v]).dense(key)[0] for v in range(u.n))  # one at a time: they may be large
             heads[key] = torch.stack([part.double().square().flatten(1).sum(1) for part in parts])
     return (tensors / tensors.sum(1, keepdim=True)).tolist(), heads
 
 
-def met(d: Decomposition, examples: Examples, strongest: Sequence[int]) -> Float[Tensor, "v v"]:
-    """Interactions over examples from which the directions' strongest samples come: some of them, evenly chosen."""
-    some = sorted(set(strongest))
-    some = some[:: math.ceil(len(some) / MEETING)]
-    few = tuple(tensor[some] for tensor in examples)
-    _, p, k = d.target.outputs(tuple(tensor[:1] for tensor in few)).shape
-    each = p * k * d.decoder.n * torch.finfo(d.target.dtype).bits // 8
-    return interactions(d, few, chunk=max(1, min(64, MEMORY // each)))
-
-
-def strongest(row: Float[Tensor, " v"], v: int) -> list[list[Any]]:
+def neighbours(row: Float[Tensor, " v"], v: int) -> list[list[Any]]:
     """The directions that one interacts with most, and how much."""
     order = [int(other) for other in row.abs().sort(descending=True, stable=True).indices if int(other) != v]
     return [[other, plain(row[other])] for other in order[:LISTED] if row[other] != 0]
 
 
-@torch.no_grad()
-def moved(
+def act(
     d: Decomposition,
     v: int,
     examples: Examples,
     rows: Sequence[int],
+    top: int,
+    mapped: bool,
     name: Callable[[int], str],
     steps: Sequence[float] | None,
-    strength: float,
-) -> dict[str, Any]:
-    """What the direction does to the outputs of these samples: to first order, and pushed by several steps."""
-    divergence = d.settings.divergence
-    p = d.target.outputs(tuple(tensor[:1] for tensor in examples)).shape[1]
-    few = sorted({row // p for row in rows})
-    at = [few.index(row // p) * p + row % p for row in rows]
-    part = tuple(tensor[few] for tensor in examples)
-    y = first_order(d, v, part)[at]
-    if isinstance(divergence, KLDivergence):  # logits have no zero: changes of log-probabilities
-        y = y - (d.target.call(part).flatten(0, 1)[at].softmax(-1) * y).sum(-1, keepdim=True)
+) -> tuple[dict[str, Any], Float[Tensor, "m h w"] | None]:
+    """What a direction does to the outputs of the ``top`` first of some samples: to first order, and pushed by steps.
+
+    And maps of where it does so in all of these samples, if they are to be ``mapped``.
+    """
+    divergence, target, u = d.settings.divergence, d.target, d.decoder.select([v])
+    p = target.call(single(examples)).shape[1]
+    part, at = tuple(tensor[[row // p for row in rows]] for tensor in examples), [row % p for row in rows]
+    f, y = (x[range(len(rows)), at] for x in outputs_along(target, u, part))
+    maps = spatial_maps(target, divergence, u, part, y) if mapped else None
+    f, y, part, at = f[:top], y[:top], tuple(tensor[:top] for tensor in part), at[:top]
     mean = y.mean(0)
-    size = min(LISTED, len(mean))
-    up, down = mean.topk(size), (-mean).topk(size)
-    reach = torch.stack([value.detach().double().square().sum() for value in d.target.chosen.values()]).sum().sqrt()
-    unit = min(1 / strength, float(reach) / max(STEPS)) if strength > 0 else 0.0
+    if isinstance(divergence, KLDivergence):  # logits have no zero of their own
+        mean = mean - mean.mean()
+    up, down = (side.topk(min(LISTED, len(mean))) for side in (mean, -mean))
+    activation = divergence.root(f, y).norm(dim=-1).mean().item()
+    norm = torch.stack([value.square().sum() for value in target.chosen.values()]).sum().sqrt().item()
+    unit = min(1 / activation, norm / max(STEPS)) if activation > 0 else 0.0
     deltas = sorted({0.0, *(step * unit for step in STEPS)} if steps is None else {0.0, *map(float, steps)})
-    outputs = []
+    course = []
     for delta in deltas:
         with d.perturbed({v: delta}):
-            outputs.append(divergence.predict(d.target.call(part).flatten(0, 1)[at]).mean(0))
-    lines = torch.stack(outputs).nan_to_num()  # what overflows is not drawn
-    spread = lines.max(0).values - lines.min(0).values
-    kept = spread.topk(min(6, len(spread))).indices.tolist()
+            moved = target.call(part)[range(top), at] if delta else f
+        course.append(divergence.predict(moved).mean(0))
+    lines = torch.stack(course).nan_to_num()  # what overflows is not drawn
+    kept = (lines.max(0).values - lines.min(0).values).topk(min(LINES, len(mean))).indices.tolist()
     return {
-        "promoted": [[name(int(i)), plain(value)] for value, i in zip(*up) if value > 0],
-        "suppressed": [[name(int(i)), plain(-value)] for value, i in zip(*down) if value > 0],
-        "push": {"steps": [plain(x) for x in deltas], "lines": [[name(i), plain(lines[:, i])] for i in kept]},
-    }
+        "promoted": [[name(int(i)), plain(value)] for value, i in zip(*up, strict=True) if value > 0],
+        "suppressed": [[name(int(i)), plain(-value)] for value, i in zip(*down, strict=True) if value > 0],
+        "push": {"steps": plain(deltas), "lines": [[name(i), plain(lines[:, i])] for i in kept]},
+    }, maps
 
 
-def first_order(d: Decomposition, v: int, part: Examples) -> Float[Tensor, "n k"]:
-    """J u of every sample for one direction."""
-    return push_forward(d.target, SquaredError(), d.decoder.select([v]), part)[:, 0] / 2**0.5  # S = 2I
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where in an image
-
-
-def spatial_maps(d: Decomposition, v: int, part: Examples) -> Float[Tensor, "e h w"] | None:
-    """How much each place adds to the images' activations a: maps that add up to a; None without places.
-
-    A module adds, at every place of its output, its output's change along u times what that change does later. Modules
-    without places (a linear head) are left out, so their part is missing from the sum.
-    """
-    u = d.decoder.select([v])
-    y = first_order(d, v, part)
-    with torch.enable_grad():
-        calls, f = recorded(d.target, part)
-        if not calls:
-            return None
-        c = curvature_times(d.settings.divergence, f.detach(), y)
-        c = c / (c * y).sum(-1, keepdim=True).clamp_min(torch.finfo(c.dtype).tiny).sqrt()
-        back = torch.autograd.grad(f, [output for _, _, _, output in calls], c, allow_unused=True)
-    maps = []
-    for (module, names, arguments, _), g in zip(calls, back, strict=True):
-        if g is None:
-            continue
-        tangents = {own: u.dense(full)[0].view_as(d.target.chosen[full]) for own, full in names.items()}
-        values = {own: d.target.chosen[full].detach() for own, full in names.items()}
-
-        def run(values: dict[str, Tensor], module: nn.Module = module, arguments: Any = arguments) -> Tensor:
-            return torch.func.functional_call(module, values, arguments)
-
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            change = torch.func.jvp(run, (values,), (tangents,))[1]
-        maps.append((g * change).sum(1))
-    if not maps:
-        return None
-    finest = max((one.shape[1:] for one in maps), key=math.prod)
-    sized = [F.interpolate(one[:, None], finest)[:, 0] * (one[0].numel() / math.prod(finest)) for one in maps]
-    return torch.stack(sized).sum(0)
-
-
-def curvature_times(divergence: Divergence, f: Float[Tensor, "n k"], y: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """S y, as the gradient of ½‖S^½ y‖²."""
-    leaf = y.detach().requires_grad_()
-    return torch.autograd.grad(divergence.root(f, leaf).square().sum() / 2, leaf)[0]
-
-
-def recorded(
-    target: Target, part: Examples
-) -> tuple[list[tuple[nn.Module, dict[str, str], Any, Tensor]], Float[Tensor, "n k"]]:
-    """A run of the model: the modules with chosen parameters and places in their output, and the outputs.
-
-    Of each its own names of these parameters beside the model's, its arguments, and its output.
-    """
-    calls, hooks = [], []
-    for prefix, module in target.model.named_modules():
-        full = {own: f"{prefix}.{own}" if prefix else own for own, _ in module.named_parameters(recurse=False)}
-        names = {own: key for own, key in full.items() if key in target.chosen}
-
-        def hook(module: nn.Module, arguments: Any, output: Any, names: dict[str, str] = names) -> Any:
-            if not isinstance(output, Tensor) or output.ndim != 4:
-                return output
-            calls.append((module, names, tuple(one.detach() for one in arguments), output))
-            return output.clone()  # what follows may write to it
-
-        if names:
-            hooks.append(module.register_forward_hook(hook))
-    try:
-        f = target.call(part).flatten(0, 1)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return calls, f
+def single(examples: Examples) -> Examples:
+    """The first example alone."""
+    return tuple(tensor[:1] for tensor in examples)
 
 
 def packed(values: Float[Tensor, "h w"]) -> dict[str, Any]:
-    """A map as signed bytes, over its largest entry."""
+    """A map as signed bytes, the largest entry being 127."""
     most = float(values.abs().max())
     scaled = (values / most * 127).round().to(torch.int8) if most > 0 else torch.zeros_like(values, dtype=torch.int8)
     return {
-        "height": values.shape[0], "width": values.shape[1], "most": plain(most), "sum": plain(values.sum()),
+        "height": values.shape[0],
+        "width": values.shape[1],
+        "sum": plain(values.sum()),
         "bytes": base64.b64encode(scaled.cpu().numpy().tobytes()).decode(),
-    }  # fmt: skip
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The file
-
-
-def plain(value: Any, digits: int = 4) -> Any:
-    """Numbers and lists of numbers, to a few significant digits."""
-    if isinstance(value, Tensor):
-        return plain(value.tolist(), digits)
-    if isinstance(value, list):
-        return [plain(item, digits) for item in value]
-    rounded = float(f"{value:.{digits}g}")
-    return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e15 else rounded
 
 
 def render(data: Mapping[str, Any]) -> str:
@@ -592,13 +401,17 @@ def render(data: Mapping[str, Any]) -> str:
     pages = Environment(loader=PackageLoader("eigendecomp", "page"), autoescape=True, undefined=StrictUndefined)
     script, style = (cast(Any, pages.loader).get_source(pages, name)[0] for name in ("script.js", "style.css"))
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for sign in "<>&\u2028\u2029":  # so that no text can end the element it stands in
+    for sign in "<>&\u2028\u2029":  # so that no text can end the element that it stands in
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (script, style)]
     return pages.get_template("page.html").render(
-        title=data["title"], data=Markup(text), script=Markup(script), style=Markup(style),
-        script_hash=hashes[0], style_hash=hashes[1],
-    )  # fmt: skip
+        title=data["title"],
+        data=Markup(text),
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=hashes[0],
+        style_hash=hashes[1],
+    )
 
 
 def write(path: Path, text: str) -> None:

@@ -39,6 +39,8 @@ function percent(x) {
 }
 const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const visible = (token) => token.replace(/\n/g, "¶");
+// A name on its own; that a token begins with a space is part of its name.
+const called = (name) => [/^\s/.test(name) && h("span", { class: "cut" }, "␣"), visible(name).trim()];
 const signed = (x, text = number(x)) => (x > 0 ? `+${text}` : text);
 
 // ---- the list
@@ -50,8 +52,9 @@ function named(direction) {
   return direction.about.length ? direction.about.map(visible).join(" · ") : direction.promoted.length ? "" : "no effect";
 }
 function promotes(direction) {
-  return direction.promoted.slice(0, 3).map(([name]) => visible(name).trim() || "␣").join(", ");
+  return direction.promoted.slice(0, 3).map(([name]) => visible(name).trim() || "␣").join(data.kind === "text" ? "  " : ", ");
 }
+const chips = (direction) => (data.kind === "text" && direction.about.length ? direction.about.map((token) => h("span", { class: "chip" }, visible(token))) : named(direction));
 function cell(direction, key, text) {
   const width = `${Math.max(0, (100 * direction[key]) / most[key])}%`;
   return h("td", { class: "number" }, text, h("span", { class: "meter", style: { width } }));
@@ -60,7 +63,7 @@ for (const direction of directions) {
   const first = named(direction), second = promotes(direction);
   direction.row = h("tr", { class: direction.alive ? null : "dead", on: { click: () => go(direction.number) } },
     h("td", {}, h("a", { href: `#${direction.number}`, "aria-label": `Direction ${direction.number}` }, String(direction.number))),
-    h("td", { class: "what" }, first && h("span", {}, first), second && h("span", { class: first ? "second" : null }, `→ ${second}`), direction.alive ? null : h("span", { class: "second" }, "dead")),
+    h("td", { class: "what" }, first && h("span", {}, chips(direction)), h("span", { class: first ? "second" : null }, direction.alive ? null : "dead ", second && `→ ${second}`)),
     cell(direction, "active", percent(direction.active)),
     cell(direction, "curvature", percent(direction.curvature)),
     cell(direction, "strength", number(direction.strength, 2)));
@@ -127,7 +130,7 @@ function text(sample, largest) {
     const here = shades && sample.from + i === sample.p;
     const tip = shades && `${JSON.stringify(token)}\n${measures.map((key) => `${key} ${number(shades[key][i])}`).join("\n")}`;
     const s = shades && largest ? Math.max(0, Math.min(1, shades[state.measure][i] / largest)) : 0;
-    return h("span", { class: `token${here ? " here" : ""}${marked.has(i) ? " hit" : ""}`, "data-tip": tip, style: { "--s": s.toFixed(3) } }, visible(token));
+    return h("span", { class: `token${here ? " here" : ""}${marked.has(i) ? " hit" : ""}`, "data-tip": tip, style: { "--s": (s ** 1.4).toFixed(3) } }, visible(token));
   });
   return h("li", {},
     h("div", { class: "value", "data-tip": tipOf(sample) }, number(sample[state.measure]), h("span", { class: "meter", style: { width: `${largest ? (100 * sample[state.measure]) / largest : 0}%` } })),
@@ -135,9 +138,6 @@ function text(sample, largest) {
       h("p", { class: "text" }, sample.from > 0 && h("span", { class: "cut" }, "…"), spans, sample.to < data.examples[sample.e].length && h("span", { class: "cut" }, "…"))));
 }
 
-function colour(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim().split(" ").map(Number);
-}
 function places(map) {
   const canvas = h("canvas", { width: map.width, height: map.height, role: "img", "aria-label": "where its activation arises" });
   const context = canvas.getContext("2d"), pixels = context.createImageData(map.width, map.height);
@@ -172,20 +172,19 @@ function vector(sample) {
 function samples(direction) {
   const largest = direction[state.measure];
   const draw = { text: (sample) => text(sample, largest), image, vector }[data.kind];
+  const choice = () => h("fieldset", { class: "choice" }, h("legend", { class: "hidden" }, "Numbers shown with samples"),
+    measures.map((key) => h("label", { title: explained[key] }, h("input", { type: "radio", name: "measure", value: key, checked: state.measure === key, on: { change: () => { state.measure = key; redraw(); } } }), key)),
+    mapped && h("label", {}, h("input", { type: "checkbox", id: "places", checked: state.places, on: { change: (event) => { state.places = event.target.checked; redraw(); } } }), "show where"));
   const group = (name, title, note) => {
     const few = direction.samples.filter((sample) => sample.group === name);
     if (!few.length) return null;
     const holder = data.kind === "text" ? "ol" : "div";
     const kind = { text: "texts", image: state.places ? "images" : "images plain", vector: "vectors" }[data.kind];
-    return h("section", { "aria-label": title }, h("h3", {}, title), h("p", { class: "note" }, note), h(holder, { class: kind }, few.map(draw)));
+    return h("section", { "aria-label": title }, h("div", { class: "titled" }, h("h3", {}, title), name === "top" && choice()), h("p", { class: "note" }, note), h(holder, { class: kind }, few.map(draw)));
   };
   const shaded = data.kind === "text" && direction.samples.some((sample) => sample.shades) ? `; each token is shaded by its ${state.measure}, the sample's own is underlined` : "";
   const mapped = direction.samples.some((sample) => sample.map) ? "; orange is where its activation arises, blue where it is held back" : "";
   return h("div", { id: "samples" },
-    h("div", { class: "titled" }, h("span", { class: "hidden" }, "Samples"),
-      h("fieldset", { class: "choice" }, h("legend", { class: "hidden" }, "Numbers shown with samples"),
-        measures.map((key) => h("label", { title: explained[key] }, h("input", { type: "radio", name: "measure", value: key, checked: state.measure === key, on: { change: () => { state.measure = key; redraw(); } } }), key)),
-        mapped && h("label", {}, h("input", { type: "checkbox", id: "places", checked: state.places, on: { change: (event) => { state.places = event.target.checked; redraw(); } } }), "show where"))),
     group("top", "Top samples", `largest ${data.by} first${shaded}${mapped}`),
     group("middle", "Middling samples", `at about three quarters to a quarter of the largest ${data.by}`));
 }
@@ -200,14 +199,14 @@ function redraw() {
 function bars(rows, { link, format = number, title }) {
   const largest = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-30);
   return h("ul", { class: "rows", "aria-label": title }, rows.map(([name, value]) => h("li", {},
-    h("span", { class: "name", title: String(name) }, link ? h("a", { href: `#${name}` }, `${name}  `, h("span", { class: "soft" }, named(directions[name]) || `→ ${promotes(directions[name])}`)) : visible(String(name)) || "␣"),
+    h("span", { class: "name", title: String(name) }, link ? h("a", { href: `#${name}` }, `${name}  `, h("span", { class: "soft" }, named(directions[name]) || `→ ${promotes(directions[name])}`)) : called(String(name))),
     h("span", { class: "amount" }, format(value)),
     h("span", { class: "track" }, h("span", { class: value < 0 ? "fill minus" : "fill", style: { width: `${(100 * Math.abs(value)) / largest}%` } })))));
 }
 
 function outputs(direction) {
   if (!direction.promoted.length && !direction.suppressed.length) return null;
-  const unit = data.probabilities ? "change of a log-probability" : "change of an output";
+  const unit = data.probabilities ? "change of a logit beside the mean of all" : "change of an output";
   return h("section", { id: "outputs" }, h("h3", {}, "Promotes and suppresses"),
     h("p", { class: "note" }, `${unit} for a unit step, to first order, mean over the top samples`),
     h("div", { class: "two" },
@@ -232,7 +231,7 @@ function push(direction) {
       text(steps[0], `δ = ${number(steps[0], 2)}`, "start"), steps[0] < 0 && steps.at(-1) > 0 && text(0, "0", "middle"), text(steps.at(-1), number(steps.at(-1), 2), "end"),
       lines.map(([, line], i) => s("polyline", { class: `line c${i}`, points: line.map((value, j) => `${x(steps[j]).toFixed(1)},${y(value).toFixed(1)}`).join(" ") })),
       lines.map(([name, line], i) => line.map((value, j) => s("circle", { class: `c${i}`, r: 2.6, cx: x(steps[j]).toFixed(1), cy: y(value).toFixed(1), "data-tip": `${visible(name)}\nδ ${number(steps[j])}: ${number(value, 4)}` })))),
-    h("ul", { class: "legend" }, lines.map(([name], i) => h("li", {}, s("svg", { viewBox: "0 0 14 4", "aria-hidden": "true" }, s("line", { class: `c${i}`, x1: 0, x2: 14, y1: 2, y2: 2, "stroke-width": 3 })), h("span", {}, visible(name).trim() || "␣")))));
+    h("ul", { class: "legend" }, lines.map(([name], i) => h("li", {}, s("svg", { viewBox: "0 0 14 4", "aria-hidden": "true" }, s("line", { class: `c${i}`, x1: 0, x2: 14, y1: 2, y2: 2, "stroke-width": 3 })), h("span", {}, called(name))))));
 }
 
 function histogram(direction, key) {
@@ -269,7 +268,7 @@ function show(direction) {
   $("direction").replaceChildren(h("article", { "aria-labelledby": "heading" },
     h("div", { class: "head" },
       h("h2", { id: "heading" }, `Direction ${direction.number}`),
-      about && h("span", { class: "about" }, about), direction.alive ? null : h("span", { class: "badge" }, "dead"),
+      about && h("span", { class: "about" }, chips(direction)), direction.alive ? null : h("span", { class: "badge" }, "dead"),
       h("span", { class: "turn" },
         h("a", { href: `#${next(-1).number}`, "aria-label": "previous direction", title: "previous (left arrow key)" }, "←"),
         h("a", { href: `#${next(1).number}`, "aria-label": "next direction", title: "next (right arrow key)" }, "→"))),

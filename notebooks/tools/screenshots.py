@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, ViewportSize, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -45,6 +45,7 @@ def browser() -> Iterator[Browser]:
 
 
 def screenshot(
+    opened: Browser,
     html: Path,
     png: Path,
     *,
@@ -55,12 +56,12 @@ def screenshot(
     scale: float = 1.5,
 ) -> None:
     """A picture of a page as it opens, or at direction ``number``; ``width`` and ``height`` in CSS pixels."""
-    with browser() as opened:
-        view = {"width": width, "height": height}
-        page = opened.new_page(viewport=view, color_scheme=scheme, device_scale_factor=scale)  # pyright: ignore[reportArgumentType]
-        page.goto(html.resolve().as_uri() + ("" if number is None else f"#{number}"))
-        page.wait_for_selector("#heading")
-        page.screenshot(path=png)
+    view: ViewportSize = {"width": width, "height": height}
+    page = opened.new_page(viewport=view, color_scheme=scheme, device_scale_factor=scale)
+    page.goto(html.resolve().as_uri() + ("" if number is None else f"#{number}"))
+    page.wait_for_selector("#heading")
+    page.screenshot(path=png)
+    page.close()
 
 
 def main() -> None:
@@ -75,9 +76,10 @@ def main() -> None:
             sys.exit(f"{page.relative_to(ROOT)} does not exist; make figures writes it")
     if chromium() is None:
         sys.exit("Chromium is not installed (Debian: apt-get install chromium; or set CHROMIUM): no pictures taken")
-    for page in pages:
-        screenshot(page, page.with_suffix(".png"))
-        print(page.with_suffix(".png").relative_to(ROOT))
+    with browser() as opened:
+        for page in pages:
+            screenshot(opened, page, page.with_suffix(".png"))
+            print(page.with_suffix(".png").relative_to(ROOT))
 
 
 if __name__ == "__main__":
