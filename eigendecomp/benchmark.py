@@ -1,24 +1,34 @@
-"""The same training step, with gradients got in several ways, and what each takes."""
+"""The same training step, with gradients got in several ways, and what each takes; and whole fits, in own processes."""
 
 import copy
+import json
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from eigendecomp import parallel
 from eigendecomp.capture import CapturedSource
+from eigendecomp.decomposition import decompose
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence, KLDivergence
-from eigendecomp.fit import Objective, generator
+from eigendecomp.fit import Checkpoint, Objective, State, generator
 from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Source, spread
 from eigendecomp.reference import Draws, OtherSample
 from eigendecomp.sparsity import BatchTopK
 from eigendecomp.target import Target
+from eigendecomp.targets import sizes
 
 
 class JacobianSource:
@@ -174,3 +184,92 @@ def peak_memory(work: Callable[[], object]) -> int:
         alive += event.nbytes()  # type: ignore[attr-defined]
         most = max(most, alive)
     return most
+
+
+class Windows(torch.utils.data.Dataset[Tensor]):
+    """Windows of random tokens, each made when it is asked for: a dataset of any length in no memory."""
+
+    def __init__(self, examples: int, vocabulary: int, length: int = 16) -> None:
+        self.examples, self.vocabulary, self.length = examples, vocabulary, length
+
+    def __len__(self) -> int:
+        return self.examples
+
+    def __getitem__(self, number: int) -> Tensor:
+        return torch.randint(self.vocabulary, (self.length,), generator=torch.Generator().manual_seed(number))
+
+
+def fit_alone(
+    vocabulary: int,
+    width: int,
+    layers: int,
+    directions: int,
+    batch_size: int,
+    steps: int,
+    *,
+    examples: int = 1000,
+    processes: int = 1,
+) -> dict[str, float]:
+    """A fit of all parameters of a transformer on 16 positions, in as many new processes, one thread each.
+
+    Returns parameters, wall seconds a step, and the first process's peak memory in bytes as the system counts it: the
+    interpreter, torch, the model, the directions with Adam's moments, and the steps.
+    """
+    given = json.dumps([vocabulary, width, layers, directions, batch_size, steps, examples])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, "-W", "ignore", *(launcher if processes > 1 else []), "-m", __name__, given]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the fit in a process of its own failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _fit(
+    vocabulary: int, width: int, layers: int, directions: int, batch_size: int, steps: int, examples: int
+) -> dict[str, float]:
+    torch.manual_seed(0)
+    model, data = sizes.Transformer(vocabulary, width, 8, layers, 16).eval(), Windows(examples, vocabulary)
+
+    def taken(steps: int) -> float:
+        start = time.perf_counter()
+        decompose(
+            model, data, divergence=KLDivergence(), n_directions=directions, rank=1, batch_size=batch_size,
+            steps=steps, progress=False,
+        )  # fmt: skip
+        return time.perf_counter() - start
+
+    # What is done once, before and after the steps, is made small and taken off.
+    with patch("eigendecomp.fit.THRESHOLD_SAMPLES", 1), patch("eigendecomp.decomposition.POOL_SAMPLES", 256):
+        taken(1)  # the first time counts for nothing
+        before = taken(1)
+        each = (taken(1 + steps) - before) / steps
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"parameters": Target(model).size, "step_seconds": each, "process_memory": peak}
+
+
+def checkpoint_writes(model: nn.Module, examples: Sequence[Tensor], n_directions: int) -> dict[str, float]:
+    """Bytes of a fit's checkpoint, seconds a write takes, and the share of a long run's time that writing it is."""
+    kept: list[Checkpoint] = []
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "fit"
+
+        def write(checkpoint: Checkpoint, state: State) -> None:
+            for _ in range(3):
+                plainly(checkpoint, state)
+            kept.append(checkpoint)
+
+        plainly = Checkpoint.write
+        with patch.object(Checkpoint, "write", write), patch("eigendecomp.fit.THRESHOLD_SAMPLES", 1):
+            decompose(
+                model, tuple(examples), divergence=KLDivergence(), n_directions=n_directions, rank=1, steps=2,
+                batch_size=16, progress=False, checkpoint=path,
+            )  # fmt: skip
+        last = kept[-1]
+        between = max(last.seconds, 40 * last.taken)
+        return {"bytes": path.stat().st_size, "write_seconds": last.taken, "share_of_time": last.taken / between}
+
+
+if __name__ == "__main__":
+    found = _fit(*json.loads(sys.argv[1]))
+    if parallel.leads():
+        print(json.dumps(found))

@@ -233,15 +233,18 @@ class Checkpoint:
 
     path: Path
     identity: dict[str, Any]  # settings, target and data, as plain values
-    seconds: float = 30.0  # between two writes
+    seconds: float = 30.0  # between two writes, at least; and 40 times as long as a write takes
     written: float = field(default_factory=time.monotonic)
+    taken: float = 0.0
 
     def due(self) -> bool:
-        return time.monotonic() - self.written >= self.seconds
+        return time.monotonic() - self.written >= max(self.seconds, 40 * self.taken)
 
     def write(self, state: "State") -> None:
+        start = time.monotonic()
         files.write(self.path, state.tensors(), {"identity": self.identity, **state.numbers()})
         self.written = time.monotonic()
+        self.taken = self.written - start
 
     def read(self, state: "State") -> None:
         """Put what is kept, if anything is, into ``state``.
