@@ -79,6 +79,25 @@ def resolve(
     return Resolution(unit, single, _diagonal(torch.stack(sums, 1), truth))
 
 
+def purity(
+    scores: Float[Tensor, "n v"], concepts: Bool[Tensor, "n m"], top: int = 20, most: float = 0.05
+) -> Float[Tensor, " v"]:
+    """The largest share of each unit's ``top`` samples that one concept is true of; concepts of at most ``most``.
+
+    Units that are on in fewer samples are judged by those alone; one that is never on has purity 0.
+
+    Raises:
+        ValueError: if no concept is rare enough.
+    """
+    rare = concepts[:, concepts.double().mean(0) <= most].to(scores.dtype)
+    if not rare.shape[1]:
+        raise ValueError(f"every concept is true of more than {most:.0%} of the samples")
+    value, index = scores.topk(min(top, len(scores)), 0)
+    on = (value > 0).to(scores.dtype)
+    held = torch.einsum("kvm,kv->vm", rare[index], on) / on.sum(0).clamp_min(1).unsqueeze(1)
+    return held.amax(1)
+
+
 def _team(x: Float[Tensor, "n c"], y: Float[Tensor, " n"], size: int) -> tuple[list[int], Float[Tensor, " t"]]:
     """Columns of x added one at a time so that least squares explains most of y, and their weights."""
     gram, along = (x.T @ x).double(), (x.T @ y).double()

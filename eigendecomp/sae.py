@@ -35,6 +35,12 @@ class Autoencoder:
         return self.sae.encode(activations)
 
     @torch.no_grad()
+    def before_threshold(self, activations: Float[Tensor, "n d"]) -> Float[Tensor, "n units"]:
+        """What the encoder reads before anything is set to zero: it ranks also the samples on which a unit is off."""
+        centred = activations - self.sae.b_dec if self.sae.cfg.apply_b_dec_to_input else activations
+        return centred @ self.sae.W_enc + self.sae.b_enc
+
+    @torch.no_grad()
     def reconstruction_error(self, activations: Float[Tensor, "n d"]) -> float:
         """Σ‖a − â‖² / Σ‖a − ā‖²: the share of the activations' variance that is lost."""
         left = self.sae.decode(self.sae.encode(activations)) - activations

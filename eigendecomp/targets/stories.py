@@ -24,6 +24,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -168,16 +169,7 @@ def standardised(model: HookedTransformer, layers: Sequence[int], tokens: Int[Te
     normalisations' scales and shifts, and biases. (What arrives at the second MLP map cannot be shifted so.)
     """
     names = [f"blocks.{layer}.{point}" for layer in layers for point in ("ln1", "ln2", "attn.hook_z")]
-    met: dict[str, list[Tensor]] = {name: [] for name in names}
-    hooks = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, x, name=name: met[name].append(x.flatten(0, 1)))
-        for name in names
-    ]
-    for part in tokens.split(256):
-        model(part, stop_at_layer=max(layers) + 1)
-    for hook in hooks:
-        hook.remove()
-    moments = {name: (torch.cat(x).mean(0), torch.cat(x).std(0)) for name, x in met.items()}
+    moments = {name: (x.mean(0), x.std(0)) for name, x in activations(model, tokens, names).items()}
     other = copy.deepcopy(model)
     for layer in layers:
         block = cast(Any, other.blocks[layer])
@@ -198,6 +190,37 @@ def standardised(model: HookedTransformer, layers: Sequence[int], tokens: Int[Te
         mlp.W_in.mul_(scale.unsqueeze(1))
         _rescale(block.ln2.w, block.ln2.b, mean, scale)
     return other
+
+
+def _remember(found: list[Tensor], _module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
+    found.append(output.detach().flatten(0, 1))
+
+
+@torch.no_grad()
+def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: Sequence[str]) -> dict[str, Tensor]:
+    """What some modules give at every position: {module: (n · t, …)}, window by window."""
+    met: dict[str, list[Tensor]] = {name: [] for name in modules}
+    hooks = [model.get_submodule(name).register_forward_hook(partial(_remember, met[name])) for name in modules]
+    try:
+        for part in tokens.split(256):
+            model(part)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(x) for name, x in met.items()}
+
+
+@torch.no_grad()
+def continued(model: HookedTransformer, prompt: str, n: int, seed: int = 0, temperature: float = 0.7) -> str:
+    """The prompt, at the start of a story, and up to ``n`` tokens that the model draws after it."""
+    tokenizer, draw = _shipped_tokenizer(), torch.Generator().manual_seed(seed)
+    ids = [END_ID, *tokenizer.encode(prompt)]
+    for _ in range(n):
+        p = (model(torch.tensor([ids]))[0, -1] / temperature).softmax(-1)
+        ids.append(int(torch.multinomial(p, 1, generator=draw)))
+        if ids[-1] == END_ID:
+            return str(tokenizer.decode(ids[1:-1]))
+    return str(tokenizer.decode(ids[1:]))
 
 
 def _rescale(w: Tensor, b: Tensor, mean: Tensor, scale: Tensor) -> None:
