@@ -146,13 +146,12 @@ class Push:
 
     step: float
     on: float  # mean total variation of the outputs meant, which are probabilities
-    off: float  # the same on other samples
+    off: dict[str, float]  # the same on other sets of samples
     toward: Float[Tensor, " k"]  # mean change of each probability on the samples meant
 
-    @property
-    def selectivity(self) -> float:
-        """The change where it is meant over that elsewhere."""
-        return self.on / max(self.off, 1e-9)
+    def selectivity(self, name: str) -> float:
+        """The change where it is meant over that on other samples."""
+        return self.on / max(self.off[name], 1e-6)
 
     def share(self, k: int) -> float:
         """The part of the mean change that output ``k`` gains or loses; 1 is all that one output can."""
@@ -165,8 +164,10 @@ def total_variation(probe: Probe, move: Move, delta: float) -> Float[Tensor, " n
         return (probe.outputs(model) - probe.base).abs().sum(-1) / 2
 
 
-def push(on: Probe, off: Probe, move: Move, level: float, *, first: float = 0.1, largest: float = 1e3) -> Push | None:
-    """Move along until the mean total variation on the samples ``on`` is ``level``; see what that does to ``off``.
+def push(
+    on: Probe, off: Mapping[str, Probe], move: Move, level: float, *, first: float = 0.1, largest: float = 1e3
+) -> Push | None:
+    """Move along until the mean total variation on the samples ``on`` is ``level``; see what that does elsewhere.
 
     Steps double from ``first``, and six halvings of the last interval follow; the sign of ``first`` is that of the
     step. None where no step up to ``largest`` reaches the level.
@@ -186,7 +187,16 @@ def push(on: Probe, off: Probe, move: Move, level: float, *, first: float = 0.1,
             high, reached = middle, effect
     with move(high) as model:
         toward = (on.outputs(model) - on.base).mean(0)
-    return Push(high, reached.item(), total_variation(off, move, high).mean().item(), toward)
+    elsewhere = {name: total_variation(probe, move, high).mean().item() for name, probe in off.items()}
+    return Push(high, reached.item(), elsewhere, toward)
+
+
+def push_either_way(
+    on: Probe, off: Mapping[str, Probe], move: Move, level: float, *, by: str, first: float = 0.1, largest: float = 1e3
+) -> Push | None:
+    """The more selective of :func:`push` forwards and backwards, judged on the samples named ``by``."""
+    both = (push(on, off, move, level, first=sign * first, largest=largest) for sign in (1, -1))
+    return max((one for one in both if one), key=lambda one: one.selectivity(by), default=None)
 
 
 def predicted(d: Decomposition, probe: Probe) -> Float[Tensor, "n v"]:

@@ -116,3 +116,18 @@ def test_tuning_stops_at_success_and_watches(model, x) -> None:
         assert tuned.path[0]["step"] == 0
     assert set(tuned.change) == {"0.weight", "2.weight"}  # LoRA leaves the biases
     assert torch.linalg.matrix_rank(tuned.change["0.weight"]) == 1
+
+
+def test_a_push_reaches_its_level_and_takes_the_more_selective_way(model, x, d) -> None:
+    parts = [Probe(model, part, interventions.probabilities) for part in (x[:10], x[10:])]
+    on, off = parts[0], {"rest": parts[1]}
+    ways = [interventions.push(on, off, along(d, 0), 0.1, first=first) for first in (0.1, -0.1)]
+    for one, sign in zip(ways, (1, -1), strict=True):
+        assert one is not None and one.step * sign > 0
+        assert 0.1 <= one.on < 0.11
+        assert interventions.total_variation(on, along(d, 0), one.step).mean().item() == pytest.approx(one.on)
+        assert one.toward.sum().abs() < 1e-5 and 0 <= one.share(0) <= 1
+    best = interventions.push_either_way(on, off, along(d, 0), 0.1, by="rest")
+    assert best is not None
+    assert best.selectivity("rest") == max(one.selectivity("rest") for one in ways if one)
+    assert interventions.push(on, off, along(d, 0), 0.1, largest=1e-6, first=1e-7) is None

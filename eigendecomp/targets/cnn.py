@@ -12,7 +12,8 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eigendecomp.interventions import Move
 from eigendecomp.targets import fashion
 
 CHECKPOINT = fashion.DATA / "cnn" / "fashion_cnn.safetensors"
@@ -138,6 +140,20 @@ def contribution_maps(
             normed(block.bn2, second, "bn2"),
         ]
         return torch.stack([(g * moved).sum(1) for g, moved in zip(asked, changes, strict=True)]).sum(0)
+
+
+def shifted(tail: FromMiddle, row: Float[Tensor, " c"]) -> Move:
+    """δ ↦ the network with δ · row added to the middle block's output at every position."""
+
+    @contextmanager
+    def move(delta: float) -> Iterator[nn.Module]:
+        handle = tail.block2.register_forward_hook(lambda *called: called[-1] + delta * row[:, None, None])
+        try:
+            yield tail
+        finally:
+            handle.remove()
+
+    return move
 
 
 def attribution(
