@@ -3,7 +3,7 @@
 # A notebook is executed again when it, the package, data/ or requirements.txt changed, or when something that it
 # wrote is not as it left it. Modification times cannot tell (a clone or a checkout sets them as it pleases), so
 # notebooks/tools/execute.py is always asked; it compares sha256 sums with build/NAME.stamp, which is not in git.
-# FORCE=1 executes in any case; -j2 runs two notebooks at a time.
+# FORCE=1 executes in any case; JOBS notebooks run at a time.
 
 VENV ?= .venv
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
@@ -29,7 +29,10 @@ help: ## list the targets
 all: figures ## figures, then paper
 	@$(MAKE) --no-print-directory paper
 
-figures: $(NOTEBOOKS) ## execute the notebooks: every figure, table and number (FORCE=1: even if nothing changed)
+# The cost notebook measures times, so it runs alone.
+figures: | $(READY) ## execute the notebooks: every figure, table and number (FORCE=1: even if nothing changed)
+	@$(MAKE) --no-print-directory -j$(JOBS) $(filter-out notebooks/cost.ipynb,$(NOTEBOOKS))
+	@$(MAKE) --no-print-directory notebooks/cost.ipynb
 
 $(NOTEBOOKS): notebooks/%.ipynb: always | $(READY)
 	@$(BIN)/python notebooks/tools/execute.py $* $(if $(FORCE),--force)
