@@ -381,3 +381,16 @@ def test_attribution_is_the_first_order_change_of_the_logits(middle) -> None:
         added = torch.einsum("np,c->ncp", z[..., 1], decoder[1]).view_as(output)
         change = (tail.after_block(output + step * added) - tail.after_block(output - step * added)) / (2 * step)
     torch.testing.assert_close(found[..., 1], change, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shift_adds_a_row_at_every_position_and_ends(middle) -> None:
+    tail, entering = middle
+    before, row = cnn.predict(tail, entering), torch.randn(32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), cnn.shifted(tail, row)(0.5) as moved:
+        expected = tail.after_block(moved.block2(entering))  # the hook has added it by then
+        assert torch.equal(moved(entering), expected)
+        assert not torch.allclose(expected, before)
+    with torch.no_grad():
+        shifted = tail.after_block(tail.block2(entering) + 0.5 * row[:, None, None])
+    torch.testing.assert_close(expected, shifted)
+    assert torch.equal(cnn.predict(tail, entering), before)

@@ -61,6 +61,16 @@ def test_steering_adds_the_unit_everywhere_or_where_it_is_on(activations, traine
     torch.testing.assert_close(scaled, -z[:, None] * trained.decoder[2], atol=1e-5, rtol=1e-4)
 
 
+def test_steering_a_convolution_goes_along_its_channels(trained) -> None:
+    model, x = nn.Sequential(nn.Identity()), torch.rand(3, 6, 4, 5, generator=torch.Generator().manual_seed(1))
+    for how in ("add", "scale"):
+        with trained.steered(model, "0", {1: 0.5}, how=how):
+            last = model(x.movedim(1, -1)).movedim(-1, 1)
+        with trained.steered(model, "0", {1: 0.5}, how=how, axis=1):
+            torch.testing.assert_close(model(x), last)
+        assert not torch.allclose(last, x)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
