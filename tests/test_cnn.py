@@ -387,7 +387,7 @@ def test_a_shift_adds_a_row_at_every_position_and_ends(middle) -> None:
     tail, entering = middle
     before, row = cnn.predict(tail, entering), torch.randn(32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), cnn.shifted(tail, row)(0.5) as moved:
-        expected = tail.after_block(moved.block2(entering))  # the hook has added it by then
+        expected = tail.after_block(tail.block2(entering))  # the hook has added it by then
         assert torch.equal(moved(entering), expected)
         assert not torch.allclose(expected, before)
     with torch.no_grad():
