@@ -64,6 +64,7 @@ class Call(NamedTuple):
     module: nn.Module
     names: dict[str, str]
     arguments: tuple[Any, ...]
+    named: dict[str, Any]
     output: Float[Tensor, "e c h w"]
 
 
@@ -75,14 +76,14 @@ def recorded(target: Target, part: Examples) -> tuple[list[Call], Float[Tensor, 
         full = {own: f"{prefix}.{own}" if prefix else own for own, _ in module.named_parameters(recurse=False)}
         names = {own: name for own, name in full.items() if name in target.chosen}
 
-        def hook(module: nn.Module, given: Any, output: Any, names: dict[str, str] = names) -> Any:
+        def hook(module: nn.Module, given: Any, named: Any, output: Any, names: dict[str, str] = names) -> Any:
             if not isinstance(output, Tensor) or output.ndim != 4:
                 return output
-            calls.append(Call(module, names, tuple(one.detach() for one in given), output))
+            calls.append(Call(module, names, given, named, output))
             return output.clone()  # what follows may write to it
 
         if names:
-            hooks.append(module.register_forward_hook(hook))
+            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
     try:
         f = target.call(part).flatten(0, 1)
     finally:
@@ -98,7 +99,7 @@ def change(target: Target, u: Directions, call: Call) -> Float[Tensor, "e c h w"
     tangents = {own: u.dense(name)[0].view_as(values[own]) for own, name in call.names.items()}
 
     def run(values: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(call.module, values, call.arguments)
+        return torch.func.functional_call(call.module, values, call.arguments, call.named)
 
     return torch.func.jvp(run, (values,), (tangents,))[1]
 

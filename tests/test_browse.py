@@ -510,7 +510,8 @@ def test_a_screen_reader_has_words_for_everything(visit: Visit) -> None:
         .map((e) => e.outerHTML)"""
     )
     assert names == []
-    assert visit.page.locator("main[aria-live], nav[aria-label], [role=search], html[lang]").count() == 4
+    assert visit.page.locator("main, nav[aria-label], [role=search], html[lang]").count() == 4
+    assert visit.page.locator("#said").text_content().startswith(visit.heading())
 
 
 def test_a_hundred_directions_are_small_and_quick(chrome, tmp_path: Path) -> None:

@@ -280,10 +280,13 @@ function show(direction) {
       h("div", { class: "side" }, outputs(direction), push(direction),
         h("section", { id: "histograms" }, h("h3", {}, "How strong, how often"), h("p", { class: "note" }, "samples by strength; heights are logarithmic"), h("div", { class: "two" }, measures.map((key) => histogram(direction, key)))),
         anatomy(direction),
-        direction.interactions.length ? h("section", { id: "interactions" }, h("h3", {}, "Interacts with"), h("p", { class: "note" }, "cosine between what two directions do to the outputs, over examples of top samples"), bars(direction.interactions, { link: true, format: (x) => signed(x, number(x, 2)), title: "interactions" })) : null))));
+        direction.interactions.length ? h("section", { id: "interactions" }, h("h3", {}, "Interacts with"), h("p", { class: "note" }, "cosine between what two directions do to the outputs, over all samples"), bars(direction.interactions, { link: true, format: (x) => signed(x, number(x, 2)), title: "interactions" })) : null))));
   document.title = `${direction.number} · ${data.title}`;
   $("direction").scrollTop = 0;
-  direction.row.scrollIntoView({ block: "nearest" });
+  if ($("direction").getBoundingClientRect().top < 0) $("direction").scrollIntoView(); // where all scrolls as one, on a phone
+  const { row } = direction, box = row.closest(".scroll"), head = $("list").tHead.offsetHeight;
+  if (box) box.scrollTop = Math.min(Math.max(box.scrollTop, row.offsetTop + row.offsetHeight - box.clientHeight), row.offsetTop - head);
+  $("said").textContent = `Direction ${direction.number}: ${about || promotes(direction)}`;
 }
 
 // ---- getting about
