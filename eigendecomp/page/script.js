@@ -164,8 +164,10 @@ function vector(sample) {
     const size = (Math.abs(value) / (data.largest || 1)) * zero;
     return s("rect", { class: value < 0 ? "bar minus" : "bar", x: i * step + step * 0.1, width: step * 0.8, y: value < 0 ? zero : zero - size, height: size, "data-tip": `${data.features[i]}\n${number(value)}` });
   });
+  const short = values.length <= 10 && data.features.every((name) => name.length <= 3);
+  const below = short && data.features.map((name, i) => s("text", { x: (i + 0.5) * step, y: height + 11, "text-anchor": "middle" }, name));
   return h("figure", {},
-    s("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": data.features.map((name, i) => `${name} ${number(values[i], 2)}`).join(", ") }, bars, s("line", { class: "axis", x1: 0, x2: width, y1: zero, y2: zero })),
+    s("svg", { viewBox: `0 0 ${width} ${height + (short ? 14 : 0)}`, role: "img", "aria-label": data.features.map((name, i) => `${name} ${number(values[i], 2)}`).join(", ") }, bars, below, s("line", { class: "axis", x1: 0, x2: width, y1: zero, y2: zero })),
     h("figcaption", { "data-tip": tipOf(sample) }, sample.label && `${sample.label} `, number(sample[state.measure])));
 }
 
