@@ -189,7 +189,7 @@ def scores(found, network, **options):
 main = scores(fits, networks["untied"])
 main_denser = scores(denser, networks["untied"])
 report.table("seeds", main)
-main.set_index("seed").T.style.format(precision=4)
+main.set_index("seed").T.round(4)
 
 # %%
 report.record(
@@ -198,7 +198,7 @@ report.record(
     seeds_with_all_owned=int((main["owned"] == 5).sum()),
     seeds=len(fit_seeds),
 )
-main_denser[["seed", "owned", "error", "kept"]].style.format(precision=3).hide(axis="index")
+main_denser[["seed", "owned", "error", "kept"]].round(3)
 
 # %% [markdown]
 # ## The directions
@@ -303,7 +303,7 @@ at_half = {name: curves[:, (deltas.abs() - 0.5).abs() < 1e-3].abs() for name, cu
 effect = {name: {"mean": sizes.mean().item(), "max": sizes.max().item()} for name, sizes in at_half.items()}
 first, *_, last = (row["mean"] for row in effect.values())
 report.record(effect_of_half_a_step=effect, effect_own_over_others=first / last)
-pd.DataFrame(effect).T.style.format(precision=3)
+pd.DataFrame(effect).T.round(3)
 
 # %% [markdown]
 # ## How much is rebuilt, and what floors reach
@@ -369,7 +369,7 @@ shown = ["owned", "selectivity by impact", "selectivity by activation", "cosine,
          "max cosine, encoder column"]  # fmt: skip
 table = pd.DataFrame({"ours": main.mean().to_dict(), **floors}).T[shown]
 report.table("floors", table.reset_index(names="directions"))
-table.style.format(precision=3)
+table.round(3)
 
 # %% [markdown]
 # ## Top samples
@@ -393,11 +393,11 @@ def top(feature, rows, count=5):
 groups = {"any": torch.arange(len(few)), "one feature on": ((few > 0).sum(1) == 1).nonzero()[:, 0]}
 tops = pd.concat([pd.DataFrame({"among": name, **top(k, rows)}) for name, rows in groups.items() for k in range(5)])
 report.table("top_samples", tops)
-tops[tops["among"] == "any"].drop(columns="among").style.format(precision=2).hide(axis="index")
+tops[tops["among"] == "any"].drop(columns="among").round(2)
 
 # %%
 sparse = tops[tops["among"] != "any"].drop(columns="among")
-sparse.style.format(precision=2).hide(axis="index")
+sparse.round(2)
 
 # %% [markdown]
 # ## The two papers side by side
@@ -437,7 +437,7 @@ report.record(settings=rows)
 settings = report.table("settings", pd.DataFrame(rows))
 shown = ["setting", "network", "all owned", "selectivity by impact", "selectivity by activation"]
 shown += ["cosine, encoder column", "cosine, decoder row", "error at 0.5"]
-settings[shown].style.format(precision=3, na_rep="–").hide(axis="index")
+settings[shown].round(3)
 
 # %% [markdown]
 # One set of rows finds most features, but tilted towards each other: a row has to rebuild a gradient and to tell it
@@ -470,7 +470,7 @@ for number in lengths_of_fit:
     cost.append({"steps": number, "error": held_out_error(short), **spent})
 reached = [row for row in cost if row["error"] <= 0.21]
 report.record(cost=cost, seconds_to_error_021=reached[0] if reached else None)
-pd.DataFrame(cost).drop(columns=["wall_seconds", "cpu_seconds"]).style.format(precision=3).hide(axis="index")
+pd.DataFrame(cost).drop(columns=["wall_seconds", "cpu_seconds"]).round(3)
 
 # %% [markdown]
 # ## Forty features in ten dimensions
@@ -499,7 +499,7 @@ report.record(
     large_active_per_sample=(X_large_held_out > 0).sum(1).double().mean(),
     large_fit_seconds={name: value / len(large_fits) for name, value in large_seconds.items()},
 )
-large_scores.set_index("seed").T.style.format(precision=3)
+large_scores.set_index("seed").T.round(3)
 
 # %%
 d = large_fits[0]
@@ -518,7 +518,7 @@ large_floors = {
 }
 report.record(large_floors=large_floors)
 ours = {"error": large_scores["error"].mean(), "max cosine": large_scores["max cosine, encoder column"].mean()}
-pd.DataFrame({"ours": ours, **large_floors}).T.style.format(precision=3, na_rep="–")
+pd.DataFrame({"ours": ours, **large_floors}).T.round(3)
 
 # %% [markdown]
 # Impact of each feature, on alone, on each direction, directions in the order of their owners; and the cosines of the
@@ -559,7 +559,7 @@ goals = [
     ("cosine, decoder rows, 40 in 10", large_scores["max cosine, decoder row"].mean(), 0.99),
 ]
 summary = report.table("summary", pd.DataFrame(goals, columns=["measure", "reached", "goal"]))
-summary.style.format(precision=4).hide(axis="index")
+summary.round(4)
 
 # %%
 report.write().name

@@ -170,7 +170,7 @@ for owner, read, written in zip(OWNERS, encoder, decoder, strict=True):
         values = {"encoder row": read[i].item(), "decoder row": written[i].item()}
         rows.append({"owned by": owner, "input": INPUTS[i], **values})
 table = report.table("activations", pd.DataFrame(rows))
-table.style.format(precision=2).hide(axis="index")
+table.round(2)
 
 # %% [markdown]
 # The same as a picture, beside the two floors: the three leading principal components of the four gradients, and three
@@ -278,7 +278,7 @@ def summary(name, values):
 
 
 table = report.table("settings", pd.DataFrame([summary(*item) for item in ratios.items()]))
-table.style.format(precision=1).hide(axis="index")
+table.round(1)
 
 # %%
 chosen = ratios["two sets, L1, constant: encoder rows"]
@@ -339,7 +339,7 @@ report.record(
     other_networks_all_owned=sum(all(row[owner] > 0 for owner in OWNERS) for row in rows),
     other_networks_that_reach_the_draft=sum(all(row[o] >= r for o, r in zip(OWNERS, DRAFT.tolist())) for row in rows),
 )
-table.style.format(precision=2).hide(axis="index")
+table.round(2)
 
 # %% [markdown]
 # ## What to take from it
