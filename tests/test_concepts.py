@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from eigendecomp.concepts import average_precision, oriented, resolve
+from eigendecomp.concepts import average_precision, oriented, purity, resolve
 
 
 @given(st.integers(2, 40), st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(0, 10**6))
@@ -71,3 +71,15 @@ def test_bad_input():
         average_precision(torch.rand(3, 2), torch.tensor([[True, False]] * 3))
     with pytest.raises(ValueError, match="3 scored samples, but 2"):
         average_precision(torch.rand(3, 2), torch.ones(2, 1, dtype=torch.bool))
+
+
+def test_purity_is_the_share_of_the_strongest_samples_of_one_rare_concept():
+    concepts = torch.zeros(100, 3, dtype=torch.bool)
+    concepts[:4, 0], concepts[4:6, 1], concepts[:, 2] = True, True, True
+    scores = torch.zeros(100, 3)
+    scores[:4, 0] = torch.tensor([4.0, 3.0, 2.0, 1.0])  # the concept, and then off
+    scores[2:6, 1] = torch.tensor([4.0, 3.0, 2.0, 1.0])  # half one concept, half the other
+    assert purity(scores, concepts, top=4).tolist() == [1.0, 0.5, 0.0]
+    assert purity(scores, concepts, top=8).tolist() == [1.0, 0.5, 0.0]
+    with pytest.raises(ValueError, match="more than 1%"):
+        purity(scores, concepts, most=0.01)

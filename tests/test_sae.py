@@ -71,6 +71,12 @@ def test_steering_a_convolution_goes_along_its_channels(trained) -> None:
         assert not torch.allclose(last, x)
 
 
+def test_before_the_threshold_units_read_what_they_keep(activations, trained) -> None:
+    before, after = trained.before_threshold(activations), trained.encode(activations)
+    torch.testing.assert_close(before[after > 0], after[after > 0], atol=1e-4, rtol=1e-4)
+    assert before[after > 0].min() > 0 and before.unique().numel() > after.unique().numel()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -135,6 +135,21 @@ def test_standardised_is_the_same_function_with_standard_inputs(model: Any) -> N
         assert x.mean(0).abs().max() < 1e-3 and (x.std(0) - 1).abs().max() < 1e-3
 
 
+def test_activations_are_those_of_the_run(model: Any) -> None:
+    tokens = stories.token_windows(stories.load_stories("validation")[:60], 300, 12)
+    found = stories.activations(model, tokens, ["blocks.4.hook_resid_post", "blocks.4.ln1"])
+    _, cache = model.run_with_cache(tokens)
+    expected = cache["blocks.4.hook_resid_post"].detach()
+    torch.testing.assert_close(found["blocks.4.hook_resid_post"].view_as(expected), expected, rtol=1e-4, atol=1e-4)
+    assert found["blocks.4.ln1"].shape == (3600, 64)
+    assert not model.get_submodule("blocks.4.ln1")._forward_hooks
+
+
+def test_a_story_goes_on_the_same_way_from_the_same_seed(model: Any) -> None:
+    told = [stories.continued(model, "Once upon a time", 12, seed) for seed in (0, 0, 1)]
+    assert told[0] == told[1] != told[2] and told[0].startswith("Once upon a time,")
+
+
 def test_a_missing_or_changed_file_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing.*train_stories"):
         stories.load_model(tmp_path)

@@ -192,22 +192,25 @@ def standardised(model: HookedTransformer, layers: Sequence[int], tokens: Int[Te
     return other
 
 
-def _remember(found: list[Tensor], _module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
-    found.append(output.detach().flatten(0, 1))
-
-
 @torch.no_grad()
 def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: Sequence[str]) -> dict[str, Tensor]:
-    """What some modules give at every position: {module: (n · t, …)}, window by window."""
-    met: dict[str, list[Tensor]] = {name: [] for name in modules}
-    hooks = [model.get_submodule(name).register_forward_hook(partial(_remember, met[name])) for name in modules]
+    """What some modules give at every position: {module: (n · t, …)}, window by window; of several calls the last."""
+    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    met: dict[str, Tensor] = {}
+
+    def remember(name: str, _module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
+        met[name] = output.flatten(0, 1)
+
+    hooks = [model.get_submodule(name).register_forward_hook(partial(remember, name)) for name in modules]
     try:
         for part in tokens.split(256):
-            model(part)
+            model(part, return_type=None)
+            for name, rows in found.items():
+                rows.append(met[name])
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(x) for name, x in met.items()}
+    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 @torch.no_grad()
