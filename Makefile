@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 # The kernel called python3 is this environment's, whatever else the user has registered.
 export JUPYTER_PREFER_ENV_PATH = 1
 
-.PHONY: help all figures paper test lab lint pairs verify environment clean always
+.PHONY: help all figures paper test screenshots lab lint pairs verify environment clean always
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ ifneq ($(SOURCES),)
 	HF_HUB_OFFLINE=1 EIGENDECOMP_PROFILE=smoke EIGENDECOMP_FIGURES="$(CURDIR)/$(SMOKE)/figures" \
 		$(BIN)/python -m pytest --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 -n $(JOBS) $(SMOKE)/notebooks
 endif
+
+screenshots: $(READY) ## take pictures of the pages in figures/ (needs Chromium)
+	@$(BIN)/python notebooks/tools/screenshots.py
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check
