@@ -394,3 +394,18 @@ def test_a_shift_adds_a_row_at_every_position_and_ends(middle) -> None:
         shifted = tail.after_block(tail.block2(entering) + 0.5 * row[:, None, None])
     torch.testing.assert_close(expected, shifted)
     assert torch.equal(cnn.predict(tail, entering), before)
+
+
+def test_a_gated_move_is_the_direction_for_some_images_and_nothing_for_others(middle) -> None:
+    tail, entering = middle
+    target = Target(tail, ["block2.*"])
+    change = interventions.low_rank(Directions.random(target.shapes, 3, 2), 1)
+    gate = torch.tensor([1.0, 0.0] * 4)
+    before = cnn.predict(tail, entering)
+    with torch.no_grad(), interventions.displaced(tail, change)(0.7):
+        everywhere = tail(entering)
+    with torch.no_grad(), cnn.Gated(tail).along(change)(0.7) as moved:
+        found = moved(entering, gate)
+    torch.testing.assert_close(found[::2], everywhere[::2], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1::2], before[1::2]) and not torch.allclose(found[::2], before[::2])
+    assert torch.equal(cnn.predict(tail, entering), before)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,19 +127,65 @@ def contribution_maps(
         later = tail.after_block(block.relu2(x + second_normed))
         asked = torch.autograd.grad(later, [first, first_normed, second, second_normed], cotangents)
 
-    def normed(norm: nn.BatchNorm2d, value: Tensor, name: str) -> Tensor:
-        assert norm.running_mean is not None and norm.running_var is not None
-        mean, scale = norm.running_mean[:, None, None], (norm.running_var + norm.eps).rsqrt()[:, None, None]
-        return (value - mean) * scale * u[f"{name}.weight"][:, None, None] + u[f"{name}.bias"][:, None, None]
-
     with torch.no_grad():
-        changes = [
-            F.conv2d(x, u["conv1.weight"], padding=1),
-            normed(block.bn1, first, "bn1"),
-            F.conv2d(hidden, u["conv2.weight"], padding=1),
-            normed(block.bn2, second, "bn2"),
-        ]
+        inputs = (x, first, hidden, second)
+        changes = [run(given) for run, given in zip(changes_along(block, u).values(), inputs, strict=True)]
         return torch.stack([(g * moved).sum(1) for g, moved in zip(asked, changes, strict=True)]).sum(0)
+
+
+def changes_along(block: ResidualBlock, u: Mapping[str, Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """For each layer of the block, from its input to how its output changes along u: exact, since layers are linear."""
+
+    def normed(name: str) -> Callable[[Tensor], Tensor]:
+        norm, scale, shift = block.get_submodule(name), u[f"{name}.weight"], u[f"{name}.bias"]
+        assert isinstance(norm, nn.BatchNorm2d)
+        return lambda x: F.batch_norm(x, norm.running_mean, norm.running_var, scale, shift, eps=norm.eps)
+
+    def convolved(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: F.conv2d(x, u[f"{name}.weight"], padding=1)
+
+    return {"conv1": convolved("conv1"), "bn1": normed("bn1"), "conv2": convolved("conv2"), "bn2": normed("bn2")}
+
+
+class Gated(nn.Module):
+    """A network whose middle block's parameters are moved for every image by its own amount, ``step`` times its gate.
+
+    Called with what enters the block and a gate (n,) for each image. It is to a direction what scaling a unit of an
+    autoencoder is to the unit: an image whose gate is zero is left alone.
+    """
+
+    def __init__(self, tail: FromMiddle) -> None:
+        super().__init__()
+        self.tail, self.step = tail, 0.0
+        self.changes: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def forward(self, entering: Float[Tensor, "n c 14 14"], gate: Float[Tensor, " n"]) -> Float[Tensor, "n 10"]:
+        steps = (self.step * gate)[:, None, None, None]
+        handles = [
+            self.tail.block2.get_submodule(name).register_forward_hook(
+                lambda _module, given, output, run=run: output + steps * run(given[0])
+            )
+            for name, run in self.changes.items()
+        ]
+        try:
+            return self.tail(entering)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def along(self, change: Mapping[str, Tensor]) -> Move:
+        """δ ↦ this network, moved along a direction given by parameter."""
+
+        @contextmanager
+        def move(delta: float) -> Iterator[nn.Module]:
+            named = {name.removeprefix("block2."): value for name, value in change.items()}
+            self.changes, self.step = changes_along(self.tail.block2, named), delta
+            try:
+                yield self
+            finally:
+                self.changes = {}
+
+        return move
 
 
 def shifted(tail: FromMiddle, row: Float[Tensor, " c"]) -> Move:
