@@ -18,6 +18,7 @@ fit_images, choose_images, test_images = 4096, 1000, 2000
 steps, batch_size, learning_rate = 400, 64, 1e-2
 sae_kept, sae_rate, sae_steps = [2, 8], 1e-2, 2000  # units on at a position
 level, top, pushed = 0.25, 20, 20  # total variation; samples that a unit stands for; units pushed of each fit
+cap = 1000.0  # a larger selectivity is recorded as this
 
 # %%
 import warnings
@@ -41,7 +42,7 @@ report = results.Results(
     "cnn", n_directions=n_directions, rank=rank, kept=kept, seeds=seeds, fit_images=fit_images,
     choose_images=choose_images, test_images=test_images, steps=steps, batch_size=batch_size,
     learning_rate=learning_rate, sae_kept=sae_kept, sae_rate=sae_rate, sae_steps=sae_steps, level=level, top=top,
-    pushed=pushed,
+    pushed=pushed, cap=cap,
 )  # fmt: skip
 
 # %% [markdown]
@@ -353,10 +354,12 @@ report.table("concepts", each.reset_index(names="concept")).round(3)
 # The better of the two ways is taken, by the former. Share is the part of the change on the own images that their most
 # frequent class gains or loses; *logits, others* is selectivity in centred logits, which do not saturate.
 #
-# Directions and the rows of the floors move the weights, for all images alike. An autoencoder's unit can be pushed in
+# Directions and the rows of the floors move the weights, for all images alike: along the decoder's row, which rebuilds,
+# or the encoder's, which reads. An autoencoder's unit can be pushed in
 # two ways: its row is **added** at every position, or its own activation is **scaled**, where it is on and nowhere
-# else. Scaling looks at each image first, so its effect on images where the unit is off is zero by construction; a
-# change of the weights has no such switch.
+# else. Scaling looks at each image first, so its effect on images where the unit is off is zero by construction. A
+# change of the weights has no such switch, but can be given one: **gated**, every image has the weights moved in
+# proportion to the coefficients that its own code keeps for the direction.
 
 
 # %%
@@ -370,24 +373,33 @@ def samples_of(strength: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def logit_change(move: interventions.Move, step: float, index: torch.Tensor) -> float:
-    with move(step) as model, torch.no_grad():
-        change = model(entering["test"][index]) - logits["test"][index]
+def inputs_of(index: torch.Tensor, gate: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    return (entering["test"][index],) if gate is None else (entering["test"][index], gate[index])
+
+
+def logit_change(move: interventions.Move, step: float, inputs: tuple[torch.Tensor, ...]) -> float:
+    outputs = []
+    for size in (0.0, step):
+        with move(size) as model, torch.no_grad():
+            outputs.append(model(*inputs))
+    change = outputs[1] - outputs[0]
     return (change - change.mean(1, keepdim=True)).norm(dim=1).mean().item()
 
 
-def pushed_unit(strength: torch.Tensor, move: interventions.Move) -> dict:
+def pushed_unit(strength: torch.Tensor, move: interventions.Move, gate: torch.Tensor | None = None) -> dict:
     index = samples_of(strength)
-    at = {name: Probe(tail, entering["test"][i], probabilities) for name, i in index.items()}
+    inputs = {name: inputs_of(i, gate) for name, i in index.items()}
+    at = {name: Probe(tail if gate is None else gated, x, probabilities) for name, x in inputs.items()}
     on, main = at.pop("on"), int(labels["test"][index["on"]].mode().values)
     found = interventions.push_either_way(on, at, move, level, by="others")
     row = {"reached": found is not None, "confidence": on.base.amax(1).mean().item()}
     if found is None:
         return row
-    logit = {name: logit_change(move, found.step, i) for name, i in index.items()}
+    logit = {name: logit_change(move, found.step, x) for name, x in inputs.items()}
     return row | {
-        "others": found.selectivity("others"), "quiet": found.selectivity("quiet"), "share": found.share(main),
-        "logits, others": logit["on"] / max(logit["others"], 1e-3), "step": found.step,
+        "others": min(found.selectivity("others"), cap), "quiet": min(found.selectivity("quiet"), cap),
+        "logits, others": min(logit["on"] / max(logit["others"], 1e-9), cap), "share": found.share(main),
+        "step": found.step,
     }  # fmt: skip
 
 
@@ -411,20 +423,49 @@ def channel(unit: int) -> interventions.Move:
     return cnn.shifted(tail, torch.eye(outputs["test"].shape[-1])[unit])
 
 
-ways = {("ours", chosen["ours"], s): {"ours": lambda u, d=d: along(d, u)} for s, d in fits.items()}
-for (k, s), a in autoencoders.items():
-    name = f"SAE, {k} on"
-    ways[name, chosen[name], s] = {
-        f"{name}, {how}": lambda u, a=a, how=how: steered(a, u, how) for how in ("add", "scale")
-    }
-ways["PCA", chosen["PCA"], seeds[0]] = {"PCA": lambda u: row_of(principal, u)}
-ways["random", chosen["random"], seeds[0]] = {"random": lambda u: row_of(random.flat(), u)}
-ways["channels", chosen["channels"], seeds[0]] = {"channels": channel}
+def gates(seed: int) -> torch.Tensor:
+    """(images, directions): mean |coefficient kept| over references, 1 on average over a direction's own images."""
+    d, s = fits[seed], seen["test"]
+    z = torch.einsum("nrk,nkv->nrv", cotangents("test"), s.along[f"read {seed}"])
+    kept_z = d.settings.sparsity.keep(z, d.threshold).abs().mean(1)
+    own = read["test"]["ours", chosen["ours"], seed].topk(top, 0).indices
+    return kept_z / kept_z.gather(0, own).mean(0).clamp_min(1e-9)
+
+
+gated = cnn.Gated(tail)
+
+
+def directions_of(seed: int, *, with_gate: bool):
+    """From a unit to its move, and to the gate that goes with it."""
+    d, gate = fits[seed], gates(seed)
+    if not with_gate:
+        return lambda u: (along(d, u), None)
+    return lambda u: (gated.along(interventions.low_rank(d.decoder, u)), gate[:, u])
+
+
+def reading_rows(seed: int):
+    rows = metrics.encoder_rows(fits[seed])
+    return lambda u: (along(rows, u), None)
+
+
+def units_of(a: sae.Autoencoder, how):
+    return lambda u: (steered(a, u, how), None)
+
+
+ways = [(name, ("ours", chosen["ours"], seed), directions_of(seed, with_gate=name != "ours"))
+        for name in ("ours", "ours, gated") for seed in seeds]  # fmt: skip
+ways += [("ours, reading rows", ("ours", chosen["ours"], seed), reading_rows(seed)) for seed in seeds]
+ways += [(f"SAE, {k} on, {how}", (f"SAE, {k} on", chosen[f"SAE, {k} on"], seed), units_of(a, how))
+         for (k, seed), a in autoencoders.items() for how in ("add", "scale")]  # fmt: skip
+ways += [
+    ("PCA", ("PCA", chosen["PCA"], seeds[0]), lambda u: (row_of(principal, u), None)),
+    ("random", ("random", chosen["random"], seeds[0]), lambda u: (row_of(random.flat(), u), None)),
+    ("channels", ("channels", chosen["channels"], seeds[0]), lambda u: (channel(u), None)),
+]
 pushes = pd.DataFrame(
     [
-        {"method": method, "seed": key[2], "unit": unit, **pushed_unit(read["test"][key][:, unit], move(unit))}
-        for key, moves in ways.items()
-        for method, move in moves.items()
+        {"method": method, "seed": key[2], "unit": unit, **pushed_unit(read["test"][key][:, unit], *move(unit))}
+        for method, key, move in ways
         for unit in some(read["test"][key])
     ]
 )
@@ -563,12 +604,16 @@ for ax, column in zip(axes, ("classes", "further", "entropy"), strict=False):
         ax.plot(values.mean(), position, "o", color=tint[method], ms=5)
     ax.set(yticks=range(len(order)), yticklabels=order if ax is axes[0] else [], ylim=(len(order) - 0.5, -0.5))
     ax.grid(axis="x", lw=0.4)
+    ax.margins(x=0.12)
 axes[0].set_xlabel("average precision,\nten classes")
 axes[1].set_xlabel("average precision,\n24 further concepts")
 axes[2].set_xlabel("label entropy of the\ntop 20 (nats)")
 kinds = pushes["method"].unique().tolist()
 for position, method in enumerate(kinds):
-    part, shade = pushes[pushes["method"] == method], tint[method.removesuffix(", add").removesuffix(", scale")]
+    part, shade = (
+        pushes[pushes["method"] == method],
+        tint[method.split(", add")[0].split(", scale")[0].split(", gated")[0].split(", reading")[0]],
+    )
     for name, marker, shift in (("others", "o", -0.12), ("quiet", "s", 0.12)):
         low, median, high = part[name].quantile([0.25, 0.5, 0.75])
         axes[3].plot([low, high], [position + shift] * 2, color=shade, lw=1.5)
