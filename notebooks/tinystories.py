@@ -1,0 +1,673 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A story model, beside sparse autoencoders
+#
+# The draft decomposes $W_K$ of a middle block of a small story model and lists top tokens. Here it is done whole, on a
+# model of that shape that the repository ships, and measured beside sparse autoencoders of the same block: as many
+# units, as many on, the same stories, three seeds each. What comes out:
+#
+# - read by their *readers*, directions of $W_K$ resolve the concepts of tokens three times as well as autoencoders of
+#   the attention's output, and predictions of the model about as well as autoencoders of the residual stream;
+#   those, and autoencoders of what arrives at the attention, are better on the concepts of context, and before their
+#   threshold on both families;
+# - read by activation or impact at the predicted token, directions resolve far less: these say how much an output
+#   hangs on a direction, not what the direction looks for;
+# - a token's use of the weights, taken by itself and at unit norm, in a layer written with standard inputs, gives much
+#   better directions than an output's gradient in the weights as they were trained;
+# - directions are purer and more stable over seeds than an autoencoder's units, and nearly every direction of $W_K$
+#   sits in a single attention head, which nothing asks for;
+# - a push along a direction of the attention weights is more selective than adding an autoencoder's row; an
+#   autoencoder's unit that is scaled where it is on is far more selective still, as it acts nowhere else;
+# - at a tenth of the coefficients kept, two thirds of the gradients of $W_K$ are not rebuilt: better than the floors,
+#   and short of the published 40%.
+
+# %% tags=["parameters"]
+layer, n_directions, kept = 4, 100, 2.0  # kept: coefficients a use, ours; units on at a token, the autoencoders'
+seeds = [0, 1, 2]  # settings were chosen on validation stories and on seeds from 100 on
+length, fit_windows, held_windows, few_windows = 32, 2000, 256, 48
+steps, draft_steps, batch_size, learning_rate = 700, 300, 256, 1e-2
+sae_steps, sae_batch, sae_rate = 1200, 1024, 3e-3
+level, share, pushed = 0.05, 0.02, 6  # total variation; share of the tokens that a unit stands for; units pushed a fit
+
+# %%
+import warnings
+
+import pandas as pd
+import torch
+from IPython.display import Markdown, display
+
+import eigendecomp as ed
+from eigendecomp import baselines, concepts, metrics, plots, readings, results, sae, uses
+from eigendecomp.interventions import Probe, along, probabilities
+from eigendecomp.targets import stories, story_concepts, story_units
+
+warnings.filterwarnings("ignore")
+plots.style()
+smoke, least = results.profile() == "smoke", story_concepts.LEAST
+if smoke:
+    n_directions, seeds, steps, draft_steps, sae_steps, pushed, least = 20, seeds[:1], 30, 4, 30, 1, 2
+    length, fit_windows, held_windows, few_windows = 16, 40, 24, 6
+report = results.Results(
+    "tinystories", layer=layer, n_directions=n_directions, kept=kept, seeds=seeds, length=length,
+    fit_windows=fit_windows, held_windows=held_windows, few_windows=few_windows, steps=steps,
+    draft_steps=draft_steps, batch_size=batch_size, learning_rate=learning_rate, sae_steps=sae_steps,
+    sae_batch=sae_batch, sae_rate=sae_rate, level=level, share=share, pushed=pushed,
+)  # fmt: skip
+
+# %% [markdown]
+# ## The model and its stories
+#
+# The shipped model has the shape of TinyStories-1M: width 64, 8 blocks of 16 heads. Samples are tokens in windows of
+# 32. Directions and autoencoders are learned on training stories; units, readings and settings are chosen on
+# validation stories; scores are of test stories. `stories.load_hub_model("tiny-stories-1M")` gives the model of the
+# hub in its place, and everything below runs on it as well.
+
+# %%
+model = stories.load_model()
+counts = {"fit": ("train", fit_windows), "choose": ("validation", held_windows), "test": ("test", held_windows)}
+tokens = {
+    name: stories.token_windows(stories.load_stories(split), n, length, seed=0)
+    for name, (split, n) in counts.items()
+}  # fmt: skip
+with torch.no_grad():
+    logits = {name: model(tokens[name]) for name in ("choose", "test")}
+logp = logits["test"][:, :-1].log_softmax(-1).gather(2, tokens["test"][:, 1:, None])
+report.record(target={"parameters": sum(p.numel() for p in model.parameters()), "nats_in_windows": -logp.mean()})
+print(f"{-logp.mean():.3f} nats a token in these windows (1.633 with the whole story before it; a trigram model 2.218)")
+
+# %% [markdown]
+# Concepts are told by rules: of the *context* (the token is a name, a sentence's end, inside quotation marks, follows
+# "Once upon a", …) and of the *prediction* (the model is about to say a name, "she" rather than "he", a word that it
+# said before, …). Those that hold for at least 20 tokens of either split count.
+
+# %%
+rules = story_concepts.Rules(stories.load_tokenizer())
+known = dict(
+    zip(logits, story_concepts.common(*(rules(tokens[k], logits[k]) for k in logits), least=least), strict=True)
+)
+families = {family: known["test"].of(family) for family in ("context", "prediction")}
+report.record(concepts={family: len(found) for family, found in families.items()})
+report.values["concepts"]
+
+# %% [markdown]
+# ## The draft's decomposition: $W_K$ of a middle block
+#
+# As in the draft, through the package's front door: `blocks.4.attn.W_K` (4,096 weights), KL divergence, 10 and 100
+# directions of rank 1. A sample is an output; its gradient is a sum over all tokens before it. A tenth of the
+# coefficients is kept. Beside it two floors with as many coefficients, refitted by least squares: principal components
+# of the gradients (of any rank) and random directions of rank 1.
+
+# %%
+name = f"blocks.{layer}.attn.W_K"
+short = {part: tokens[part][:, : length // 2] for part in tokens}
+
+
+def draft(n: int) -> ed.Decomposition:
+    return ed.decompose(
+        model, short["fit"], divergence=ed.KLDivergence(), reference=ed.OtherSample(), parameters=[name],
+        n_directions=n, sparsity=ed.BatchTopK(0.1), steps=draft_steps, batch_size=128,
+        learning_rate=learning_rate, progress=False,
+    )  # fmt: skip
+
+
+drafts = {n: draft(n) for n in (10, n_directions)}
+some = short["test"][:64]
+g = metrics.gradient_rows(drafts[10], some[:16])
+principal = baselines.principal_directions(metrics.gradient_rows(drafts[10], short["fit"][:64]), n_directions)
+random = baselines.random_directions(drafts[10].decoder.shapes, n_directions, 1, seed=0).flat()
+errors = {
+    n: {
+        "ours": d.reconstruction_error(some),
+        "PCA": baselines.sparse_error(g, principal[:n], 0.1 * n),
+        "random": baselines.sparse_error(g, random[:n], 0.1 * n),
+    }
+    for n, d in drafts.items()
+}
+report.record(draft_error=errors)
+pd.DataFrame(errors).T.rename_axis("directions").round(3)
+
+# %% [markdown]
+# ## Uses, and how a layer is written
+#
+# An output's gradient is a sum over all tokens before it, which hides each of them, and takes a backward pass of its
+# own. From here on a sample is a *use* of the weights: one token, with what arrived there and what all outputs, each
+# with a drawn reference, ask of the weights there. One backward pass gives the uses of a whole window
+# (`eigendecomp.uses`). The directions are directions in the same parameter space. Two more choices, both worth much
+# (the last table): every use counts alike (its gradient is scaled to norm 1), since otherwise few surprising tokens
+# decide; and the layer is written with standard inputs. A weight's gradient is an outer product with what arrives, so
+# what all tokens share is in every gradient; `stories.standardised` moves mean and scale of the inputs into biases and
+# normalisation, and the function stays what it was.
+#
+# Two dictionaries of 100 directions of rank 1, three seeds each: of $W_K$ alone, and of queries, keys and values
+# together; and one of all four attention weights, for its error.
+
+# %%
+written = stories.standardised(model, [layer], tokens["fit"][:500])
+kl, reference = ed.KLDivergence(), ed.OtherSample()
+weights = {letter: f"blocks.{layer}.attn.W_{letter}" for letter in "QKVO"}
+of_fit, pool = uses.collect(
+    written, tokens["fit"], divergence=kl, reference=reference, parameters=list(weights.values())
+)
+of_test, _ = uses.collect(
+    written, tokens["test"], divergence=kl, reference=reference, parameters=list(weights.values()), pool=pool, seed=1
+)
+dictionaries = {"K": ["K"], "Q, K, V": ["Q", "K", "V"], "Q, K, V, O": ["Q", "K", "V", "O"]}
+
+
+def decompose(found: uses.Uses, letters: list[str], seed: int, alike: bool = True, **changes) -> ed.Decomposition:
+    chosen = found.select([weights[letter] for letter in letters])
+    setting = {
+        "divergence": kl, "reference": reference, "n_directions": n_directions, "seed": seed, "steps": steps,
+        "sparsity": ed.BatchTopK(kept / n_directions), "batch_size": batch_size, "learning_rate": learning_rate,
+    } | changes  # fmt: skip
+    return uses.decompose(chosen.alike() if alike else chosen, pool, **setting)
+
+
+fits = {
+    (key, seed): decompose(of_fit, letters, seed)
+    for key, letters in dictionaries.items()
+    for seed in (seeds if key != "Q, K, V, O" else seeds[:1])
+}
+
+# %%
+rows = []
+for (key, seed), d in fits.items():
+    error, on = uses.reconstruction_error(d, of_test.select(d.target.names).alike())
+    rows.append({"weights": key, "seed": seed, "error": error, "kept": on, "dead": d.history.dead[-1]})
+table = pd.DataFrame(rows)
+report.record(
+    error_of_uses={
+        key: {c: results.spread(part[c].tolist()) for c in ("error", "kept", "dead")}
+        for key, part in table.groupby("weights")
+    }
+)
+report.table("fits", table).round(3)
+
+# %% [markdown]
+# The floors on the same uses of $W_K$, with as many coefficients, refitted by least squares.
+
+# %%
+rare = of_test.select([weights["K"]]).alike().gradients(slice(0, 512)).flat()
+principal = baselines.principal_directions(
+    of_fit.select([weights["K"]]).alike().gradients(slice(0, 1024)).flat(), n_directions
+)
+random_d = baselines.random_directions(fits["K", seeds[0]].decoder.shapes, n_directions, 1, seed=0)
+floor_errors = {
+    "PCA": baselines.sparse_error(rare, principal, kept), "random": baselines.sparse_error(rare, random_d.flat(), kept)
+}  # fmt: skip
+report.record(floor_error_of_uses=floor_errors)
+pd.Series(floor_errors).round(3)
+
+# %% [markdown]
+# ## Sparse autoencoders
+#
+# BatchTopK autoencoders of sae-lens with as many units and as many on, on the block's attention output, on its
+# residual stream, and, which is what our readers see, on what arrives at the attention's weights.
+
+# %%
+sites = {
+    "residual stream": f"blocks.{layer}.hook_resid_post",
+    "attention output": f"blocks.{layer}.hook_attn_out",
+    "attention input": f"blocks.{layer}.ln1",
+}
+met = {part: stories.activations(written, tokens[part], list(sites.values())) for part in tokens}
+autoencoders = {
+    (site, seed): sae.train(
+        met["fit"][module], n_directions, kept, seed=seed, steps=sae_steps, batch_size=sae_batch,
+        learning_rate=sae_rate,
+    )
+    for site, module in sites.items()
+    for seed in seeds
+}  # fmt: skip
+rows = []
+for (site, seed), a in autoencoders.items():
+    z = a.encode(met["test"][sites[site]]) != 0
+    error = a.reconstruction_error(met["test"][sites[site]])
+    rows.append({"site": site, "seed": seed, "error": error, "kept": z.double().sum(1).mean().item(),
+                 "never on": (~z.any(0)).double().mean().item()})  # fmt: skip
+table = pd.DataFrame(rows)
+report.record(
+    autoencoders={
+        site: {c: results.spread(part[c].tolist()) for c in ("error", "kept", "never on")}
+        for site, part in table.groupby("site")
+    }
+)
+report.table("autoencoders", table).round(3)
+
+# %% [markdown]
+# ## Concepts
+#
+# For every concept the unit with the best average precision on validation stories, scored on test stories, and
+# three units together, weighted by least squares. A direction is read by its *reader*, the input-side factor of its row
+# applied to what arrives at the weight: the natural opponent of an autoencoder's encoder (of $W_K$ for the first
+# dictionary, of $W_V$ for the second, both of the decoder's rows, as validation stories chose). It is a dense
+# reading; an autoencoder is given both ways, as it is and before its threshold, which breaks the ties among the tokens
+# on which a unit is off and serves it better.
+
+# %%
+Scores = dict[str, torch.Tensor]  # by split: (tokens, units)
+
+
+def oriented(found: Scores) -> Scores:
+    return {part: concepts.oriented(scores, on=found["choose"]) for part, scores in found.items()}
+
+
+def read(d: ed.Decomposition, letter: str, side: str) -> Scores:
+    return oriented({part: readings.read(d, tokens[part], side)[weights[letter]].flatten(0, 1) for part in known})
+
+
+def along_readers(rows: torch.Tensor) -> Scores:
+    return oriented({part: met[part][sites["attention input"]] @ rows.T for part in known})
+
+
+def resolve(found: Scores) -> concepts.Resolution:
+    return concepts.resolve((found["choose"], known["choose"].truth), (found["test"], known["test"].truth))
+
+
+scores: dict[tuple[str, int], Scores] = {}
+for seed in seeds:
+    scores["ours, K", seed] = read(fits["K", seed], "K", "decoder")
+    scores["ours, Q, K, V", seed] = read(fits["Q, K, V", seed], "V", "decoder")
+    for site, module in sites.items():
+        a = autoencoders[site, seed]
+        scores[f"SAE, {site}", seed] = {part: a.encode(met[part][module]) for part in known}
+        scores[f"SAE, {site}, before its threshold", seed] = {
+            part: a.before_threshold(met[part][module]) for part in known
+        }
+    draw = torch.Generator().manual_seed(seed)
+    scores["random readers", seed] = along_readers(torch.randn(n_directions, 64, generator=draw))
+matrices = principal.unflatten(1, (16, 64, 4)).transpose(2, 3).flatten(1, 2)
+scores["PCA's readers", seeds[0]] = along_readers(torch.linalg.svd(matrices, full_matrices=False).Vh[:, 0])
+
+# %%
+resolved = {key: resolve(found) for key, found in scores.items()}
+rows = [
+    {"units": key, "seed": seed, "family": family, "one unit": found.single[of].mean().item(),
+     "three units": found.team[of].mean().item()}
+    for (key, seed), found in resolved.items() for family, of in families.items()
+]  # fmt: skip
+table = pd.DataFrame(rows)
+report.record(
+    chance={family: known["test"].truth[:, of].double().mean() for family, of in families.items()},
+    resolution={
+        key: {
+            family: {c: results.spread(group[c].tolist()) for c in ("one unit", "three units")}
+            for family, group in part.groupby("family")
+        }
+        for key, part in table.groupby("units")
+    },
+)
+summary = report.table("resolution", table).groupby(["units", "family"])[["one unit", "three units"]].mean().unstack()
+summary.sort_values(("one unit", "prediction"), ascending=False).round(3)
+
+
+# %%
+def color(units: object) -> str:
+    known_by = {"ours": plots.OURS, "SAE": plots.SAE, "PCA": plots.PCA, "random": plots.RANDOM}
+    return next(found for start, found in known_by.items() if str(units).startswith(start))
+
+
+order = list(summary.sort_values(("one unit", "prediction")).index)
+figure, axes = plots.panels(1, 2, height=2.6, sharey=True)
+for ax, family in zip(axes, families, strict=True):
+    part = table[table.family == family]
+    means = part.groupby("units")["one unit"].mean().to_dict()
+    ax.barh(order, [means[key] for key in order], color=[color(key) for key in order], height=0.7)
+    ax.plot(part["one unit"], part["units"], "o", color="black", ms=2.5)
+    ax.axvline(report.values["chance"][family], color="black", lw=0.8, ls=":")
+    ax.set(title=f"{family} ({len(families[family])} concepts)", xlabel="average precision of the best unit")
+report.figure("concepts", figure)
+
+# %% [markdown]
+# Concept by concept, mean over seeds, ours beside the best autoencoder.
+
+
+# %%
+def by_concept(key: str) -> torch.Tensor:
+    return torch.stack([found.single for (name, _), found in resolved.items() if name == key]).mean(0)
+
+
+rival = "SAE, residual stream, before its threshold"
+mine, theirs = by_concept("ours, K"), by_concept(rival)
+each = pd.DataFrame(
+    {"concept": known["test"].names, "family": known["test"].families, "true of": known["test"].truth.sum(0),
+     "ours, K": mine, "ours, Q, K, V": by_concept("ours, Q, K, V"), rival: theirs,
+     "SAE, attention output": by_concept("SAE, attention output, before its threshold")}
+)  # fmt: skip
+report.table("by_concept", each)
+report.record(better_than_residual_sae={f: (mine[of] > theirs[of]).double().mean() for f, of in families.items()})
+figure, axes = plots.panels(1, 2, height=2.9)
+for ax, (family, of) in zip(axes, families.items(), strict=True):
+    ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
+    ax.plot(theirs[of], mine[of], "o", color=plots.OURS, ms=3)
+    placed: list[tuple[float, float]] = []
+    for i in sorted(of, key=lambda i: -abs(float(mine[i] - theirs[i])))[:9]:
+        x, y = float(theirs[i]), float(mine[i])
+        if all(abs(y - v) > 0.035 or abs(x - u) > 0.35 for u, v in placed):  # labels that would overlap are left out
+            placed.append((x, y))
+            side = {"xytext": (-3, -2), "ha": "right"} if x > 0.7 else {"xytext": (3, -2)}
+            ax.annotate(known["test"].names[i], (x, y), fontsize=5.5, textcoords="offset points", **side)
+    ax.set(title=family, xlabel="SAE, residual stream, before its threshold", ylabel="ours, W_K's reader",
+           xlim=(0, 1.02), ylim=(0, 1.02))  # fmt: skip
+report.figure("by_concept", figure)
+
+# %% [markdown]
+# ### Three ways to read a direction
+#
+# By its activation √(uᵀHu) at the predicting token, or the share of that among all directions; by its impact there
+# (mean
+# |⟨g, u⟩| over two drawn references); by the contribution of each source token (the size of its use's coefficient, mean
+# over two draws); and by its reader. One seed, and fewer tokens, since outputs take a pass each.
+
+# %%
+d = fits["K", seeds[0]]
+few = {part: tokens[part][:few_windows] for part in known}
+rows_of = slice(0, few_windows * length)
+subset = {part: c.truth[rows_of] for part, c in known.items()}
+enough = torch.stack([(x.sum(0) >= least // 2) & ~x.all(0) for x in subset.values()]).all(0).nonzero()[:, 0].tolist()
+activation = {part: d.activation(x) for part, x in few.items()}
+contributed = {}
+for part, x in few.items():
+    drawn = [
+        uses.collect(written, x, divergence=kl, reference=reference, parameters=d.target.names, pool=pool, seed=s)[0]
+        for s in (2, 3)
+    ]
+    contributed[part] = sum(uses.coefficients(d, u.alike()).abs() for u in drawn)
+ways = {
+    "activation √(uᵀHu)": activation,
+    "activation, share among directions": {p: x / x.norm(dim=1, keepdim=True) for p, x in activation.items()},
+    "impact on the predicted token": {part: d.impact(x, references=2) for part, x in few.items()},
+    "contribution of the source token": contributed,
+    "reader": {part: scores["ours, K", seeds[0]][part][rows_of] for part in few},
+    "reader, of the encoder": {part: x[rows_of] for part, x in read(d, "K", "encoder").items()},
+}
+rows = []
+for way, found in ways.items():
+    r = concepts.resolve((found["choose"], subset["choose"][:, enough]), (found["test"], subset["test"][:, enough]))
+    of = {f: [j for j, i in enumerate(enough) if known["test"].families[i] == f] for f in families}
+    rows.append({"reading": way} | {f: r.single[j].mean().item() for f, j in of.items()})
+table = pd.DataFrame(rows)
+report.record(readings={row["reading"]: {f: row[f] for f in families} for row in rows}, readings_concepts=len(enough))
+report.table("readings", table).round(3)
+
+# %% [markdown]
+# ## Selectivity: pushing along a unit
+#
+# At equal effect: pushed until the next-token distributions at a unit's strongest tokens (2%) have moved by 0.05 in
+# total variation on average; selectivity is that over the mean change elsewhere. Both signs were tried and the better
+# one counts, for every method. An autoencoder's row is added at every position (as a change of weights acts at every
+# position), or scaled where the unit is on.
+
+# %%
+windows = tokens["test"][: 8 if smoke else 24]
+probe = Probe(written, windows, view=probabilities)
+rows_of = slice(0, windows.numel())
+
+
+def pushes(key: str, moves: list, found: torch.Tensor, seed: int, first: float) -> list[dict]:
+    rows = []
+    for unit in range(min(pushed, len(moves))):
+        on = story_units.strongest(found[rows_of][:, unit], share)
+        reach = story_units.pushed_both_ways(probe, moves[unit], on, level, first=first) if on.any() else None
+        rows.append({"units": key, "seed": seed, "unit": unit, "selectivity": reach and reach.selectivity})
+    return rows
+
+
+def steering(site: str, seed: int, how: str) -> list:
+    a, module = autoencoders[site, seed], sites[site]
+    return [lambda delta, u=u: a.steered(written, module, {u: delta}, how=how) for u in range(pushed)]
+
+
+rows = []
+for seed in seeds:
+    for key in ("K", "Q, K, V"):
+        d = fits[key, seed]
+        moves = [along(d, u) for u in range(pushed)]
+        rows += pushes(f"ours, {key}", moves, scores[f"ours, {key}", seed]["test"], seed, 1.0)
+    for site, how in (("residual stream", "add"), ("residual stream", "scale"), ("attention output", "add")):
+        found = scores[f"SAE, {site}", seed]["test"]
+        rows += pushes(f"SAE, {site}, {how}", steering(site, seed, how), found, seed, 1.0)
+flat = ed.Decomposition(
+    fits["K", seeds[0]].target,
+    fits["K", seeds[0]].settings,
+    random_d,
+    random_d,
+    None,
+    pool,
+    fits["K", seeds[0]].history,
+)
+chance_scores = read(flat, "K", "decoder")["test"]
+rows += pushes("random, K", [along(flat, u) for u in range(pushed)], chance_scores, seeds[0], 1.0)
+table = pd.DataFrame(rows).astype({"selectivity": float})
+report.table("selectivity", table)
+by_seed = table.groupby(["units", "seed"])["selectivity"].median().unstack(0)
+report.record(
+    selectivity={
+        key: results.spread(by_seed[key].dropna().tolist()) for key in by_seed if bool(by_seed[key].notna().any())
+    },
+    not_reached=table[table.selectivity.isna()].groupby("units").size().to_dict(),
+    pushed_units=table.groupby("units").size().to_dict(),
+)
+by_seed.T.round(2)
+
+# %%
+figure, (ax,) = plots.panels(1, 1, width=plots.PAGE * 0.7, height=2.2)
+order = list(table.groupby("units")["selectivity"].median().sort_values().index)
+for place, key in enumerate(order):
+    values = table[table.units == key]["selectivity"].dropna()
+    ax.plot(values, [place] * len(values), "o", ms=3, alpha=0.6, color=color(key), mew=0)
+    ax.plot(values.median(), place, "|", color="black", ms=14, mew=1.6)
+ax.set(yticks=range(len(order)), yticklabels=order, xscale="log", xlabel="change where meant / change elsewhere")
+ax.set_ylim(-0.6, len(order) - 0.4)
+report.figure("selectivity", figure)
+
+# %% [markdown]
+# ## Purity, and stability over seeds
+#
+# Purity: of a unit's 20 strongest test tokens, the largest share of one concept (among those true of at most 5% of the
+# tokens), mean over units. Stability: the share of units that have a match of cosine ≥ 0.8 in another run: over all
+# the decomposed weights for ours, decoder rows for autoencoders.
+
+# %%
+pure = {
+    key: [concepts.purity(found["test"], known["test"].truth).mean().item()
+          for (name, _), found in scores.items() if name == key]
+    for key in dict.fromkeys(name for name, _ in scores)
+}  # fmt: skip
+pairs = [(s, t) for s in seeds for t in seeds if s != t] or [(seeds[0], seeds[0])]
+
+
+def rows_of_fit(key: str, seed: int) -> torch.Tensor:
+    return fits[key, seed].decoder.flat() if key in dictionaries else autoencoders[key, seed].decoder
+
+
+places = {"ours, K": "K", "ours, Q, K, V": "Q, K, V"} | {f"SAE, {site}": site for site in sites}
+stable = {
+    label: [story_units.found_again(rows_of_fit(key, s), rows_of_fit(key, t)) for s, t in pairs]
+    for label, key in places.items()
+}
+read_stable = {
+    "ours, K": [
+        story_units.found_again(
+            *(readings.readers(fits["K", x], few["test"], "decoder")[weights["K"]][:, 0] for x in pair)
+        )
+        for pair in pairs
+    ]
+}
+report.record(
+    purity={key: results.spread(values) for key, values in pure.items()},
+    stability={key: results.spread(values) for key, values in stable.items()},
+    stability_of_readers=results.spread(read_stable["ours, K"]),
+)
+table = pd.DataFrame({"purity": {k: sum(v) / len(v) for k, v in pure.items()},
+                      "stability": {k: sum(v) / len(v) for k, v in stable.items()}})  # fmt: skip
+report.table("purity", table.rename_axis("units").reset_index()).round(3)
+
+# %%
+figure, axes = plots.panels(1, 2, height=2.1)
+for ax, (title, values) in zip(axes, {"purity": pure, "stability": stable}.items(), strict=True):
+    labels = [key for key in values if "threshold" not in key]
+    for place, key in enumerate(labels):
+        found = values[key]
+        ax.barh(place, sum(found) / len(found), color=color(key), height=0.7)
+        ax.plot(found, [place] * len(found), "o", color="black", ms=2.5)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set(xlabel=title, xlim=(0, 1))
+report.figure("purity", figure)
+
+# %% [markdown]
+# ## What directions look like
+#
+# The draft's table: the tokens at which a direction of $W_K$ reads most on test stories, and the next tokens that a
+# push promotes and suppresses there. Directions are those with the best concepts; all are in
+# `figures/tinystories_directions.csv`.
+
+# %%
+d, found = fits["K", seeds[0]], scores["ours, K", seeds[0]]["test"]
+precision = concepts.average_precision(found, known["test"].truth)
+best, which = precision.max(1)
+strength = story_units.heads(d)
+rows = []
+for unit in range(n_directions):
+    on = story_units.strongest(found[rows_of][:, unit], share)
+    up, down = story_units.promoted(probe, along(d, unit), 4.0, on)
+    seen = story_units.contexts(tokens["test"], found[:, unit], 6)
+    top_heads = strength[unit].topk(3)
+    rows.append({
+        "direction": unit, "concept": known["test"].names[int(which[unit])], "precision": best[unit].item(),
+        "contexts": " / ".join(story_units.bold(c) for c in seen), "promotes": " · ".join(up),
+        "suppresses": " · ".join(down),
+        "heads": ", ".join(f"{h} ({v:.0%})" for v, h in zip(*(x.tolist() for x in top_heads), strict=True)),
+    })  # fmt: skip
+directions = report.table("directions", pd.DataFrame(rows))
+shown = directions.sort_values("precision", ascending=False).drop_duplicates("concept").head(10)
+shown = shown.assign(contexts=[" <br> ".join(c.split(" / ")[:4]) for c in shown.contexts])
+display(Markdown(story_units.markdown(shown, ["direction", "concept", "contexts", "promotes", "suppresses", "heads"])))
+
+# %% [markdown]
+# The heads that directions use: the share of each direction's squared norm in every head of $W_K$.
+
+# %%
+report.record(largest_head_share=results.spread([strength.amax(1).median().item()]),
+              heads_for_90_percent=metrics.fewest(strength).double().mean())  # fmt: skip
+figure, (ax,) = plots.panels(1, 1, width=plots.PAGE * 0.75, height=2.2)
+order = strength.argmax(1).argsort(stable=True)
+plots.heat(ax, strength[order].T, signed=False, rows=[str(h) for h in range(strength.shape[1])],
+           label="share of squared norm")  # fmt: skip
+ax.set(xlabel=f"{n_directions} directions of W_K, by their largest head", ylabel="head")
+report.figure("heads", figure)
+
+# %% [markdown]
+# ## A story changed by pushing a direction
+#
+# Of the directions of $Q$, $K$ and $V$, the one that changes most what this prompt goes on with, "girl" or "boy", when
+# moved either way by a step of ten. The same random numbers draw every story.
+
+# %%
+d, prompt = fits["Q, K, V", seeds[0]], "Once upon a time, there was a little"
+ids = [stories.END_ID, *stories.load_tokenizer().encode(prompt)]
+asked = Probe(written, torch.tensor([ids]), view=probabilities)
+girl, boy = (stories.load_tokenizer().encode(word)[0] for word in (" girl", " boy"))
+
+
+def turned(unit: int) -> float:
+    change = asked.change(along(d, unit), 10.0)[-1] - asked.change(along(d, unit), -10.0)[-1]
+    return (change[girl] - change[boy]).abs().item()
+
+
+unit, told = max(range(n_directions), key=turned), {}
+for delta in (-10.0, 0.0, 10.0):
+    with d.perturbed({unit: delta}) as changed:
+        told[delta] = stories.continued(changed, prompt, 12 if smoke else 60, seed=1)
+report.record(pushed_story={"unit": unit, "texts": {f"{delta:+g}": text for delta, text in told.items()}})
+display(Markdown("\n\n".join(f"**δ = {delta:+.0f}.** {text}" for delta, text in told.items())))
+
+# %% [markdown]
+# ## What it depends on
+#
+# $W_K$ alone, one fit each (seed 100), units chosen on validation stories and scored on test
+# stories.
+
+# %%
+variants = {
+    "as above": (of_fit, {}), "half as many kept": (of_fit, {"sparsity": ed.BatchTopK(kept / 2 / n_directions)}),
+    "rank 2": (of_fit, {"rank": 2}), "tied": (of_fit, {"tied": True}),
+}  # fmt: skip
+kinds = {"mean output": ed.Mean(), "model-drawn": ed.ModelSample()}
+if smoke:
+    variants, kinds = {"rank 2": variants["rank 2"]}, {"mean output": kinds["mean output"]}
+for label, kind in kinds.items():
+    other, _ = uses.collect(
+        written, tokens["fit"][: fit_windows // 2], divergence=kl, reference=kind, parameters=[weights["K"]]
+    )
+    variants[f"reference: {label}"] = (other, {"reference": kind})
+plain, _ = uses.collect(
+    model, tokens["fit"][: fit_windows // 2], divergence=kl, reference=reference, parameters=[weights["K"]], pool=pool
+)
+variants["as the weights were trained"] = (plain, {})
+variants["gradients at their own norms"] = (of_fit, {"alike": False})
+rows = []
+for label, (found_uses, changes) in variants.items():
+    d = decompose(found_uses, ["K"], 100, **changes)
+    r = resolve(read(d, "K", "decoder"))
+    rows.append({"setting": label} | {family: r.single[of].mean().item() for family, of in families.items()})
+settings = pd.DataFrame(rows)
+report.record(settings={row["setting"]: {f: row[f] for f in families} for row in rows})
+report.table("settings", settings).round(3)
+
+# %% [markdown]
+# ## Every block at once
+#
+# All attention and MLP weights of the eight blocks, 393,216 numbers: no gradient is formed, and a use is a token with
+# its inputs and output gradients in all 48 weights.
+
+# %%
+everywhere = stories.standardised(model, list(range(8)), tokens["fit"][:200])
+of_all, all_pool = uses.collect(
+    everywhere, tokens["fit"][: fit_windows // 16], divergence=kl, reference=reference,
+    parameters=["blocks.*.attn.W_*", "blocks.*.mlp.W_*"],
+)  # fmt: skip
+whole = uses.decompose(
+    of_all.alike(), all_pool, divergence=kl, reference=reference, n_directions=n_directions // 2,
+    sparsity=ed.BatchTopK(0.1), steps=max(2, steps // 2), batch_size=64, learning_rate=learning_rate,
+)  # fmt: skip
+error, on = uses.reconstruction_error(whole, of_all.alike())
+part = whole.decoder.norms(by_tensor=True).square()
+report.record(every_block={"weights": len(of_all.rows), "parameters": whole.target.size, "error": error, "kept": on})
+print(f"{whole.target.size:,} parameters, error {error:.3f} with {on:.1f} coefficients a use")
+
+# %%
+places = [(int(n.split(".")[1]), n.split(".")[-1]) for n in whole.decoder.shapes]
+kinds = ["W_Q", "W_K", "W_V", "W_O", "W_in", "W_out"]
+grid = torch.stack([part[:, [places.index((block, kind)) for kind in kinds]] for block in range(8)], 1)
+of_block = grid.sum(2)
+order = (of_block @ torch.arange(8.0)).argsort()
+figure, (left, right) = plots.panels(1, 2, height=2.2, width_ratios=[2, 1])
+plots.heat(left, of_block[order].T, signed=False, rows=[str(b) for b in range(8)], label="share of squared norm")
+left.set(xlabel=f"{len(order)} directions, by their mean block", ylabel="block")
+plots.heat(right, grid.mean(0), signed=False, rows=[str(b) for b in range(8)],
+           columns=[kind.replace("W_", "") for kind in kinds], label="mean share")  # fmt: skip
+report.figure("blocks", figure)
+
+# %% [markdown]
+# ## A page to look at
+#
+# `figures/tinystories_browse.html` shows the directions of $W_K$ on test stories.
+
+# %%
+d = fits["K", seeds[0]]
+page = results.folder() / "tinystories_browse.html"
+z = d.encode(few["choose"][:16]).abs()
+d.browse(few["test"][: 4 if smoke else 32], page, title="Directions of a story model's W_K",
+         names=stories.readable, threshold=z.flatten().quantile(0.95).item(), references=4)  # fmt: skip
+f"{page.stat().st_size / 1e6:.1f} MB"
+
+# %%
+report.write().name
