@@ -243,8 +243,16 @@ def _fit(
         taken(1)  # the first time counts for nothing
         before = taken(1)
         each = (taken(1 + steps) - before) / steps
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"parameters": Target(model).size, "step_seconds": each, "process_memory": peak}
+    return {"parameters": Target(model).size, "step_seconds": each, "process_memory": _peak_of_process()}
+
+
+def _peak_of_process() -> int:
+    """Bytes of memory that this process has held at most."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss starts from what the process that launched this one has held
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def checkpoint_writes(model: nn.Module, examples: Sequence[Tensor], n_directions: int) -> dict[str, float]:
