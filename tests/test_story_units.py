@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import eigendecomp as ed
 from eigendecomp.interventions import Probe, displaced, probabilities
 from eigendecomp.targets import stories, story_units
 
@@ -86,6 +87,23 @@ def test_promoted_tokens_are_those_that_gain() -> None:
     change[token] = 1.0
     up, _ = story_units.promoted(probe, displaced(model, {"bias": change}), 2.0, torch.ones(6, dtype=torch.bool), 1)
     assert up == [" cat"]
+
+
+def test_a_gated_step_is_the_step_where_the_gate_is_open_and_nothing_where_it_is_shut() -> None:
+    model = stories.load_model()
+    tokens = stories.token_windows(stories.load_stories("validation")[:20], 6, 12)
+    d = ed.decompose(
+        model, tokens, divergence=ed.KLDivergence(), n_directions=2, steps=2, batch_size=24, progress=False,
+        parameters=["blocks.4.attn.W_[QKV]"],
+    )  # fmt: skip
+    with torch.no_grad():
+        before = model(tokens)
+        for threshold, expected in ((-1e9, 3.0), (1e9, 0.0)):
+            with d.perturbed({1: expected}):
+                after = model(tokens)
+            with story_units.gated(d, 4, 1, torch.ones(64), threshold)(3.0) as moved:
+                torch.testing.assert_close(moved(tokens), after, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(tokens), before)
 
 
 def test_table_in_markdown() -> None:

@@ -1,13 +1,15 @@
 """Units of a story model, of whatever kind: their contexts, what they promote, and whom a push along them reaches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.interventions import Move, Probe
@@ -57,6 +59,41 @@ def pushed_both_ways(probe: Probe, move: Move, on: Bool[Tensor, " n"], level: fl
     """:func:`push` with either sign; the more selective of the two."""
     found = [reach for sign in (1, -1) if (reach := push(probe, move, on, level, first=sign * first)) is not None]
     return max(found, key=lambda reach: reach.selectivity, default=None)
+
+
+def gated(d: Decomposition, layer: int, unit: int, reader: Float[Tensor, " width"], threshold: float) -> Move:
+    """δ ↦ the model with a direction's step taken only at the tokens whose reading is ``threshold`` or more.
+
+    Queries, keys and values of such a token change by δ times what the direction's part in their weights makes of what
+    arrives there; those of all other tokens do not. The model is a ``HookedTransformer``.
+    """
+    model = d.target.model
+    norm = model.get_submodule(f"blocks.{layer}.ln1")
+    one = d.decoder.select([unit])
+    names = {letter: f"blocks.{layer}.attn.W_{letter}" for letter in "QKV"}
+    rows = {letter: one.dense(name)[0] for letter, name in names.items() if name in one.shapes}
+
+    @contextmanager
+    def move(delta: float) -> Iterator[nn.Module]:
+        met: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: object, x: Tensor) -> None:
+            met[:] = [x * (x @ reader >= threshold).unsqueeze(-1)]
+
+        def add(row: Tensor, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            return output + delta * torch.einsum("btd,hde->bthe", met[0], row)
+
+        handles = [norm.register_forward_hook(keep)]
+        for letter, row in rows.items():
+            point = model.get_submodule(f"blocks.{layer}.attn.hook_{letter.lower()}")
+            handles.append(point.register_forward_hook(partial(add, row)))
+        try:
+            yield model
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return move
 
 
 def strongest(scores: Float[Tensor, " n"], share: float) -> Bool[Tensor, " n"]:
