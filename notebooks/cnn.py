@@ -9,7 +9,26 @@
 # %% [markdown]
 # # A convolutional network, beside sparse autoencoders
 #
-# INTRO
+# The middle block of a residual network for Fashion-MNIST, its convolutions, normalisations and biases together, is
+# decomposed into a hundred directions and compared with sparse autoencoders on the block's output: as many units,
+# three seeds each, settings and readings chosen on validation images, scores on test images. What comes out:
+#
+# - **Concepts.** The best direction of a class has an average precision of 0.93, the best unit of an autoencoder 0.67.
+#   Much of this is the network's own prediction, which gradients carry: the ten logits alone reach 0.95, and random
+#   directions, read in the same way, 0.74. Read without the prediction, directions reach 0.81, and autoencoders, read
+#   from activations alone, 0.60. On 24 concepts of other kinds the two are level (0.56 each), directions slightly
+#   ahead without the prediction (0.60 against 0.58); autoencoders know better what is of no use for the classes (where
+#   the light is, what is open above).
+# - **Pushing.** At equal effect, moving the weights along a direction disturbs other classes less than adding an
+#   autoencoder's row does (selectivity 4.5 and 1.2), but hardly less than random directions of the same rank (3.9).
+#   **Scaling** an autoencoder's unit, which leaves images alone where the unit is off, is more selective (10.6).
+#   Directions that are gated in the same way are more selective by far; but their gate knows the prediction.
+# - **Purity.** The top 20 images of a direction are of fewer classes than those of an autoencoder's unit.
+# - **Error.** With 8 coefficients kept, 27% of the gradients' squared norm is lost, more than the 23% that was published
+#   for another network, and more than dense principal components lose (24%). At most 5% of directions are unused.
+#
+# So the claim that directions outperform autoencoders holds for classes and purity. For other concepts, and for
+# selectivity, it depends on how units are read and pushed.
 
 # %% tags=["parameters"]
 n_directions, rank, kept = 100, 4, 8  # kept: coefficients a sample
@@ -29,6 +48,7 @@ import torch
 import eigendecomp as ed
 from eigendecomp import baselines, concepts, interventions, metrics, plots, results, sae, shares
 from eigendecomp.interventions import Probe, along, displaced, probabilities
+from eigendecomp.sparsity import cutoff
 from eigendecomp.targets import cnn, fashion
 
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -423,44 +443,46 @@ def channel(unit: int) -> interventions.Move:
     return cnn.shifted(tail, torch.eye(outputs["test"].shape[-1])[unit])
 
 
-def gates(seed: int) -> torch.Tensor:
-    """(images, directions): mean |coefficient kept| over references, 1 on average over a direction's own images."""
-    d, s = fits[seed], seen["test"]
-    z = torch.einsum("nrk,nkv->nrv", cotangents("test"), s.along[f"read {seed}"])
-    kept_z = d.settings.sparsity.keep(z, d.threshold).abs().mean(1)
-    own = read["test"]["ours", chosen["ours"], seed].topk(top, 0).indices
-    return kept_z / kept_z.gather(0, own).mean(0).clamp_min(1e-9)
+def gates(rows_of: str, strength: torch.Tensor) -> torch.Tensor:
+    """(images, directions): mean |coefficient| over references of the largest ``kept`` an image, others being zero.
+
+    Scaled to 1 on average over the images that a direction stands for.
+    """
+    z = torch.einsum("nrk,nkv->nrv", cotangents("test"), seen["test"].along[rows_of]).abs()
+    z = (z * (z >= cutoff(z, kept / n_directions))).mean(1)
+    return z / z.gather(0, strength.topk(top, 0).indices).mean(0).clamp_min(1e-9)
 
 
 gated = cnn.Gated(tail)
 
 
-def directions_of(seed: int, *, with_gate: bool):
+def gated_rows(directions, rows_of: str, strength: torch.Tensor):
     """From a unit to its move, and to the gate that goes with it."""
-    d, gate = fits[seed], gates(seed)
-    if not with_gate:
-        return lambda u: (along(d, u), None)
-    return lambda u: (gated.along(interventions.low_rank(d.decoder, u)), gate[:, u])
+    gate = gates(rows_of, strength)
+    return lambda u: (gated.along(interventions.low_rank(directions, u)), gate[:, u])
 
 
-def reading_rows(seed: int):
-    rows = metrics.encoder_rows(fits[seed])
-    return lambda u: (along(rows, u), None)
+def decoder_rows(d: ed.Decomposition):
+    return lambda u: (along(d, u), None)
 
 
 def units_of(a: sae.Autoencoder, how):
     return lambda u: (steered(a, u, how), None)
 
 
-ways = [(name, ("ours", chosen["ours"], seed), directions_of(seed, with_gate=name != "ours"))
-        for name in ("ours", "ours, gated") for seed in seeds]  # fmt: skip
-ways += [("ours, reading rows", ("ours", chosen["ours"], seed), reading_rows(seed)) for seed in seeds]
+own = {seed: ("ours", chosen["ours"], seed) for seed in seeds}
+ways = [("ours", own[seed], decoder_rows(d)) for seed, d in fits.items()]
+ways += [("ours, reading rows", own[seed], decoder_rows(metrics.encoder_rows(d))) for seed, d in fits.items()]
+ways += [("ours, gated", own[seed], gated_rows(d.decoder, f"read {seed}", read["test"][own[seed]]))
+         for seed, d in fits.items()]  # fmt: skip
 ways += [(f"SAE, {k} on, {how}", (f"SAE, {k} on", chosen[f"SAE, {k} on"], seed), units_of(a, how))
          for (k, seed), a in autoencoders.items() for how in ("add", "scale")]  # fmt: skip
+floor = {name: (name, chosen[name], seeds[0]) for name in ("PCA", "random", "channels")}
 ways += [
-    ("PCA", ("PCA", chosen["PCA"], seeds[0]), lambda u: (row_of(principal, u), None)),
-    ("random", ("random", chosen["random"], seeds[0]), lambda u: (row_of(random.flat(), u), None)),
-    ("channels", ("channels", chosen["channels"], seeds[0]), lambda u: (channel(u), None)),
+    ("PCA", floor["PCA"], lambda u: (row_of(principal, u), None)),
+    ("random", floor["random"], lambda u: (row_of(random.flat(), u), None)),
+    ("random, gated", floor["random"], gated_rows(random, "random", read["test"][floor["random"]])),
+    ("channels", floor["channels"], lambda u: (channel(u), None)),
 ]
 pushes = pd.DataFrame(
     [
