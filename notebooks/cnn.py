@@ -22,10 +22,12 @@
 # - **Pushing.** At equal effect, moving the weights along a direction disturbs other classes less than adding an
 #   autoencoder's row does (selectivity 4.5 and 1.2), but hardly less than random directions of the same rank (3.9).
 #   **Scaling** an autoencoder's unit, which leaves images alone where the unit is off, is more selective (10.6).
-#   Directions that are gated in the same way are more selective by far; but their gate knows the prediction.
+#   Directions that are gated in the same way are more selective by far (hundreds), but so are random ones: it is the
+#   gate, which knows the prediction, that selects.
 # - **Purity.** The top 20 images of a direction are of fewer classes than those of an autoencoder's unit.
-# - **Error.** With 8 coefficients kept, 27% of the gradients' squared norm is lost, more than the 23% that was published
-#   for another network, and more than dense principal components lose (24%). At most 5% of directions are unused.
+# - **Error.** With 8 coefficients kept, 27% of the gradients' squared norm is lost: more than the 23% that was
+#   published for another network, and more than dense principal components lose (24%). At most 5% of directions are
+#   unused.
 #
 # So the claim that directions outperform autoencoders holds for classes and purity. For other concepts, and for
 # selectivity, it depends on how units are read and pushed.

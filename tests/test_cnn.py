@@ -131,6 +131,9 @@ def test_fetch_takes_the_next_route_and_reports_every_failure(tmp_path: Path, mo
     assert all((fetched / name).read_bytes() == (source / name).read_bytes() for name in fashion.SHA256)
     monkeypatch.setattr(fashion, "ROUTES", {})
     assert fashion.fetch(tmp_path / "target") == fetched  # nothing to do
+    assert fashion.ensure(tmp_path / "target") == fetched
+    with pytest.raises(OSError, match=r"could not be fetched(?s:.*)Remedies"):
+        fashion.ensure(tmp_path / "other")
 
 
 def test_the_subset_is_small_and_holds_as_many_of_every_class(test_subset: tuple[Tensor, Tensor]) -> None:
