@@ -32,7 +32,7 @@ class Jacobians:
     along: dict[str, Float[Tensor, "n k v"]]
 
     def impact(self, name: str, cotangents: Float[Tensor, "n r k"], share: bool = False) -> Float[Tensor, "n v"]:
-        """Mean |⟨g, u⟩| over the gradients g = Jᵀc; the share is mean |cosine|, ⟨g, u⟩ over ‖g‖."""
+        """Mean |⟨g, u⟩| over the gradients g = Jᵀc; the share divides each by ‖g‖ (|cosine|, if u has unit norm)."""
         z = torch.einsum("nrk,nkv->nrv", cotangents, self.along[name]).abs()
         if share:
             square = torch.einsum("nrk,nkl,nrl->nr", cotangents, self.gram, cotangents)
