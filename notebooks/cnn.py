@@ -184,7 +184,7 @@ pd.Series({"ours, as fitted": ours["error"].mean()} | report.values["refitted_er
 #
 # BatchTopK autoencoders of sae-lens on the 32 channels at each of the 14 × 14 positions, with as many units. Two
 # numbers of units on at a position: as many as our directions have on at an image, and two, which resolved concepts
-# best on validation images among 1, 2 and 5, each with learning rates of 1e-3, 3e-3 and 1e-2 (seed 100).
+# best on validation images among 1, 2, 3, 5 and 10, with learning rates from 1e-3 to 3e-2 (seed 100).
 
 # %%
 with torch.no_grad():
