@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (
-    "seconds|minutes|hours|time|times|timestamp|date|speedup|memory|rss|version|versions|commit|machine|platform"
-    "|device|threads"
+    "second|seconds|minutes|hours|time|times|timestamp|date|speedup|throughput|memory|rss|version|versions|commit"
+    "|machine|platform|device|threads"
 )
 TIMES = ("cost_steps.csv", "cost_choices.csv")
 
