@@ -29,9 +29,10 @@ help: ## list the targets
 all: figures ## figures, then paper
 	@$(MAKE) --no-print-directory paper
 
-# The cost notebook measures times, so it runs alone.
+# The longest first, and the cost notebook, which measures times, alone at the end.
+LONGEST := $(filter notebooks/cnn.ipynb notebooks/tinystories.ipynb notebooks/manifold.ipynb,$(NOTEBOOKS))
 figures: | $(READY) ## execute the notebooks: every figure, table and number (FORCE=1: even if nothing changed)
-	@$(MAKE) --no-print-directory -j$(JOBS) $(filter-out notebooks/cost.ipynb,$(NOTEBOOKS))
+	@$(MAKE) --no-print-directory -j$(JOBS) $(LONGEST) $(filter-out notebooks/cost.ipynb $(LONGEST),$(NOTEBOOKS))
 	@$(MAKE) --no-print-directory notebooks/cost.ipynb
 
 $(NOTEBOOKS): notebooks/%.ipynb: always | $(READY)
