@@ -308,8 +308,11 @@ class State:
         self.optimizer.zero_grad()
         loss.backward()
         if parallel.processes() > 1:
-            for weight in self.weights:
-                weight.grad = parallel.total(weight.grad)
+            # One sum of all together: many small ones take longer than the numbers in them.
+            sizes = [weight.numel() for weight in self.weights]
+            every = parallel.total(torch.cat([weight.grad.flatten() for weight in self.weights])).split(sizes)
+            for weight, grad in zip(self.weights, every, strict=True):
+                weight.grad = grad.view_as(weight)
         self.optimizer.step()
         self.decoder.normalize_()
 

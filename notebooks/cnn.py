@@ -38,7 +38,7 @@ seeds = [0, 1, 2]  # settings were chosen on seeds from 100 on, and on validatio
 fit_images, choose_images, test_images = 4096, 1000, 2000
 steps, batch_size, learning_rate = 400, 64, 1e-2
 sae_kept, sae_rate, sae_steps = [2, 8], 1e-2, 2000  # units on at a position
-level, top, pushed = 0.25, 20, 20  # total variation; samples that a unit stands for; units pushed of each fit
+level, top, pushed = 0.25, 20, 10  # total variation; samples that a unit stands for; units pushed of each fit
 cap = 1000.0  # a larger selectivity is recorded as this
 
 # %%
