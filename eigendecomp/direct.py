@@ -1,6 +1,6 @@
 """The direct method: directions found on the curvature itself, without gradients or references.
 
-Two losses alternate on batches of samples, with c_v = u_vᵀ H(x) u_v from Jacobian–vector products (eq. 10): one makes
+Two losses alternate on batches of samples, with c_v = u_vᵀ H(x) u_v from Jacobian–vector products (eq. 12): one makes
 Σ_v c_v² large, so that each direction seeks few samples that it moves a lot; the other makes the interference
 Σ_{v≠w} c_v c_w cos²(u_v, u_w) small, so that no two directions seek the same. It checks by other means what
 :func:`eigendecomp.decompose` finds, for models that are small: every step pushes every direction through the model.
@@ -28,7 +28,7 @@ from eigendecomp.target import Target, patterns
 def losses(
     moved: Float[Tensor, "n v k"], gram: Float[Tensor, "v v"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Steepness, −Σ_v c_v², and interference, Σ_{v≠w} c_v c_w cos²(u_v, u_w): means over samples (eq. 10).
+    """Steepness, −Σ_v c_v², and interference, Σ_{v≠w} c_v c_w cos²(u_v, u_w): means over samples (eq. 12).
 
     Interference is the squared off-diagonal of (Λ^½U)(Λ^½U)ᵀ with Λ = diag(c), which has the unit of c² as steepness
     has, so their weight is a pure number. Both are of the *unit* directions: dividing by the norms takes the radial

@@ -128,7 +128,7 @@ def test_equations_have_the_numbers_that_the_package_refers_to() -> None:
         "divergence.py": {"eq-cotangent", "eq-hessian", "eq-model-sample"}, "reference.py": {"eq-model-sample"},
         "gradients.py": {"eq-gradient"}, "curvature.py": {"eq-hessian", "eq-activation"}, "fit.py": {"eq-objective"},
         "decomposition.py": {"eq-objective"}, "directions.py": {"eq-cp", "eq-gram"},
-        "factored.py": {"eq-inner", "eq-norm"},
+        "factored.py": {"eq-inner", "eq-norm"}, "direct.py": {"eq-direct"},
     }  # fmt: skip
     for path in (ROOT / "eigendecomp").rglob("*.py"):
         used = set(re.findall(r"\d+", " ".join(re.findall(r"\(eq\. ([\d, and]+)\)", path.read_text()))))
