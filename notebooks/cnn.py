@@ -20,8 +20,8 @@
 #   ahead without the prediction (0.60 against 0.58); autoencoders know better what is of no use for the classes (where
 #   the light is, what is open above).
 # - **Pushing.** At equal effect, moving the weights along a direction disturbs other classes less than adding an
-#   autoencoder's row does (selectivity 4.5 and 1.2), but hardly less than random directions of the same rank (3.9).
-#   **Scaling** an autoencoder's unit, which leaves images alone where the unit is off, is more selective (10.6).
+#   autoencoder's row does (selectivity 4.3 and 1.3), but hardly less than random directions of the same rank (3.9).
+#   **Scaling** an autoencoder's unit, which leaves images alone where the unit is off, is more selective (7.7).
 #   Directions that are gated in the same way are more selective by far (hundreds), but so are random ones: it is the
 #   gate, which knows the prediction, that selects.
 # - **Purity.** The top 20 images of a direction are of fewer classes than those of an autoencoder's unit.
