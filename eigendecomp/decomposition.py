@@ -286,7 +286,7 @@ def decompose(
         "data": files.checksum({str(number): tensor for number, tensor in enumerate(held)}, f"{n} examples"),
     }
     keeper = None if checkpoint is None else Checkpoint(checkpoint, identity)
-    found = fit(source, batches, settings, progress=progress, checkpoint=keeper)
+    found = fit(target, batches, settings, progress=progress, checkpoint=keeper)
     made = Decomposition(target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
     made._source = source
     return made

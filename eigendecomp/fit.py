@@ -346,7 +346,7 @@ class State:
 
 @torch.enable_grad()
 def fit(
-    source: Source,
+    target: Target,
     batches: Batches,
     settings: Settings,
     *,
@@ -359,10 +359,10 @@ def fit(
     Raises:
         ValueError: if gradients are zero or not finite, or the checkpoint is of another fit.
     """
-    state = State(source.target, settings, batches)
+    state = State(target, settings, batches)
     if checkpoint is not None:
         checkpoint.read(state)
-    objective, ever = Objective(settings.sparsity), torch.zeros((), dtype=torch.long, device=source.target.device)
+    objective, ever = Objective(settings.sparsity), torch.zeros((), dtype=torch.long, device=target.device)
     bar = tqdm(
         total=settings.steps,
         initial=state.step,

@@ -199,14 +199,3 @@ def renderer(
     if kind == "text":
         return Text(inputs, p, tokens, names)
     return Images(inputs, p, images) if kind == "image" else Vectors(inputs, p, features)
-
-
-def namer(names: Names | None, k: int) -> Callable[[int], str]:
-    """What to call each of the outputs."""
-    if names is None:
-        return lambda i: f"output {i}"
-    if callable(names):
-        return lambda i: str(names(i))
-    if isinstance(names, str) or len(names) != k:
-        raise ValueError(f"names has {len(names)} entries; give one for each of the model's {k} outputs, or a function")
-    return lambda i: str(names[i])

@@ -146,16 +146,6 @@ class UseBatches:
         return self.uses.gradients(self.feed.indices(size))
 
 
-class _Held:
-    """What the fit asks of a source of gradients: its target."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-
-    def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
-        raise NotImplementedError("uses are held, not captured again")
-
-
 def decompose(
     uses: Uses,
     pool: Float[Tensor, "m k"],
@@ -182,7 +172,7 @@ def decompose(
         batch_size, learning_rate, seed,
     )  # fmt: skip
     batches = UseBatches(uses, generator(seed, "data"))
-    found = fit(_Held(uses.target), batches, settings, progress=progress)
+    found = fit(uses.target, batches, settings, progress=progress)
     return Decomposition(uses.target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
 
 

@@ -924,7 +924,7 @@ def test_the_fitted_loss_is_that_of_the_oracle_in_float32() -> None:
         fits = []
         for source in sources:
             batches = LiveBatches(source, feed(inputs, generator(0, "data")), draws, 3)
-            fits.append(fit(source, batches, choices, progress=False, log_every=1))
+            fits.append(fit(source.target, batches, choices, progress=False, log_every=1))
         fast, slow = (torch.tensor(found.history.loss) for found in fits)
         assert len(slow) == 15 and slow[-1] < slow[0]
         if isinstance(sparsity, ed.L1):
