@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -212,8 +213,8 @@ def fit_alone(
 ) -> dict[str, float]:
     """A fit of all parameters of a transformer on 16 positions, in as many new processes, one thread each.
 
-    Returns parameters, wall seconds a step, and the first process's peak memory in bytes as the system counts it: the
-    interpreter, torch, the model, the directions with Adam's moments, and the steps.
+    Returns parameters, the median of wall seconds a step, and the first process's peak memory in bytes as the system
+    counts it: the interpreter, torch, the model, the directions with Adam's moments, and the steps.
     """
     given = json.dumps([vocabulary, width, layers, directions, batch_size, steps, examples])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -230,19 +231,24 @@ def _fit(
     torch.manual_seed(0)
     model, data = sizes.Transformer(vocabulary, width, 8, layers, 16).eval(), Windows(examples, vocabulary)
 
-    def taken(steps: int) -> float:
-        start = time.perf_counter()
+    started: list[float] = []
+    plainly = State.update
+
+    def update(state: State, *given: Tensor) -> Callable[[], list[Tensor]]:
+        started.append(time.perf_counter())
+        return plainly(state, *given)
+
+    # What is done once, before and after the steps, is made small.
+    with (
+        patch("eigendecomp.fit.THRESHOLD_SAMPLES", 1),
+        patch("eigendecomp.decomposition.POOL_SAMPLES", 256),
+        patch.object(State, "update", update),
+    ):
         decompose(
             model, data, divergence=KLDivergence(), n_directions=directions, rank=1, batch_size=batch_size,
-            steps=steps, progress=False,
+            steps=steps + 2, progress=False,
         )  # fmt: skip
-        return time.perf_counter() - start
-
-    # What is done once, before and after the steps, is made small and taken off.
-    with patch("eigendecomp.fit.THRESHOLD_SAMPLES", 1), patch("eigendecomp.decomposition.POOL_SAMPLES", 256):
-        taken(1)  # the first time counts for nothing
-        before = taken(1)
-        each = (taken(1 + steps) - before) / steps
+    each = statistics.median(b - a for a, b in pairwise(started[1:]))  # the first step counts for nothing
     return {"parameters": Target(model).size, "step_seconds": each, "process_memory": _peak_of_process()}
 
 

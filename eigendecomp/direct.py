@@ -25,9 +25,7 @@ from eigendecomp.sparsity import L1
 from eigendecomp.target import Target, patterns
 
 
-def losses(
-    moved: Float[Tensor, "n v k"], gram: Float[Tensor, "v v"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def losses(moved: Float[Tensor, "n v k"], gram: Float[Tensor, "v v"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Steepness, −Σ_v c_v², and interference, Σ_{v≠w} c_v c_w cos²(u_v, u_w): means over samples (eq. 12).
 
     Interference is the squared off-diagonal of (Λ^½U)(Λ^½U)ᵀ with Λ = diag(c), which has the unit of c² as steepness

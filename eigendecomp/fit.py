@@ -7,7 +7,7 @@ how gradients are held.
 import math
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -186,24 +186,25 @@ class Objective:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, normalised error of the batch, and the sparse coefficients (n, v).
 
-        With several processes the loss is this one's part, up to a constant: their gradients add up to the batch's.
+        With several processes loss and error are this one's parts: over all processes they add up to the batch's.
         ``progress`` is the share of the steps done.
         """
+        norms = parallel.sums(gradients.square_norms().sum())
         z, y, gram = gradients.inner_and_gram(encoder, decoder)
         n = len(z) * parallel.processes()
-        # A batch of sparse data may have no gradient at all; it then has no say.
-        total = parallel.total(gradients.square_norms().sum()).clamp_min(torch.finfo(y.dtype).tiny)
         s = self.sparsity.keep_batch(z, progress)
-        change = error_change(s, y, gram) / total
-        error = 1 + parallel.total(change)
-        loss = 1 + change + self.sparsity.penalty(z, n, (total / n).sqrt())
+        # A batch of sparse data may have no gradient at all; it then has no say.
+        total = norms()[0].clamp_min(torch.finfo(y.dtype).tiny)
+        error = 1 / parallel.processes() + error_change(s, y, gram) / total
+        loss = error + self.sparsity.penalty(z, n, (total / n).sqrt())
         if isinstance(self.sparsity, BatchTopK) and self.sparsity.auxiliary and dead.any():
             # The dead rebuild the residual e = g − ĝ, of which only ⟨e, u⟩ = ⟨g, u⟩ − s·gram and ‖e‖² are needed.
             # The residual is given: the live directions that leave it learn nothing from this.
+            residual = parallel.sums(error)
             few, rest = decoder.select(dead.nonzero()[:, 0]), decoder.map(Tensor.detach)
             s_dead = self.sparsity.keep_batch(z[:, dead], 1.0)
             y_dead = y[:, dead] - s.detach() @ rest.gram(few)
-            left = error_change(s_dead, y_dead, few.gram()) / (error.detach().clamp_min(1e-6) * total)
+            left = error_change(s_dead, y_dead, few.gram()) / (residual()[0].clamp_min(1e-6) * total)
             loss = loss + self.sparsity.auxiliary * left
         if decoder.sums_terms:
             # A best CP fit need not exist: terms can grow without bound against each other (de Silva and Lim, 2008).
@@ -302,19 +303,26 @@ class State:
         """Directions that no sample has used for a while."""
         return self.step - self.last_kept > PATIENCE
 
-    def update(self, loss: Tensor) -> None:
-        """One step of the optimiser, with the schedule's rate, back onto unit norm."""
-        self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * rate(self.step / self.settings.steps)
+    def update(self, loss: Tensor, *others: Tensor) -> Callable[[], list[Tensor]]:
+        """Start one step of the optimiser; what is returned ends it, back on unit norm.
+
+        It gives the sums of ``others`` over processes. Until it is called, these sums are under way, and whatever does
+        not need the directions can go on.
+        """
         self.optimizer.zero_grad()
         loss.backward()
-        if parallel.processes() > 1:
-            # One sum of all together: many small ones take longer than the numbers in them.
-            sizes = [weight.numel() for weight in self.weights]
-            every = parallel.total(torch.cat([weight.grad.flatten() for weight in self.weights])).split(sizes)
-            for weight, grad in zip(self.weights, every, strict=True):
-                weight.grad = grad.view_as(weight)
-        self.optimizer.step()
-        self.decoder.normalize_()
+        sums = parallel.sums(*(weight.grad for weight in self.weights), *others)
+
+        def end() -> list[Tensor]:
+            found = sums()
+            for weight, grad in zip(self.weights, found, strict=False):
+                weight.grad = grad
+            self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * rate(self.step / self.settings.steps)
+            self.optimizer.step()
+            self.decoder.normalize_()
+            return found[len(self.weights) :]
+
+        return end
 
     def tensors(self) -> dict[str, Tensor]:
         kept = {f"weight/{i}": weight for i, weight in enumerate(self.weights)}
@@ -362,7 +370,7 @@ def fit(
     state = State(target, settings, batches)
     if checkpoint is not None:
         checkpoint.read(state)
-    objective, ever = Objective(settings.sparsity), torch.zeros((), dtype=torch.long, device=target.device)
+    objective, ever = Objective(settings.sparsity), torch.zeros((), device=target.device)
     bar = tqdm(
         total=settings.steps,
         initial=state.step,
@@ -370,23 +378,30 @@ def fit(
         desc="fit",
         mininterval=0.5,
     )
+    gradients = None
     try:
         while state.step < settings.steps:
-            gradients = batches.batch(settings.batch_size, state.draw)
+            if gradients is None:
+                gradients = batches.batch(settings.batch_size, state.draw)
             loss, error, s = objective(
                 gradients, state.encoder, state.decoder, state.dead(), state.step / settings.steps
             )
-            log = state.step % log_every == 0 or state.step == settings.steps - 1
-            kept = parallel.total((s.detach() != 0).sum(0))
-            ever += kept.sum()
+            last = state.step == settings.steps - 1
+            log = state.step % log_every == 0 or last
             if log and not math.isfinite(loss.item()):
                 raise ValueError(
                     f"the loss is {loss.item()} at step {state.step}: the gradients are infinite or NaN, or "
                     f"learning_rate={settings.learning_rate} is too high"
                 )
+            write = checkpoint is not None and parallel.leads() and (checkpoint.due() or last)
+            update = state.update(loss, loss, error, (s.detach() != 0).sum(0).to(error.dtype))
+            # The next gradients need no direction, so they need not wait for the other processes; but what a checkpoint
+            # keeps must not be a batch ahead.
+            gradients = None if write or last else batches.batch(settings.batch_size, state.draw)
+            loss, error, kept = update()
+            ever += kept.sum()
             if log and (state.step > 0 or settings.steps == 1) and not (ever or any(state.history.kept)):
                 raise ValueError(f"all gradients are zero in the first {state.step + 1} steps: {ZERO}")
-            state.update(loss)
             state.last_kept[kept > 0] = state.step
             if log:
                 dead = state.dead().double().mean().item()
@@ -395,7 +410,7 @@ def fit(
                 bar.set_postfix(error=f"{error.item():.3f}", dead=f"{dead:.2f}", refresh=False)
             state.step += 1
             bar.update()
-            if checkpoint is not None and parallel.leads() and (checkpoint.due() or state.step == settings.steps):
+            if checkpoint is not None and write:
                 checkpoint.write(state)
     except KeyboardInterrupt:
         bar.write(f"interrupted: returning the directions of step {state.step}")

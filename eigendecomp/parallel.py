@@ -4,7 +4,9 @@ Started by ``torchrun`` (or ``accelerate launch``), a fit joins the others throu
 a single process every function here returns what it was given.
 """
 
+import atexit
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -17,7 +19,13 @@ def _state():
         return None
     from accelerate import PartialState
 
+    atexit.register(_leave)  # a process that ends while still joined can abort, after all its work is done
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def precision() -> torch.dtype | None:
@@ -67,13 +75,24 @@ def share(n: int) -> slice:
     return slice(state.process_index * size, (state.process_index + 1) * size)
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum over processes, without gradient."""
-    if _state() is None:
-        return x.detach()
-    from accelerate.utils import reduce
+def sums(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Starts to add up tensors of one dtype over processes, all in one go; what is returned waits for the sums.
 
-    return reduce(x.detach().clone(), "sum")  # type: ignore[return-value]
+    They have no gradient. Every process must start its sums in the same order.
+    """
+    given = [tensor.detach() for tensor in tensors]
+    if _state() is None:
+        return lambda: given
+    flat = torch.cat([tensor.flatten() for tensor in given])
+    handle = torch.distributed.all_reduce(flat, async_op=True)
+    assert handle is not None
+
+    def wait() -> list[Tensor]:
+        handle.wait()
+        parts = flat.split([tensor.numel() for tensor in given])
+        return [part.view_as(tensor) for part, tensor in zip(parts, given, strict=True)]
+
+    return wait
 
 
 def gathered(x: Tensor) -> Tensor:

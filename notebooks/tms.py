@@ -145,6 +145,7 @@ denser = fit_all("untied", **{**PUBLISHED, "sparsity": ed.BatchTopK(0.25)})
 # g\|^2/\sum\|g\|^2$ on held-out samples, the mean over four draws of the references, with the number of coefficients
 # that the fit's threshold keeps in a sample. **Encoder with decoder**: the cosine of a direction's two rows.
 
+
 # %%
 def cosines(directions, network, owner):
     """|cos| of each direction's hidden vectors with its owner's, and the largest over directions for each feature."""
@@ -513,7 +514,8 @@ random_cosine = metrics.max_cosine(large_random.dense("W_in")[:, 0], tms.feature
 large_floors = {
     "principal components": {"error": baselines.sparse_error(G_large, large_components, kept)},
     "random": {
-        "error": baselines.sparse_error(G_large, large_random.flat(), kept), "max cosine": random_cosine.mean().item(),
+        "error": baselines.sparse_error(G_large, large_random.flat(), kept),
+        "max cosine": random_cosine.mean().item(),
     },
 }
 report.record(large_floors=large_floors)

@@ -154,6 +154,7 @@ main = fits["two sets, L1, constant"]
 #
 # The draft's table, for fitting seed 0: each direction's activations, sorted.
 
+
 # %%
 def by_owner(d):
     """The direction that each owner has, and its activations on the four inputs."""
@@ -204,6 +205,7 @@ report.figure("activations", figure)
 # anyway, so that the two changes meet in [1,1] and [0,0] and undo each other. That of [1,1] is a weight that no other
 # input uses: the one from an input that is off, or into a unit that is shut.
 
+
 # %%
 def oriented(d):
     """The direction of each owner and the sign with which a step along it raises the owner's output."""
@@ -252,6 +254,7 @@ report.figure("moves", figure)
 # For every fit: which of the three inputs own a direction, and the owner's activation over the next input's. A fit
 # *reaches the draft* if all three ratios are at least the draft's. The table gives medians over fits, with 0 for an
 # input that owns no direction.
+
 
 # %%
 def score(strength):
