@@ -279,8 +279,8 @@ def checkpoint_writes(model: nn.Module, examples: Sequence[Tensor], n_directions
                 batch_size=16, progress=False, checkpoint=path,
             )  # fmt: skip
         last = kept[-1]
-        between = max(last.seconds, 40 * last.taken)
-        return {"bytes": path.stat().st_size, "write_seconds": last.taken, "share_of_time": last.taken / between}
+        share = last.taken / last.interval()
+        return {"bytes": path.stat().st_size, "write_seconds": last.taken, "share_of_time": share}
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ class Decomposition:
             check_target(target, metadata, path)
             decoder = unpack("decoder", tensors, target, settings)
             encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings)
-            history = History(**{name: list(values) for name, values in metadata["history"].items()})
+            history = History.read(metadata["history"])
             threshold = metadata["threshold"]
             if threshold is not None:
                 real("threshold", threshold, least=0)
@@ -232,6 +232,7 @@ def decompose(
     seed: int = 0,
     progress: bool = True,
     checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 30.0,
 ) -> Decomposition:
     """Learn directions in a model's parameter space that rebuild its per-sample gradients.
 
@@ -248,6 +249,7 @@ def decompose(
         sparsity: :class:`BatchTopK` (10% by default) or :class:`L1`.
         batch_size: samples in a step; an example with positions counts once for each.
         checkpoint: a path that is written as the fit goes on, and resumed from where it is there.
+        checkpoint_seconds: time between two writes, at least; longer where a write takes more than 1/40 of it.
 
     Raises:
         ValueError: for anything that cannot be handled, before work starts.
@@ -260,6 +262,7 @@ def decompose(
         factorization, tied, sparsity, steps, batch_size, learning_rate, seed,
     )  # fmt: skip
     checkpoint = None if checkpoint is None else files.writable(checkpoint)
+    real("checkpoint_seconds", checkpoint_seconds, least=0)
     probe = first(inputs, 3)
     target = Target(model, settings.parameters)
     Directions.random(target.shapes, 1, rank, factorization)  # refuses a rank of no use before any work
@@ -285,7 +288,7 @@ def decompose(
         "precision": str(parallel.precision() or target.dtype),
         "data": files.checksum({str(number): tensor for number, tensor in enumerate(held)}, f"{n} examples"),
     }
-    keeper = None if checkpoint is None else Checkpoint(checkpoint, identity)
+    keeper = None if checkpoint is None else Checkpoint(checkpoint, identity, checkpoint_seconds)
     found = fit(target, batches, settings, progress=progress, checkpoint=keeper)
     made = Decomposition(target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
     made._source = source

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,6 +30,7 @@ from eigendecomp.target import Target
 PATIENCE = 100  # steps without being kept after which a direction counts as dead
 CACHE_BYTES = 1 << 28  # a Jacobian up to this size is kept instead of being computed at every step
 THRESHOLD_SAMPLES = 8192  # from which the inference threshold is read
+WRITE_SHARE = 1 / 40  # of a long fit's time goes into its checkpoints, at most
 CANCELLATION = 1e-2  # weight against CP terms that grow and cancel, from twice the squares they need
 ZERO = "does the output depend on the chosen parameters, and differ from the reference?"
 
@@ -91,6 +92,14 @@ class History:
     def add(self, step: int, loss: float, error: float, kept: float, dead: float) -> None:
         for name, value in zip(vars(self), (step, loss, error, kept, dead), strict=True):
             getattr(self, name).append(value)
+
+    @classmethod
+    def read(cls, plain: Mapping[str, Any]) -> Self:
+        """The history whose fields a file holds; ValueError if they are not lists of numbers."""
+        for name, values in plain.items():
+            if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
+                raise ValueError(f"the history of {name!r} is not a list of numbers")
+        return cls(**{name: list(values) for name, values in plain.items()})
 
 
 def generator(seed: int, role: str) -> torch.Generator:
@@ -234,12 +243,16 @@ class Checkpoint:
 
     path: Path
     identity: dict[str, Any]  # settings, target and data, as plain values
-    seconds: float = 30.0  # between two writes, at least; and 40 times as long as a write takes
+    seconds: float  # between two writes, at least
     written: float = field(default_factory=time.monotonic)
     taken: float = 0.0
 
     def due(self) -> bool:
-        return time.monotonic() - self.written >= max(self.seconds, 40 * self.taken)
+        return time.monotonic() - self.written >= self.interval()
+
+    def interval(self) -> float:
+        """Seconds between two writes: as chosen, or longer where writing would take more than its share of the time."""
+        return max(self.seconds, self.taken / WRITE_SHARE)
 
     def write(self, state: "State") -> None:
         start = time.monotonic()
@@ -256,14 +269,20 @@ class Checkpoint:
         if not self.path.exists():
             return
         tensors, numbers = files.read(self.path)
-        theirs, ours = flatten(numbers.get("identity", {})), flatten(self.identity)
+        identity = numbers.get("identity")
+        theirs, ours = flatten(identity if isinstance(identity, dict) else {}), flatten(self.identity)
         differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
         if differing:
             told = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
             raise ValueError(
                 f"checkpoint {str(self.path)!r} is of another fit ({told}); delete it or choose another path"
             )
-        state.restore(tensors, numbers)
+        try:
+            state.restore(tensors, numbers)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"checkpoint {str(self.path)!r} does not hold a fit's state ({error}); delete it or choose another path"
+            ) from None
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -338,18 +357,21 @@ class State:
         return {"step": self.step, "history": asdict(self.history)}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        whole("step", numbers["step"], 0, self.settings.steps)
         for i, weight in enumerate(self.weights):
-            weight.data.copy_(tensors[f"weight/{i}"])
             prefix = f"adam/{i}/"
-            self.optimizer.state[weight] = {
-                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
-            }
+            moments = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for value in (tensors[f"weight/{i}"], moments["exp_avg"], moments["exp_avg_sq"]):
+                if value.shape != weight.shape:
+                    raise ValueError(f"a factor's shape there is {tuple(value.shape)}, here {tuple(weight.shape)}")
+            weight.data.copy_(tensors[f"weight/{i}"])
+            self.optimizer.state[weight] = moments
         self.draw.set_state(tensors["draw"])
         prefix = "data/"
         data = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         self.batches.feed.restore(data)
         self.last_kept = tensors["last_kept"]
-        self.step, self.history = numbers["step"], History(**numbers["history"])
+        self.step, self.history = numbers["step"], History.read(numbers["history"])
 
 
 @torch.enable_grad()

@@ -89,13 +89,14 @@ def dies(function, after: int):
 
 
 def test_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """SIGKILL at an arbitrary moment of a fit that writes at every step: the file is always whole and resumable."""
+    """SIGKILL at an arbitrary moment of a fit that writes at every step: the file is whole, and the fit goes on."""
+    settings = {**SETTINGS, "steps": 600}
     script = tmp_path / "run.py"
     script.write_text(
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import test_checkpoint as t, eigendecomp as ed\n"
         "t.Checkpoint.due = lambda self: True\n"
-        "ed.decompose(t.model(), t.inputs(), checkpoint=sys.argv[2], **{**t.SETTINGS, 'steps': 100_000})\n"
+        f"ed.decompose(t.model(), t.inputs(), checkpoint=sys.argv[2], **{settings})\n"
     )
     path = tmp_path / "fit.safetensors"
     process = subprocess.Popen(
@@ -108,7 +109,9 @@ def test_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     tensors, numbers = files.read(path)  # checks the sum
-    assert numbers["step"] > 0 and tensors
+    assert 0 < numbers["step"] < settings["steps"] and tensors
+    resumed = ed.decompose(model(), inputs(), checkpoint=path, **settings)
+    assert same(resumed, ed.decompose(model(), inputs(), **settings))
 
 
 @pytest.mark.parametrize("change", [dict(steps=61), dict(seed=1), dict(learning_rate=0.02), dict(tied=True)])
@@ -135,6 +138,21 @@ def test_damaged_checkpoint_is_named(interrupted: Path) -> None:
         interrupted.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged"):
             ed.decompose(model(), inputs(), checkpoint=interrupted, **SETTINGS)
+
+
+def test_the_interval_between_writes_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes, write = [], Checkpoint.write
+    monkeypatch.setattr(Checkpoint, "write", lambda self, state: (writes.append(state.step), write(self, state)))
+    for seconds, expected in ((0.0, range(2, 61)), (3600.0, [60])):
+        monkeypatch.setattr("eigendecomp.fit.WRITE_SHARE", 1e9)
+        ed.decompose(model(), inputs(), checkpoint=tmp_path / str(seconds), checkpoint_seconds=seconds, **SETTINGS)
+        assert set(expected) <= set(writes)
+        assert len(writes) <= len(expected) + 1
+        writes.clear()
+    wrong: Any
+    for wrong in (-1.0, float("nan"), "often"):
+        with pytest.raises(ValueError, match="checkpoint_seconds"):
+            ed.decompose(model(), inputs(), checkpoint=tmp_path / "x", checkpoint_seconds=wrong, **SETTINGS)
 
 
 def test_missing_folder_is_named_before_work_starts(tmp_path: Path) -> None:

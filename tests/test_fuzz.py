@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import eigendecomp as ed
+from eigendecomp.fit import Checkpoint, State
 
-CALLS, FILES = 4000, 6000
+CALLS, FILES, CHECKPOINTS = 4000, 5000, 2000
 ANY: Any = ed  # whose arguments' types nobody checks
 X = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
 
@@ -90,6 +91,9 @@ VALUES: dict[str, list[Callable[[], Any]]] = {
     "learning_rate": [lambda: 0.01, lambda: 0.0, lambda: -1.0, lambda: float("nan"), lambda: float("inf"), lambda: "a"],
     "seed": [lambda: 0, lambda: 5, lambda: -1, lambda: 1 << 40, lambda: 0.5, lambda: None, lambda: "0"],
     "checkpoint": [lambda: None, lambda: None, lambda: "no/such/folder/fit", lambda: 3, lambda: "", lambda: "."],
+    "checkpoint_seconds": [
+        lambda: 30.0, lambda: 30.0, lambda: 0, lambda: -1, lambda: float("nan"), lambda: "1", lambda: None
+    ],
 }  # fmt: skip
 
 
@@ -144,9 +148,10 @@ def mutations(whole: bytes, chance: random.Random) -> bytes:
     header = json.loads(whole[8 : 8 + length])
     hostile = [None, -1, 1e308, [], {}, "x" * 1000, "__import__('os')", 1 << 70, ["a"], {"name": "__class__"}, True]
     settings = json.loads(header["__metadata__"]["eigendecomp"])
-    part = chance.choice([header, header["__metadata__"], settings, settings["settings"], settings["history"]])
+    inner = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    part = chance.choice([header, header["__metadata__"], *inner])
     part[chance.choice(list(part))] = chance.choice(hostile)
-    if part is settings or part is settings["settings"] or part is settings.get("history"):
+    if any(part is one for one in inner):
         header["__metadata__"]["eigendecomp"] = json.dumps(settings)
         if chance.random() < 0.5:  # with the right checksum, as somebody who means harm would
             return resigned(header, settings, whole[8 + length :])
@@ -183,5 +188,36 @@ def test_bad_files(tmp_path: Path) -> None:
         assert path.read_bytes() == damaged
     assert not wrong, "\n".join(list(wrong)[:20]) + f"\n({len(wrong)} in all)"
     assert counts["ValueError"] > FILES * 0.9, counts
+    assert list(tmp_path.iterdir()) == [path]
+    print(dict(counts))
+
+
+def test_bad_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit that is to go on from a damaged or hostile checkpoint says so, or ends where it should have ended."""
+    model, path, settings = small(), tmp_path / "fit", dict[str, Any](n_directions=3, steps=4, progress=False)
+    end = State.update
+    with monkeypatch.context() as patch:  # it dies with two of its four steps done
+        patch.setattr(Checkpoint, "due", lambda self: True)
+        patch.setattr(State, "update", lambda self, *given: end(self, *given) if self.step < 2 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ed.decompose(model, X, checkpoint=path, checkpoint_seconds=0, **settings)
+    whole, chance, counts, wrong = path.read_bytes(), random.Random(2), Counter(), Counter()
+    right = ed.decompose(model, X, **settings).decoder.flat()
+    for number in range(CHECKPOINTS):
+        damaged = mutations(whole, chance)
+        path.write_bytes(damaged)
+
+        def call() -> ed.Decomposition:
+            d = ed.decompose(model, X, checkpoint=path, **settings)
+            assert torch.equal(d.decoder.flat(), right), "another result"
+            return d
+
+        try:
+            counts[found := outcome(call)] += 1
+            assert found == "result" or path.read_bytes() == damaged, "written over"
+        except Exception as error:
+            wrong[f"{type(error).__name__}: {error} (file {number})"] += 1
+    assert not wrong, "\n".join(list(wrong)[:20]) + f"\n({len(wrong)} in all)"
+    assert counts["ValueError"] > CHECKPOINTS * 0.9, counts
     assert list(tmp_path.iterdir()) == [path]
     print(dict(counts))

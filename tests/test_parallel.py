@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import eigendecomp as ed
+from eigendecomp import files
 from eigendecomp.capture import CapturedSource
 from eigendecomp.gradients import FunctionalSource
 from eigendecomp.target import Target
@@ -18,57 +19,72 @@ from eigendecomp.targets import sizes
 SCRIPT = """
 import sys, torch, eigendecomp as ed
 from eigendecomp import decomposition
+from eigendecomp.fit import Checkpoint, State
 from eigendecomp.parallel import leads
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.GELU(), torch.nn.Linear(5, 3)).double()
 x = torch.randn(300, 3, generator=torch.Generator().manual_seed(1)).double()
-out, checkpoints = sys.argv[1], sys.argv[2]
-found = {}
+out, checkpoints, dies = sys.argv[1], sys.argv[2], sys.argv[3] == "dies"
+found, written = {}, []
 cases = {
     "cached": dict(),
     "live": dict(cache=0),
     "dataset": dict(cache=0, data=torch.utils.data.TensorDataset(x)),
     "l1": dict(sparsity=ed.L1(0.05), tied=True, reference=ed.Constant(0.0)),
 }
+if dies:  # in step 20, some steps after the last checkpoint
+    step, written = State.update, []
+    Checkpoint.due = lambda self: len(written) == 10
+    def update(self, *given):
+        written.append(0)
+        if self.step == 20:
+            written.clear()
+            raise InterruptedError
+        return step(self, *given)
+    State.update = update
 for name, case in cases.items():
     decomposition.CACHE_BYTES = case.pop("cache", 1 << 28)
     data = case.pop("data", x)
     checkpoint = f"{checkpoints}/{name}"
     settings = dict(n_directions=6, steps=30, batch_size=32, progress=False, checkpoint=checkpoint)
-    d = ed.decompose(model, data, **settings, **case)
+    try:
+        d = ed.decompose(model, data, **settings, **case)
+    except InterruptedError:
+        continue
     found[name] = torch.cat([d.decoder.flat(), d.encoder.flat()])
     found[name + " threshold"] = torch.tensor(d.threshold or 0.0, dtype=torch.float64)
     found[name + " error"] = torch.tensor(d.history.error, dtype=torch.float64)
+    found[name + " loss"] = torch.tensor(d.history.loss, dtype=torch.float64)
 if leads():
     torch.save(found, out)
 """
 
 
-def run(processes: int, script: Path, out: Path, checkpoints: Path) -> dict[str, torch.Tensor]:
+def run(processes: int, folder: Path, checkpoints: str, end: str = "lives") -> dict[str, torch.Tensor]:
+    script, out = folder / "script.py", folder / "out.pt"
+    script.write_text(SCRIPT)
+    (folder / checkpoints).mkdir(exist_ok=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = list(launcher) if processes > 1 else [sys.executable]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += [str(path) for path in (script, out, checkpoints)]
+    command += [str(script), str(out), str(folder / checkpoints), end]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(out, weights_only=True)
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
-        folder.mkdir()
-    one = run(1, script, tmp_path / "one.pt", folders[0])
-    two = run(2, script, tmp_path / "two.pt", folders[1])
-    for name, value in one.items():
-        assert (two[name] - value).abs().max() <= 1e-6 * value.abs().max().clamp_min(1), name
-    # A finished checkpoint of two processes is read by one, and gives what they found.
-    moved = run(1, script, tmp_path / "moved.pt", folders[1])
-    for name, value in two.items():
-        assert (moved[name] - value).abs().max() <= 1e-9, name
+def test_two_processes_take_the_steps_of_one_and_go_on_where_it_died(tmp_path: Path) -> None:
+    one, others = run(1, tmp_path, "one"), {"two": run(2, tmp_path, "two")}
+    for before, after in ((1, 2), (2, 1)):
+        killed = f"killed in {before}"
+        assert not run(before, tmp_path, killed, "dies")
+        assert {files.read(checkpoint)[1]["step"] for checkpoint in (tmp_path / killed).iterdir()} == {11}
+        others[killed] = run(after, tmp_path, killed)
+    assert one
+    for other, found in others.items():
+        for name, value in one.items():
+            assert (found[name] - value).abs().max() <= 1e-6 * value.abs().max().clamp_min(1), (other, name)
 
 
 class Ones:
