@@ -416,7 +416,9 @@ def fit(
                     f"learning_rate={settings.learning_rate} is too high"
                 )
             write = checkpoint is not None and parallel.leads() and (checkpoint.due() or last)
+            samples = len(s) * parallel.processes()
             update = state.update(loss, loss, error, (s.detach() != 0).sum(0).to(error.dtype))
+            del gradients, loss, error, s  # what a batch takes is free again before the next one is there
             # The next gradients need no direction, so they need not wait for the other processes; but what a checkpoint
             # keeps must not be a batch ahead.
             gradients = None if write or last else batches.batch(settings.batch_size, state.draw)
@@ -427,7 +429,7 @@ def fit(
             state.last_kept[kept > 0] = state.step
             if log:
                 dead = state.dead().double().mean().item()
-                each = kept.sum().item() / (len(s) * parallel.processes())
+                each = kept.sum().item() / samples
                 state.history.add(state.step, loss.item(), error.item(), each, dead)
                 bar.set_postfix(error=f"{error.item():.3f}", dead=f"{dead:.2f}", refresh=False)
             state.step += 1

@@ -513,7 +513,8 @@ pd.DataFrame({"eight GPUs of 100 Tflop/s, 512 samples each": plan}).map("{:.3g}"
 # chunks that fit, at the price of a second capture in the backward pass. The rest fits a device of 80 GB. Of it, the
 # gradients and moments of the directions are to be sharded first when more directions or a higher rank are wanted:
 # they are the largest, the same on every device, and used once a step. The model comes second. Traffic is one sum of
-# the directions' gradients a step, a small part of its time between devices of one machine.
+# the directions' gradients a step, a small part of its time between devices of one machine, and it goes on beside the
+# passes of the next batch.
 
 # %% [markdown]
 # ## A pretrained model (opt-in)
