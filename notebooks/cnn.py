@@ -19,8 +19,9 @@
 #   and random directions, read in the same way, 0.76 ± 0.02. Read without being told the prediction, directions reach
 #   0.81, random ones 0.61, and autoencoders, read from the block's output alone, 0.60. On 24 concepts of other kinds
 #   the two are level (0.56 each, as are principal components of the channels); by the readings without the prediction,
-#   directions are slightly ahead (0.60 against 0.58). Autoencoders know better what the logits hardly show: where the
-#   light is, what is open above.
+#   directions are slightly ahead (0.60 against 0.58). Three units together narrow the gaps: 0.95 against 0.80 for
+#   classes (random directions 0.90), 0.66 against 0.65 for other concepts without the prediction. Autoencoders know
+#   better what the logits hardly show: where the light is, what is open above.
 # - **Pushing.** At equal effect, moving the weights along a direction disturbs other classes less than adding an
 #   autoencoder's row does (selectivity 4.3 ± 0.4 and 1.3 ± 0.1), and a little less than a random direction of the
 #   same rank does (3.1 ± 0.8). In logits, which do not saturate as probabilities do, it is 2.7 against 1.5 for random.
@@ -308,6 +309,7 @@ def direction_readings(part: str, read: str, write: str) -> dict[str, torch.Tens
     }  # fmt: skip
 
 
+# %%
 def unit_readings(part: str) -> dict[tuple[str, str, int], torch.Tensor]:
     """Those of all autoencoders, for which the gradients of the logits are the same."""
     found = {(f"SAE, {k} on", how, s): [] for k, s in autoencoders for how in ("mean", "largest", "attribution")}
@@ -460,6 +462,7 @@ def samples_of(strength: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+# %%
 def logit_change(move: interventions.Move, step: float, inputs: tuple, base: torch.Tensor) -> float:
     with move(step) as model, torch.no_grad():
         change = model(*inputs) - base
@@ -732,6 +735,7 @@ def selectivity_panel(ax) -> None:
     ax.set_xlabel("effect on own images over effect on\nother classes (filled), quiet half (open)")
 
 
+# %%
 figure, axes = plots.panels(1, 4, height=2.6, gridspec_kw={"width_ratios": [1, 1, 1, 1.35]})
 resolution_panel(axes[0], "classes", "average precision,\nten classes")
 resolution_panel(axes[1], "further", "average precision,\n24 further concepts")
