@@ -1,4 +1,4 @@
-"""The Fashion-MNIST data, its concepts, the shipped network, and the MobileNet loader."""
+"""The Fashion-MNIST data, its concepts, the shipped network, and what is read and moved in its middle block."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from eigendecomp import interventions, shares
 from eigendecomp.directions import Directions
 from eigendecomp.target import Target
-from eigendecomp.targets import cnn, fashion
+from eigendecomp.targets import cnn, cnn_block, fashion, fashion_concepts
 
 needs_data = pytest.mark.skipif(
     not fashion.available(),
@@ -154,7 +154,7 @@ def test_the_subset_is_part_of_the_data(test_subset: tuple[Tensor, Tensor]) -> N
 
 
 def test_concepts_are_neither_rare_nor_everywhere(test_subset: tuple[Tensor, Tensor]) -> None:
-    found = fashion.concepts(*test_subset)
+    found = fashion_concepts.concepts(*test_subset)
     assert len(found) >= 12 and not set(found) & set(fashion.CLASSES)
     for name, holds in found.items():
         assert holds.dtype == torch.bool and holds.shape == (2500,)
@@ -165,15 +165,15 @@ def test_concepts_are_neither_rare_nor_everywhere(test_subset: tuple[Tensor, Ten
 @pytest.mark.slow
 def test_thresholds_are_those_of_the_training_split_and_hold_on_the_test_split() -> None:
     images, labels = fashion.load("train")
-    computed = fashion.thresholds(images, labels)
-    assert computed == pytest.approx({name: rule.threshold for name, rule in fashion.RULES.items()}, rel=1e-3)
-    for name, holds in fashion.concepts(*fashion.load("test")).items():
+    computed = fashion_concepts.thresholds(images, labels)
+    assert computed == pytest.approx({name: rule.threshold for name, rule in fashion_concepts.RULES.items()}, rel=1e-3)
+    for name, holds in fashion_concepts.concepts(*fashion.load("test")).items():
         assert 0.05 <= holds.float().mean() <= 0.6, name
 
 
 def test_measures_of_drawn_pictures() -> None:
     block = picture((slice(4, 24), slice(10, 18)))
-    measured = {name: value.item() for name, value in fashion.measures(block).items()}
+    measured = {name: value.item() for name, value in fashion_concepts.measures(block).items()}
     expected = {
         "width": 8,
         "area": 160 / 784,
@@ -189,43 +189,43 @@ def test_measures_of_drawn_pictures() -> None:
     assert {name: measured[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
     legs = picture((slice(0, 28), slice(4, 9)), (slice(0, 28), slice(19, 24)), (slice(0, 12), slice(4, 24)))
-    measured = fashion.measures(legs)
+    measured = fashion_concepts.measures(legs)
     assert measured["holes_below"].item() == pytest.approx(0.5) and measured["holes_above"].item() == 0
     assert measured["arch"].item() == pytest.approx(10)
 
     rows = picture(*((slice(i, i + 1), slice(0, 28)) for i in range(0, 28, 2))) + 0.2
-    measured = fashion.measures(torch.cat([rows, rows.transpose(2, 3)]))
+    measured = fashion_concepts.measures(torch.cat([rows, rows.transpose(2, 3)]))
     assert measured["grain"].tolist() == pytest.approx([1, -1], abs=1e-5)
-    corner = fashion.measures(picture((slice(0, 28), slice(0, 14)), (slice(0, 7), slice(0, 28))))
+    corner = fashion_concepts.measures(picture((slice(0, 28), slice(0, 14)), (slice(0, 7), slice(0, 28))))
     assert corner["asymmetry"].item() == pytest.approx(0.6) and corner["centre"].item() < 0.5
     zipped = block.clone()
     zipped[..., 4:24, 13:15] = 1
-    assert fashion.measures(zipped)["front_line"].item() == pytest.approx(0.5)
+    assert fashion_concepts.measures(zipped)["front_line"].item() == pytest.approx(0.5)
 
 
 def test_concepts_follow_their_rules() -> None:
     wide = picture((slice(8, 20), slice(0, 28)), value=0.9)
     images = torch.cat([wide, wide, torch.zeros_like(wide)])  # an empty image must not fail
-    found = fashion.concepts(images, torch.tensor([fashion.SNEAKER, fashion.COAT, fashion.BAG]))
+    found = fashion_concepts.concepts(images, torch.tensor([fashion.SNEAKER, fashion.COAT, fashion.BAG]))
     assert found["footwear"].tolist() == [True, False, False]
     assert found["upper_body"].tolist() == [False, True, False]
     assert found["long_sleeves"].tolist() == [False, True, False]  # as wide, but no garment with sleeves
     assert found["bright"].tolist() == found["wide"].tolist() == [True, True, False]
-    assert fashion.classes(torch.tensor([9, 3]))["dress"].tolist() == [False, True]
+    assert fashion_concepts.classes(torch.tensor([9, 3]))["dress"].tolist() == [False, True]
 
 
 def test_bad_input_to_concepts_is_named() -> None:
     images, labels = torch.rand(2, 1, 28, 28), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"\(2, 28, 28\)"):
-        fashion.concepts(images[:, 0], labels)
+        fashion_concepts.concepts(images[:, 0], labels)
     with pytest.raises(ValueError, match=r"\[0, 1\].*in \[.*25"):
-        fashion.measures(images * 255)
+        fashion_concepts.measures(images * 255)
     with pytest.raises(ValueError, match=r"torch\.uint8"):
-        fashion.measures(images.byte())
+        fashion_concepts.measures(images.byte())
     with pytest.raises(ValueError, match="2 images and 1 labels"):
-        fashion.concepts(images, labels[:1])
+        fashion_concepts.concepts(images, labels[:1])
     with pytest.raises(ValueError, match="integers in 0 … 9"):
-        fashion.concepts(images, labels + 9)
+        fashion_concepts.concepts(images, labels + 9)
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -250,7 +250,7 @@ def test_the_recorded_accuracy_is_that_of_the_checkpoint(model: cnn.FashionCNN) 
 
 
 def test_the_middle_block_has_the_parts_that_its_pattern_selects(model: cnn.FashionCNN) -> None:
-    names = {name for name, _ in model.named_parameters() if name.startswith(f"{cnn.MIDDLE_BLOCK}.")}
+    names = {name for name, _ in model.named_parameters() if name.startswith("block2.")}
     parts = ("conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias")
     assert names == {f"block2.{part}" for part in parts}
     assert not any(getattr(module, "inplace", False) for module in model.modules())
@@ -303,63 +303,22 @@ def test_a_missing_or_foreign_checkpoint_is_named(tmp_path: Path) -> None:
         cnn.load_model(fashion.SUBSET)
 
 
-# -------------------------------------------------------------------------------------------------- MobileNet
-
-
-def test_mobilenet_with_random_weights() -> None:
-    model = cnn.mobilenet(pretrained=False, seed=3)
-    assert not model.training and not any(getattr(m, "inplace", False) for m in model.modules())
-    images = cnn.mobilenet_images(torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0)), 32)
-    logits = cnn.predict(model, images)
-    assert logits.shape == (3, 1000) and logits.std(0).mean() > 1e-5  # the images matter
-    torch.testing.assert_close(cnn.predict(model, images[1:2]), logits[1:2])
-    assert torch.equal(cnn.predict(cnn.mobilenet(pretrained=False, seed=3), images), logits)
-
-    chosen = {n: p.detach() for n, p in model.named_parameters() if n.startswith(f"{cnn.MOBILENET_BLOCK}.")}
-    assert chosen
-
-    def output(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
-        return functional_call(model, parameters, (image[None],)).logsumexp(1).squeeze()
-
-    gradients = vmap(grad(output), in_dims=(None, 0))(chosen, images)
-    alone = grad(output)(chosen, images[2])
-    for name in chosen:
-        torch.testing.assert_close(gradients[name][2], alone[name], rtol=1e-3, atol=1e-7)
-
-
-def test_mobilenet_images_are_resized_and_normalised() -> None:
-    images = cnn.mobilenet_images(torch.full((2, 3, 28, 28), 0.5))
-    assert images.shape == (2, 3, 224, 224)
-    assert images[0, :, 100, 100].tolist() == pytest.approx([0.0655, 0.1964, 0.4178], abs=1e-3)
-    with pytest.raises(ValueError, match="1 or 3"):
-        cnn.mobilenet_images(torch.rand(2, 2, 28, 28))
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        cnn.mobilenet_images(torch.rand(2, 1, 28, 28) * 255)
-
-
-def test_mobilenet_weights_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def closed(*_: object, **__: object) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", closed)
-    with pytest.raises(OSError, match=r"no network.*mobilenet_v3_small-\w+\.pth.*pretrained=False"):
-        cnn.mobilenet()
-
-
 # -------------------------------------------------------------------------------------------- from the middle block
 
 
 @pytest.fixture(scope="module")
-def middle(model: cnn.FashionCNN, test_subset: tuple[Tensor, Tensor]) -> tuple[cnn.FromMiddle, Tensor]:
+def middle(model: cnn.FashionCNN, test_subset: tuple[Tensor, Tensor]) -> tuple[cnn_block.FromMiddle, Tensor]:
     with torch.no_grad():
-        return cnn.FromMiddle(model), model.enter(test_subset[0][:8])
+        return cnn_block.FromMiddle(model), model.enter(test_subset[0][:8])
 
 
 def test_the_network_goes_on_from_its_middle_block(model, middle, test_subset) -> None:
     tail, entering = middle
     assert torch.equal(cnn.predict(tail, entering), cnn.predict(model, test_subset[0][:8]))
-    assert {name for name, _ in tail.named_parameters()} < {name for name, _ in model.named_parameters()}
+    with torch.no_grad():
+        assert torch.equal(tail.after(tail.block2(entering)), cnn.predict(tail, entering))
+    names = {name.removeprefix("after.") for name, _ in tail.named_parameters()}
+    assert names < {name for name, _ in model.named_parameters()}
 
 
 def test_contribution_maps_add_up_to_the_coefficient(middle) -> None:
@@ -368,7 +327,7 @@ def test_contribution_maps_add_up_to_the_coefficient(middle) -> None:
     directions = Directions.random(target.shapes, 3, 2)
     c = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
     j = shares.read(target, entering, {"u": directions.flat()}).along["u"]
-    maps = cnn.contribution_maps(tail, interventions.low_rank(directions, 1), entering, c)
+    maps = cnn_block.contribution_maps(tail, interventions.low_rank(directions, 1), entering, c)
     assert maps.shape == (8, 14, 14)
     torch.testing.assert_close(maps.sum((1, 2)), (c * j[:, :, 1]).sum(1), rtol=1e-4, atol=1e-4)
 
@@ -378,25 +337,24 @@ def test_attribution_is_the_first_order_change_of_the_logits(middle) -> None:
     draw = torch.Generator().manual_seed(0)
     z, decoder = torch.rand(8, 196, 3, generator=draw).double(), torch.randn(3, 32, generator=draw).double()
     tail, entering = deepcopy(tail).double(), entering.double()
-    found = cnn.attribution(tail, entering, z, decoder)
     with torch.no_grad():
         output, step = tail.block2(entering), 1e-6
+    found = cnn_block.attribution(cnn_block.logit_gradients(tail.after, output), z, decoder)
+    with torch.no_grad():
         added = torch.einsum("np,c->ncp", z[..., 1], decoder[1]).view_as(output)
-        change = (tail.after_block(output + step * added) - tail.after_block(output - step * added)) / (2 * step)
+        change = (tail.after(output + step * added) - tail.after(output - step * added)) / (2 * step)
     torch.testing.assert_close(found[..., 1], change, rtol=1e-5, atol=1e-5)
 
 
 def test_a_shift_adds_a_row_at_every_position_and_ends(middle) -> None:
     tail, entering = middle
-    before, row = cnn.predict(tail, entering), torch.randn(32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), cnn.shifted(tail, row)(0.5) as moved:
-        expected = tail.after_block(tail.block2(entering))  # the hook has added it by then
-        assert torch.equal(moved(entering), expected)
-        assert not torch.allclose(expected, before)
+    row = torch.randn(32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        shifted = tail.after_block(tail.block2(entering) + 0.5 * row[:, None, None])
-    torch.testing.assert_close(expected, shifted)
-    assert torch.equal(cnn.predict(tail, entering), before)
+        output = tail.block2(entering)
+        before, expected = tail.after(output), tail.after(output + 0.5 * row[:, None, None])
+        with cnn_block.shifted(tail.after, row)(0.5) as moved:
+            assert torch.equal(moved(output), expected) and not torch.allclose(expected, before)
+        assert torch.equal(tail.after(output), before)
 
 
 def test_a_gated_move_is_the_direction_for_some_images_and_nothing_for_others(middle) -> None:
@@ -407,7 +365,7 @@ def test_a_gated_move_is_the_direction_for_some_images_and_nothing_for_others(mi
     before = cnn.predict(tail, entering)
     with torch.no_grad(), interventions.displaced(tail, change)(0.7):
         everywhere = tail(entering)
-    with torch.no_grad(), cnn.Gated(tail).along(change)(0.7) as moved:
+    with torch.no_grad(), cnn_block.Gated(tail).along(change)(0.7) as moved:
         found = moved(entering, gate)
     torch.testing.assert_close(found[::2], everywhere[::2], rtol=1e-4, atol=1e-4)
     assert torch.equal(found[1::2], before[1::2]) and not torch.allclose(found[::2], before[::2])

@@ -1,8 +1,8 @@
-"""Two convolutional targets: a residual network for Fashion-MNIST, and torchvision's MobileNet-v3-small.
+"""A residual network for Fashion-MNIST: the network, its training, the shipped checkpoint.
 
-The first has three stages of one residual block each; the pattern ``block2.*`` selects its middle block (two
-convolutions, two normalisations, an identity skip; 14 × 14 positions). It reads images in [0, 1], as
-``fashion.load`` returns them; its first normalisation standardises them.
+It has three stages of one residual block each; the pattern ``block2.*`` selects its middle block (two convolutions, two
+normalisations, an identity skip; 14 × 14 positions), on which ``cnn_block`` reads and acts. It reads images in [0, 1],
+as ``fashion.load`` returns them; its first normalisation standardises them.
 
     python -m eigendecomp.targets.cnn train      # about ten minutes on one core; data/cnn ships the result
 """
@@ -12,8 +12,6 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,14 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eigendecomp.interventions import Move
 from eigendecomp.targets import fashion
 
 CHECKPOINT = fashion.DATA / "cnn" / "fashion_cnn.safetensors"
 RECORD = fashion.DATA / "cnn" / "training.json"
 TRAIN_COMMAND = "python -m eigendecomp.targets.cnn train"
-MIDDLE_BLOCK = "block2"
-MOBILENET_BLOCK = "features.7"
 
 
 class ConvNorm(nn.Module):
@@ -84,143 +79,6 @@ class FashionCNN(nn.Module):
         x = self.block2(self.enter(images))
         x = self.block3(self.down2(x))
         return self.head(x.mean(dim=(2, 3)))
-
-
-class FromMiddle(nn.Module):
-    """A network from its middle block on, sharing its modules: what enters the block (n, c, 14, 14) to logits.
-
-    All that changes in the middle block or after it is seen here at half the cost.
-    """
-
-    def __init__(self, model: FashionCNN) -> None:
-        super().__init__()
-        self.block2, self.down2, self.block3, self.head = model.block2, model.down2, model.block3, model.head
-        self.train(model.training)
-
-    def forward(self, entering: Float[Tensor, "n c 14 14"]) -> Float[Tensor, "n 10"]:
-        return self.after_block(self.block2(entering))
-
-    def after_block(self, output: Float[Tensor, "n c 14 14"]) -> Float[Tensor, "n 10"]:
-        """The logits from what the middle block writes."""
-        return self.head(self.block3(self.down2(output)).mean(dim=(2, 3)))
-
-
-def contribution_maps(
-    tail: FromMiddle,
-    change: Mapping[str, Tensor],
-    entering: Float[Tensor, "n c 14 14"],
-    cotangents: Float[Tensor, "n k"],
-) -> Float[Tensor, "n 14 14"]:
-    """How much each position of the middle block adds to ⟨Jᵀc, u⟩: maps that sum up to it.
-
-    ``change`` is the direction u by parameter, as ``interventions.low_rank`` gives it. A layer adds, at every position,
-    the change of its output along u, its input staying as it is, times what the output is asked to change.
-    """
-    block, u = tail.block2, {name.removeprefix("block2."): value for name, value in change.items()}
-    with torch.enable_grad():
-        x = entering.detach().requires_grad_()  # so that there is a graph whatever the parameters ask for
-        first = block.conv1(x)
-        first_normed = block.bn1(first)
-        hidden = block.relu1(first_normed)
-        second = block.conv2(hidden)
-        second_normed = block.bn2(second)
-        later = tail.after_block(block.relu2(x + second_normed))
-        asked = torch.autograd.grad(later, [first, first_normed, second, second_normed], cotangents)
-
-    with torch.no_grad():
-        inputs = (x, first, hidden, second)
-        changes = [run(given) for run, given in zip(changes_along(block, u).values(), inputs, strict=True)]
-        return torch.stack([(g * moved).sum(1) for g, moved in zip(asked, changes, strict=True)]).sum(0)
-
-
-def changes_along(block: ResidualBlock, u: Mapping[str, Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """For each layer of the block, from its input to how its output changes along u: exact, since layers are linear."""
-
-    def normed(name: str) -> Callable[[Tensor], Tensor]:
-        norm, scale, shift = block.get_submodule(name), u[f"{name}.weight"], u[f"{name}.bias"]
-        assert isinstance(norm, nn.BatchNorm2d)
-        return lambda x: F.batch_norm(x, norm.running_mean, norm.running_var, scale, shift, eps=norm.eps)
-
-    def convolved(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda x: F.conv2d(x, u[f"{name}.weight"], padding=1)
-
-    return {"conv1": convolved("conv1"), "bn1": normed("bn1"), "conv2": convolved("conv2"), "bn2": normed("bn2")}
-
-
-class Gated(nn.Module):
-    """A network whose middle block's parameters are moved for every image by its own amount, ``step`` times its gate.
-
-    Called with what enters the block and a gate (n,) for each image. It is to a direction what scaling a unit of an
-    autoencoder is to the unit: an image whose gate is zero is left alone.
-    """
-
-    def __init__(self, tail: FromMiddle) -> None:
-        super().__init__()
-        self.tail, self.step = tail, 0.0
-        self.changes: dict[str, Callable[[Tensor], Tensor]] = {}
-
-    def forward(self, entering: Float[Tensor, "n c 14 14"], gate: Float[Tensor, " n"]) -> Float[Tensor, "n 10"]:
-        steps = (self.step * gate)[:, None, None, None]
-        handles = [
-            self.tail.block2.get_submodule(name).register_forward_hook(
-                lambda _module, given, output, run=run: output + steps * run(given[0])
-            )
-            for name, run in self.changes.items()
-        ]
-        try:
-            return self.tail(entering)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def along(self, change: Mapping[str, Tensor]) -> Move:
-        """δ ↦ this network, moved along a direction given by parameter."""
-
-        @contextmanager
-        def move(delta: float) -> Iterator[nn.Module]:
-            named = {name.removeprefix("block2."): value for name, value in change.items()}
-            self.changes, self.step = changes_along(self.tail.block2, named), delta
-            try:
-                yield self
-            finally:
-                self.changes = {}
-
-        return move
-
-
-def shifted(tail: FromMiddle, row: Float[Tensor, " c"]) -> Move:
-    """δ ↦ the network with δ · row added to the middle block's output at every position."""
-
-    @contextmanager
-    def move(delta: float) -> Iterator[nn.Module]:
-        handle = tail.block2.register_forward_hook(lambda *called: called[-1] + delta * row[:, None, None])
-        try:
-            yield tail
-        finally:
-            handle.remove()
-
-    return move
-
-
-def attribution(
-    tail: FromMiddle,
-    entering: Float[Tensor, "n c 14 14"],
-    z: Float[Tensor, "n positions units"],
-    decoder: Float[Tensor, "units c"],
-) -> Float[Tensor, "n k units"]:
-    """What each unit of a code of the middle block's output adds to each logit, to first order, over all positions.
-
-    This is what J u is to a direction: by it, units are read with the same knowledge of the outputs.
-    """
-    found = []
-    for part, codes in zip(entering.split(250), z.split(250), strict=True):
-        with torch.enable_grad():
-            output = tail.block2(part).detach().requires_grad_()
-            logits = tail.after_block(output)
-            rows = [torch.autograd.grad(f.sum(), output, retain_graph=True)[0] for f in logits.unbind(1)]
-        asked = torch.stack(rows, 1).flatten(3)  # (n, k, c, positions)
-        found.append(torch.einsum("npu,nkcp,uc->nku", codes, asked, decoder))
-    return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -349,54 +207,6 @@ def save_model(model: FashionCNN, path: str | Path = CHECKPOINT) -> None:
     """Write the network's parameters and normalisation statistics as safetensors."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
-
-
-def mobilenet(pretrained: bool = True, seed: int = 0) -> nn.Module:
-    """torchvision's MobileNet-v3-small in eval mode, no activation in place; its logits are ImageNet's 1000.
-
-    ``pretrained`` takes the ImageNet weights by name, from torch's cache or the network. Without it, weights
-    are random, drawn from the seed, with the normalisation statistics of noise, for tests only. The published
-    setting decomposes the parameters ``MOBILENET_BLOCK + ".*"``. Raises OSError with the remedies where the
-    weights cannot be had, ImportError where torchvision is not installed.
-    """
-    from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small
-
-    weights = MobileNet_V3_Small_Weights.IMAGENET1K_V1 if pretrained else None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = mobilenet_v3_small(weights=weights)
-            if not pretrained:  # with untouched statistics the signal fades to 1e-10 on its way through
-                for module in model.modules():
-                    if isinstance(module, nn.BatchNorm2d):
-                        module.momentum = 1.0
-                with torch.no_grad():
-                    model.train()(torch.randn(32, 3, 64, 64))
-    except OSError as error:
-        assert weights is not None
-        raise OSError(
-            f"the weights of mobilenet_v3_small could not be fetched ({error}). Remedies: put "
-            f"{Path(weights.url).name} into the folder checkpoints of torch.hub.get_dir() "
-            "(TORCH_HOME/hub); or, for a test, use random weights: mobilenet(pretrained=False)"
-        ) from None
-    for module in model.modules():
-        if hasattr(module, "inplace"):
-            setattr(module, "inplace", False)  # noqa: B010 (pyright takes a module's attributes for tensors)
-    return model.eval()
-
-
-def mobilenet_images(images: Float[Tensor, "n c h w"], size: int = 224) -> Float[Tensor, "n 3 size size"]:
-    """Grey or colour images in [0, 1], resized to ``size`` and normalised as the ImageNet weights expect.
-
-    Raises ValueError for another number of channels or values outside [0, 1].
-    """
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images have shape {tuple(images.shape)}; expected (n, 1 or 3, height, width)")
-    if not (images.is_floating_point() and images.min() >= 0 and images.max() <= 1):
-        raise ValueError(f"images must be floats in [0, 1]; got {images.dtype} up to {images.max():g}")
-    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
-    resized = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return (resized - mean) / deviation
 
 
 def main(arguments: list[str] | None = None) -> None:
