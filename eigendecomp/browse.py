@@ -36,7 +36,7 @@ from eigendecomp import files
 from eigendecomp.checks import real, whole
 from eigendecomp.curvature import push_forward
 from eigendecomp.data import Examples, Inputs, as_examples, chunks
-from eigendecomp.decomposition import CHUNK, Decomposition, capture
+from eigendecomp.decomposition import CHUNK, Decomposition
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import KLDivergence, SquaredError
 from eigendecomp.fit import generator
@@ -192,13 +192,11 @@ def changes(
     both = d.encoder if d.settings.tied else d.encoder.beside(d.decoder)
     p, k = d.target.outputs(single(part)).shape[1:]
     backwards = p * k <= both.n
-    if backwards and d._source is None:
-        d._source = capture(d.target, part, d.settings)
-    source = d._source
+    source = d.source(part) if backwards else None
     size = max(1, MEMORY // (p * k * both.n * torch.finfo(d.target.dtype).bits // 8))
     for few in chunks(part, size):
         f = d.target.outputs(few).flatten(0, 1)
-        if backwards and source is not None:
+        if source is not None:
             y = source(few, EachOutput()).inner(both).unflatten(0, (-1, k)).mT
         else:
             y = push_forward(d.target, SquaredError(), both, few) / 2**0.5  # S = 2I

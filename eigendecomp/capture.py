@@ -67,30 +67,35 @@ class CapturedSource:
 
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
         """The gradients of the examples' samples, in factored form where that is cheaper."""
-        if [tensor.shape[1:] for tensor in examples] != self.shapes:
-            self._prepare(several(examples, 3))
+        self.prepare(examples)
         e, (p, k) = len(examples[0]), self.outputs
         draws = cotangents[slice(0, 1)](torch.zeros(1, p, k, dtype=self.target.dtype)).shape[2]
         chunks = math.ceil(e * (self.bytes_per_example + draws * self.bytes_per_draw) / self.budget)
         if chunks <= 1 or e <= 2:
-            return self._gradients(examples, cotangents)
+            return self.gradients(examples, cotangents)
         size = max(2, math.ceil(e / chunks))  # one alone would be run twice
         parts = [slice(start, start + size) for start in range(0, e, size)]
-        pieces = [partial(self._gradients, [tensor[part] for tensor in examples], cotangents[part]) for part in parts]
+        pieces = [partial(self.gradients, [tensor[part] for tensor in examples], cotangents[part]) for part in parts]
         return Gradients(self.target.shapes, [Recomputed(self.target.names, pieces)])
+
+    def prepare(self, examples: Sequence[Tensor]) -> None:
+        """Find out again how uses are read, if these examples have other shapes than those seen last."""
+        if [tensor.shape[1:] for tensor in examples] != self.shapes:
+            self._prepare(several(examples, 3))
 
     # ---- recording
 
-    def _trace(
+    def record(
         self, examples: Sequence[Tensor], keep: Collection[int] | None = (), noise: torch.Generator | None = None
-    ) -> tuple[Tensor, Trace]:
+    ) -> tuple[Float[Tensor, "e p k"], Trace]:
+        """Outputs, and every use of a chosen parameter on the way there; :class:`Trace` explains the options."""
         with torch.enable_grad(), Trace(self.storages, self.constant, keep, noise) as trace:
             f = self.target.call(examples)
         trace.settle()
         trace.uses = [use for use in trace.uses if use.edge is not None]
         return f, trace
 
-    def _pull(
+    def pull(
         self, node: Node, nodes: Sequence[Node], c: Float[Tensor, "c *out"], rows: int = 0
     ) -> list[Float[Tensor, "c *shape"]]:
         """What several cotangents of one node send back to others; ``rows`` tells how large the batch is."""
@@ -109,7 +114,7 @@ class CapturedSource:
                     found = back([c], is_grads_batched=True)
             except RuntimeError:
                 self.batched = False
-                return self._pull(node, nodes, c)
+                return self.pull(node, nodes, c)
         else:
             found = stacks = [end.output.new_empty(len(c), *end.output.shape) for end in ends.values()]
             for i, row in enumerate(c):
@@ -130,14 +135,14 @@ class CapturedSource:
         cut = trace.kept.get(self.cut) if self.cut is not None and trace.operations == self.operations else None
         tail = [*apart, *([] if cut is None else [cut])]
         if not tail:
-            return self._pull(output, rest, spread(c).transpose(0, 1), e * p)
+            return self.pull(output, rest, spread(c).transpose(0, 1), e * p)
         # All positions in two backward passes: each for a random half of them, to see that the others get nothing.
         # Two that do meet are in different halves every other time, and seldom are there two alone.
         first = torch.randint(2, (e, p), generator=self.coins).bool().to(f.device)
         second = ~first
         layout, found = Layout(positions=p), []
         one, two = (
-            self._pull(output, tail, (c * half[..., None, None]).movedim(2, 0), e * p) for half in (first, second)
+            self.pull(output, tail, (c * half[..., None, None]).movedim(2, 0), e * p) for half in (first, second)
         )
         for node, a, b in zip(tail, one, two, strict=True):
             rows = [layout.split(node.rows(x), e, 1) for x in (a, b)]
@@ -148,17 +153,18 @@ class CapturedSource:
             found.append(a + b)
         if cut is not None:
             own = layout.split(found.pop(), e, 1).unflatten(1, (e, p)).movedim(0, 2).flatten(3)
-            pulled = self._pull(cut, rest, spread(own).transpose(0, 1).reshape(-1, *cut.output.shape), e * p)
+            pulled = self.pull(cut, rest, spread(own).transpose(0, 1).reshape(-1, *cut.output.shape), e * p)
         else:
-            pulled = self._pull(output, rest, spread(c).transpose(0, 1), e * p)
+            pulled = self.pull(output, rest, spread(c).transpose(0, 1), e * p)
         by_use = dict(zip((*apart, *rest), (*found, *pulled), strict=True))
         return [by_use[use] for use in trace.uses]
 
-    def _gradients(self, examples: Sequence[Tensor], cotangents: Callable[[Tensor], Tensor]) -> Gradients:
+    def gradients(self, examples: Sequence[Tensor], cotangents: Callable[[Tensor], Tensor]) -> Gradients:
+        """The gradients of the examples' samples, all held at once, whatever the budget."""
         count = len(examples[0])
         # A batch of one may run through other operations than one of several.
         keep = () if self.cut is None else (self.cut,)
-        f, trace = self._trace(several(examples, 2) if count == 1 else examples, keep)
+        f, trace = self.record(several(examples, 2) if count == 1 else examples, keep)
         e, p = f.shape[:2]
         plans, uses = self.plans, trace.uses
         if len(uses) != len(plans) or not all(plan.recognises(use, e) for use, plan in zip(uses, plans, strict=True)):
@@ -228,18 +234,18 @@ class CapturedSource:
         self.shapes, said = [tensor.shape[1:] for tensor in examples], set(self.fallback)
         self.storages, self.fallback = storages(self.target.chosen)
         generator = torch.Generator().manual_seed(0)
-        runs = [self._trace(examples, None), self._trace(examples, None, generator)]
+        runs = [self.record(examples, None), self.record(examples, None, generator)]
         f, trace = runs[0]
         if not f.requires_grad:
             names = self.target.names
             raise ValueError(f"the output does not depend on the chosen parameters {names}: is it detached on the way?")
-        _, fewer = self._trace([tensor[1:] for tensor in examples])
+        _, fewer = self.record([tensor[1:] for tensor in examples])
         if signature(fewer) != signature(trace):
             raise ValueError(DIFFERENT)
         runs = [run for run in runs if signature(run[1]) == signature(trace)]
         c = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
         alone = torch.eye(len(f), dtype=f.dtype, device=f.device)[:, :, None, None] * c
-        deltas = [[d.nan_to_num() for d in self._pull(Node(f).settle(), run.uses, alone)] for f, run in runs]
+        deltas = [[d.nan_to_num() for d in self.pull(Node(f).settle(), run.uses, alone)] for f, run in runs]
         found: list[tuple[Use, Plan]] = []
         reasons, constant = dict(trace.unknown), set(self.constant)
         for use, other, *delta in zip(trace.uses, fewer.uses, *deltas, strict=True):
@@ -293,7 +299,7 @@ class CapturedSource:
             nodes = [*run.uses, *run.kept.values()]
             for half in (half for bit in range((e * p - 1).bit_length()) for half in halves(f, bit)):
                 left = [i for i in sorted(good) if nodes[i].edge]
-                pulled = self._pull(Node(output).settle(), [nodes[i] for i in left], (c * half[..., None]).unsqueeze(0))
+                pulled = self.pull(Node(output).settle(), [nodes[i] for i in left], (c * half[..., None]).unsqueeze(0))
                 for i, delta in zip(left, pulled, strict=True):
                     rows = layout.split(nodes[i].rows(delta[0]), e)
                     if rows[half.flatten()].any():
@@ -356,7 +362,7 @@ class CapturedSource:
                 )
         norm = torch.stack([g.norm() for g in truth]).norm()
         while True:
-            parts = self._gradients(examples, lambda _: c.unsqueeze(2)).parts
+            parts = self.gradients(examples, lambda _: c.unsqueeze(2)).parts
             found = {name: g for part in parts for name, g in part.sample(position).dense().items()}
             wrong = [
                 name

@@ -17,24 +17,26 @@ def average_precision(scores: Float[Tensor, "n v"], concepts: Bool[Tensor, "n m"
     """The area under each unit's precision-recall curve for each concept, in [0, 1]; tied scores count as one step.
 
     Raises:
-        ValueError: if a concept is true of no sample, since precision has no meaning then.
+        ValueError: if a score is not a number, or a concept is true of no sample, since precision has no meaning then.
     """
+    if scores.isnan().any():
+        raise ValueError(f"the scores of unit {int(scores.isnan().any(0).nonzero()[0])} are not all numbers")
     if len(scores) != len(concepts):
         raise ValueError(f"{len(scores)} scored samples, but {len(concepts)} with concepts")
     total = concepts.sum(0)
     if not total.all():
         raise ValueError(f"concept {int((total == 0).nonzero()[0])} is true of no sample; leave it out")
-    truth, n = concepts.to(torch.float32), len(scores)
-    rank = torch.arange(1, n + 1, device=scores.device, dtype=torch.float32).unsqueeze(1)
-    rows = []
-    for column in scores.unbind(1):
-        value, order = column.sort(descending=True)
-        last = torch.ones(n, dtype=torch.bool, device=scores.device)
-        last[:-1] = value[1:] != value[:-1]  # precision is read where a run of equal scores ends
-        found = truth[order].cumsum(0)[last]
-        gained = found.diff(dim=0, prepend=found.new_zeros(1, found.shape[1]))
-        rows.append((gained * found / rank[last]).sum(0) / total)
-    return torch.stack(rows)
+    rank, columns = _rank(scores.T.contiguous()), []
+    for concept in concepts.unbind(1):
+        # Precision at a sample: of those that score as much or more, how many the concept is true of.
+        own = rank[:, concept].sort(1).values
+        columns.append((torch.searchsorted(own, own, right=True) / own).mean(1))
+    return torch.stack(columns, 1)
+
+
+def _rank(scores: Float[Tensor, "v n"]) -> Int[Tensor, "v n"]:
+    """How many samples score as much or more."""
+    return scores.shape[1] - torch.searchsorted(scores.sort(1).values, scores, out_int32=True)
 
 
 def oriented(scores: Float[Tensor, "n v"], on: Float[Tensor, "k v"] | None = None) -> Float[Tensor, "n v"]:
@@ -71,11 +73,12 @@ def resolve(
     single = _diagonal(held[:, unit], truth)
     mean, scale = scores.mean(0), scores.std(0).clamp_min(1e-12)
     x, y = (scores - mean) / scale, concepts.to(scores)
+    gram, along = (x.T @ x).double(), (x.T @ (y - y.mean(0))).double()
     sums = []
     for m in range(concepts.shape[1]):
         among = precision[:, m].topk(min(CANDIDATES, scores.shape[1])).indices
-        team, weights = _team(x[:, among], y[:, m] - y[:, m].mean(), size)
-        sums.append(((held[:, among[team]] - mean[among[team]]) / scale[among[team]]) @ weights)
+        team, weights = _team(gram[among][:, among], along[among, m], size)
+        sums.append(((held[:, among[team]] - mean[among[team]]) / scale[among[team]]) @ weights.to(held))
     return Resolution(unit, single, _diagonal(torch.stack(sums, 1), truth))
 
 
@@ -98,10 +101,9 @@ def purity(
     return held.amax(1)
 
 
-def _team(x: Float[Tensor, "n c"], y: Float[Tensor, " n"], size: int) -> tuple[list[int], Float[Tensor, " t"]]:
-    """Columns of x added one at a time so that least squares explains most of y, and their weights."""
-    gram, along = (x.T @ x).double(), (x.T @ y).double()
-    gram += 1e-6 * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+def _team(gram: Float[Tensor, "c c"], along: Float[Tensor, " c"], size: int) -> tuple[list[int], Float[Tensor, " t"]]:
+    """Columns of x added one at a time so that least squares explains most of y, and weights; from xᵀx and xᵀy."""
+    gram = gram + 1e-6 * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram)).to(gram)
     team: list[int] = []
     weights = along[:0]
     for _ in range(min(size, len(gram))):
@@ -111,7 +113,7 @@ def _team(x: Float[Tensor, "n c"], y: Float[Tensor, " n"], size: int) -> tuple[l
             trials[c] = torch.linalg.solve(gram[of][:, of], along[of])
         best = max(trials, key=lambda c: float(trials[c] @ along[[*team, c]]))
         team, weights = [*team, best], trials[best]
-    return team, weights.to(x.dtype)
+    return team, weights
 
 
 def _diagonal(scores: Float[Tensor, "n m"], concepts: Bool[Tensor, "n m"]) -> Float[Tensor, " m"]:

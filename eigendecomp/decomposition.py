@@ -76,7 +76,7 @@ class Decomposition:
 
         With ``sparse`` those below the fit's threshold are zero, as the rebuilding uses them.
         """
-        z = torch.cat([g.inner(self.encoder) for g in self._gradients(inputs, 1, seed)])
+        z = torch.cat([g.inner(self.encoder) for g in self.gradients(inputs, 1, seed)])
         return self.settings.sparsity.keep(z, self.threshold) if sparse else z
 
     def activation(self, inputs: Inputs) -> Float[Tensor, "n v"]:
@@ -115,13 +115,13 @@ class Decomposition:
     def _impacts(self, inputs: Inputs, references: int, seed: int) -> Iterator[Float[Tensor, "n v"]]:
         whole("references", references)
         draws = 1 if self.settings.reference.fixed else references
-        for g in self._gradients(inputs, draws, seed):
+        for g in self.gradients(inputs, draws, seed):
             yield g.inner(self.encoder).abs().unflatten(0, (-1, draws)).mean(1)
 
     def reconstruction_error(self, inputs: Inputs, seed: int = 0) -> float:
         """Σ‖g − ĝ‖² / Σ‖g‖² with the stored threshold (eq. 7)."""
         gram, left, total = self.decoder.gram(), 0.0, 0.0
-        for g in self._gradients(inputs, 1, seed):
+        for g in self.gradients(inputs, 1, seed):
             z = g.inner(self.encoder)
             y = z if self.settings.tied else g.inner(self.decoder)
             square = g.square_norms().sum().item()
@@ -132,16 +132,20 @@ class Decomposition:
         return left / total
 
     @torch.no_grad()
-    def _gradients(self, inputs: Inputs, draws: int, seed: int) -> Iterator[Gradients]:
+    def gradients(self, inputs: Inputs, draws: int, seed: int) -> Iterator[Gradients]:
         """Gradients of the samples, ``CHUNK`` examples at a time; references are drawn in the samples' order."""
         noise = generator(seed, "encode")
         for part in chunks(inputs, CHUNK):
             positions = self.target.outputs(tuple(tensor[:1] for tensor in part)).shape[1]
-            if self._source is None:
-                self._source = capture(self.target, part, self.settings)
             shape = len(part[0]), positions
             s = self.settings
-            yield self._source(part, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
+            yield self.source(part)(part, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
+
+    def source(self, examples: Examples) -> CapturedSource:
+        """Where gradients come from, prepared on the first examples that are asked about."""
+        if self._source is None:
+            self._source = capture(self.target, examples, self.settings)
+        return self._source
 
     # ---- acting
 

@@ -5,6 +5,8 @@ steering vectors and arbitrary changes of the weights are measured by the same f
 output in standard deviations of the output over the inputs, or of what a ``view`` makes of the output.
 """
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -97,6 +99,7 @@ class Probe:
     view: Callable[[Tensor], Tensor] = lambda f: f
     base: Float[Tensor, "n k"] = field(init=False)
     unit: float = field(init=False)
+    samples: Bool[Tensor, " m"] | None = field(init=False, default=None)  # those that count; None for all
 
     def __post_init__(self) -> None:
         self.base = self.outputs(self.model)
@@ -104,40 +107,97 @@ class Probe:
         if not self.unit > 0:
             raise ValueError("the output is the same for all inputs, so there is no unit to measure its changes in")
 
+    def among(self, samples: Bool[Tensor, " n"]) -> "Probe":
+        """The same probe on some of its samples alone; the model is run on the examples that hold any."""
+        examples, other = as_examples(self.inputs), copy.copy(self)
+        rows = samples if self.samples is None else self.samples.masked_scatter(self.samples, samples)
+        rows = rows.view(len(examples[0]), -1)
+        held = rows.any(1)
+        other.inputs, other.samples = tuple(tensor[held] for tensor in examples), rows[held].flatten()
+        other.base = self.base[samples]
+        return other
+
+    def run(self, model: nn.Module) -> Float[Tensor, "m k"]:
+        """The model's outputs on the inputs."""
+        return Target(model).call(as_examples(self.inputs)).flatten(0, 1)
+
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> Float[Tensor, "n k"]:
-        return self.view(Target(model).call(as_examples(self.inputs)).flatten(0, 1))
+        """What is compared, of every sample that counts."""
+        f = self.run(model)
+        return self.view(f if self.samples is None else f[self.samples])
+
+    def moved(self, move: Move, delta: float) -> Float[Tensor, "n k"]:
+        """f_δ(x) − f(x), as it is."""
+        with move(delta) as model:
+            return self.outputs(model) - self.base
 
     def change(self, move: Move, delta: float) -> Float[Tensor, "n k"]:
         """f_δ(x) − f(x), in standard deviations of the output."""
-        with move(delta) as model:
-            return (self.outputs(model) - self.base) / self.unit
+        return self.moved(move, delta) / self.unit
 
     def effect(self, move: Move, delta: float) -> Float[Tensor, " n"]:
         """How far each sample's output moves, in standard deviations of the output."""
         return self.change(move, delta).norm(dim=-1)
 
-    def step_for(self, move: Move, on: Bool[Tensor, " n"], level: float, *, largest: float = 1e4) -> float:
-        """The smallest step found that moves the samples ``on`` by ``level`` on average.
+    def matched(self, move: Move, on: Bool[Tensor, " n"], level: float) -> tuple[float, Float[Tensor, " n"]]:
+        """A step that moves the samples ``on`` by ``level`` on average, and its effect on every sample.
 
         Raises:
-            ValueError: if no step up to ``largest`` does.
+            ValueError: if no such step is found.
         """
-        high = 1e-3
-        while self.effect(move, high)[on].mean() < level:
-            high *= 2
-            if high > largest:
-                raise ValueError(f"no step up to {largest:g} moves the samples by {level:g} standard deviations")
-        low = high / 2
-        for _ in range(20):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.effect(move, middle)[on].mean() < level else (low, middle)
-        return high
+        found = matched(lambda s: self.effect(move, s), lambda effect: effect[on].mean(), level, tolerance=1e-4)
+        if found is None:
+            raise ValueError(f"no step was found that moves the samples by {level:g} standard deviations")
+        return found
+
+    def step_for(self, move: Move, on: Bool[Tensor, " n"], level: float) -> float:
+        """The step of :meth:`matched` alone."""
+        return self.matched(move, on, level)[0]
 
     def selectivity(self, move: Move, on: Bool[Tensor, " n"], level: float) -> float:
         """The mean effect on the samples ``on`` over the mean effect elsewhere, where the former is ``level``."""
-        effect = self.effect(move, self.step_for(move, on, level))
+        effect = self.matched(move, on, level)[1]
         return (effect[on].mean() / effect[~on].mean().clamp_min(1e-12)).item()
+
+
+def matched(
+    measure: Callable[[float], Tensor],
+    size: Callable[[Tensor], Tensor],
+    level: float,
+    *,
+    first: float = 1e-3,
+    tolerance: float = 0.01,
+    largest: float = 1e4,
+    tries: int = 40,
+) -> tuple[float, Tensor] | None:
+    """A step at which the size of what is measured is ``level``, to ``tolerance`` of it, and what is measured there.
+
+    The first step is ``first``, whose sign all have. A secant through the last two, in logarithms, since effects start
+    in proportion, proposes the next, at most 8 times as far or as near; where it leaves the interval known to hold the
+    level, that is halved. None where no step up to ``largest`` reaches the level, or not in so many tries.
+    """
+    low, high, step, slope = 0.0, math.inf, abs(first), 1.0  # steps known to fall short and to go too far
+    last: tuple[float, float] | None = None
+    for _ in range(tries):
+        found = measure(math.copysign(step, first))
+        reached = size(found).item()
+        if abs(reached - level) <= tolerance * level:
+            return math.copysign(step, first), found
+        short = reached < level
+        low, high = (step, high) if short else (low, step)
+        here = math.log(step), math.log(max(reached, 1e-30))
+        if last is not None:
+            slope = (here[1] - last[1]) / (here[0] - last[0])
+        last = here
+        far = (math.log(level) - here[1]) / slope if slope > 0 else math.nan
+        guess = step * math.exp(min(max(far, -math.log(8)), math.log(8)))
+        if not low < guess < high:  # also where the guess is not a number
+            guess = math.sqrt(low * high) if low > 0 and high < math.inf else step * (8 if short else 1 / 8)
+        step = guess
+        if step > largest:
+            return None
+    return None
 
 
 @dataclass
@@ -158,44 +218,46 @@ class Push:
         return (self.toward[k].abs() / max(self.on, 1e-9)).item()
 
 
+def variation(change: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+    """½ Σ|p_δ − p| of every sample, given the change of its probabilities."""
+    return change.abs().sum(-1) / 2
+
+
 def total_variation(probe: Probe, move: Move, delta: float) -> Float[Tensor, " n"]:
     """½ Σ|p_δ − p| of every sample; the probe's view must be :func:`probabilities`."""
-    with move(delta) as model:
-        return (probe.outputs(model) - probe.base).abs().sum(-1) / 2
+    return variation(probe.moved(move, delta))
 
 
 def push(
-    on: Probe, off: Mapping[str, Probe], move: Move, level: float, *, first: float = 0.1, largest: float = 1e3
+    on: Probe,
+    off: Mapping[str, Probe],
+    move: Move,
+    level: float,
+    *,
+    first: float = 0.1,
+    tolerance: float = 0.01,
+    largest: float = 1e3,
 ) -> Push | None:
     """Move along until the mean total variation on the samples ``on`` is ``level``; see what that does elsewhere.
 
-    Steps double from ``first``, and six halvings of the last interval follow; the sign of ``first`` is that of the
-    step. None where no step up to ``largest`` reaches the level.
+    None where no step found by :func:`matched` does; the sign of ``first`` is that of the step.
     """
-    high = first
-    while (reached := total_variation(on, move, high).mean()) < level:
-        high *= 2
-        if abs(high) > largest:
-            return None
-    low = high / 2
-    for _ in range(6):
-        middle = (low + high) / 2
-        effect = total_variation(on, move, middle).mean()
-        if effect < level:
-            low = middle
-        else:
-            high, reached = middle, effect
-    with move(high) as model:
-        toward = (on.outputs(model) - on.base).mean(0)
-    elsewhere = {name: total_variation(probe, move, high).mean().item() for name, probe in off.items()}
-    return Push(high, reached.item(), elsewhere, toward)
+    found = matched(
+        lambda step: on.moved(move, step), lambda change: variation(change).mean(), level,
+        first=first, tolerance=tolerance, largest=largest,
+    )  # fmt: skip
+    if found is None:
+        return None
+    step, change = found
+    elsewhere = {name: total_variation(probe, move, step).mean().item() for name, probe in off.items()}
+    return Push(step, variation(change).mean().item(), elsewhere, change.mean(0))
 
 
 def push_either_way(
-    on: Probe, off: Mapping[str, Probe], move: Move, level: float, *, by: str, first: float = 0.1, largest: float = 1e3
+    on: Probe, off: Mapping[str, Probe], move: Move, level: float, *, by: str, first: float = 0.1, **search: float
 ) -> Push | None:
     """The more selective of :func:`push` forwards and backwards, judged on the samples named ``by``."""
-    both = (push(on, off, move, level, first=sign * first, largest=largest) for sign in (1, -1))
+    both = (push(on, off, move, level, first=sign * first, **search) for sign in (1, -1))
     return max((one for one in both if one), key=lambda one: one.selectivity(by), default=None)
 
 

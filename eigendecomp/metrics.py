@@ -101,7 +101,7 @@ def responses(
 
 def gradient_rows(d: Decomposition, inputs: Inputs, seed: int = 0) -> Float[Tensor, "n w"]:
     """The gradients that :meth:`Decomposition.encode` reads, formed: small problems only."""
-    return torch.cat([gradients.flat() for gradients in d._gradients(inputs, 1, seed)])
+    return torch.cat([gradients.flat() for gradients in d.gradients(inputs, 1, seed)])
 
 
 def largest_share(energy: Float[Tensor, "features v"]) -> Float[Tensor, " v"]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigendecomp.capture import CapturedSource
-from eigendecomp.data import Examples, Inputs, as_examples, chunks
+from eigendecomp.data import Inputs, as_examples, chunks
 from eigendecomp.decomposition import CHUNK, Decomposition, generator
 from eigendecomp.directions import Directions
 from eigendecomp.factored import Factored
@@ -30,13 +30,13 @@ def contributions(d: Decomposition, inputs: Inputs, seed: int = 0) -> dict[str, 
         ValueError: if a chosen parameter is not a weight that multiplies (a bias, a scale), which has no such terms.
     """
     examples, settings, noise = as_examples(inputs), d.settings, generator(seed, "encode")
-    source = _source(d, examples)
+    source = _checked(d, CapturedSource(d.target, examples, form=False))
     pieces: dict[str, list[Tensor]] = {name: [] for name in d.encoder.shapes}
     with torch.no_grad():
         for part in chunks(examples, CHUNK):
             shape = len(part[0]), source.outputs[0]
             draws = Draws.of(settings.reference, settings.divergence, d.pool, shape, 1, noise)
-            for factored in source._gradients(part, draws).parts:
+            for factored in source.gradients(part, draws).parts:
                 assert isinstance(factored, Factored)
                 pieces[factored.names[0]].append(_placed(factored.inner_by_row(d.encoder), source.outputs[0]))
     return {name: torch.cat(rows) for name, rows in pieces.items()}
@@ -55,13 +55,13 @@ def readers(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str
 
     ``inputs`` are a few examples that show how the weights are used; ``side`` is ``"encoder"`` or ``"decoder"``.
     """
-    plans = _plans(_source(d, as_examples(inputs)))
+    plans = _plans(_source(d, inputs))
     return {name: _pair(_rows(d, side), plan)[0] for name, plan in plans.items()}
 
 
 def writers(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, Float[Tensor, "v k o"]]:
     """Each direction's output-side factors in every weight: where it acts. See :func:`readers`."""
-    plans = _plans(_source(d, as_examples(inputs)))
+    plans = _plans(_source(d, inputs))
     return {name: _pair(_rows(d, side), plan)[1] for name, plan in plans.items()}
 
 
@@ -80,7 +80,7 @@ def read(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, F
     for part in chunks(examples, CHUNK):
         # A batch of one may run through other operations than one of several.
         count = len(part[0])
-        _, trace = source._trace([torch.cat([x, x]) for x in part] if count == 1 else part)
+        _, trace = source.record([torch.cat([x, x]) for x in part] if count == 1 else part)
         found: dict[str, Tensor] = {}
         for use, plan in zip(trace.uses, source.plans, strict=True):
             e = max(count, 2)
@@ -110,13 +110,20 @@ def _plans(source: CapturedSource) -> Mapping[str, Plan]:
     return {plan.name: plan for plan in source.plans}
 
 
-def _source(d: Decomposition, examples: Examples) -> CapturedSource:
-    """Gradients that stay factored.
+def _source(d: Decomposition, inputs: Inputs) -> CapturedSource:
+    """The decomposition's own, prepared for inputs of this shape."""
+    examples = as_examples(inputs)
+    source = d.source(examples)
+    source.prepare(examples)
+    return _checked(d, source)
+
+
+def _checked(d: Decomposition, source: CapturedSource) -> CapturedSource:
+    """The same source.
 
     Raises:
         ValueError: if a chosen parameter has no two factors.
     """
-    source = CapturedSource(d.target, examples, form=False)
     other = [plan.name for plan in source.plans if plan.rows is None]
     other += [name for name in d.target.names if name not in _plans(source)]
     if other:

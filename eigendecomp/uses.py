@@ -67,6 +67,12 @@ class Uses:
         scale = self.norms.clamp_min(1e-9 * self.norms.max()).reciprocal().unsqueeze(1)
         return replace(self, asked={name: delta * scale for name, delta in self.asked.items()})
 
+    def first(self, examples: int) -> "Uses":
+        """The uses of the first examples."""
+        n = examples * self.positions
+        data, asked = ({name: x[:n] for name, x in side.items()} for side in (self.data, self.asked))
+        return replace(self, data=data, asked=asked)
+
     def select(self, names: Sequence[str]) -> "Uses":
         """The uses of some of the parameters alone."""
         target = Target(self.target.model, list(names))
@@ -124,10 +130,10 @@ def collect(
 def _uses(source: CapturedSource, part: Sequence[Tensor], cotangents: Cotangents) -> dict[str, tuple[Tensor, Tensor]]:
     """Data and output gradients of every parameter's use, by row."""
     count = len(part[0])
-    f, trace = source._trace(part)
+    f, trace = source.record(part)
     c = cotangents(f.detach())[:, :, 0]
     found = {}
-    for use, plan, delta in zip(trace.uses, source.plans, source._pull(Node(f).settle(), trace.uses, c[None])):
+    for use, plan, delta in zip(trace.uses, source.plans, source.pull(Node(f).settle(), trace.uses, c[None])):
         sides = product_sides(use, plan, delta, count)
         a, b = sides if plan.left_is_data else (sides[1], sides[0])
         found[plan.name] = (a.full()[0].flatten(0, 1), b.full()[0].flatten(0, 1))

@@ -41,6 +41,8 @@ samples = 1024
 import warnings
 from collections.abc import Iterator
 
+warnings.filterwarnings("ignore")  # of libraries, some when they are imported
+
 import pandas as pd
 import torch
 
@@ -49,7 +51,6 @@ from eigendecomp import baselines, interaction, interventions, metrics, plots, r
 from eigendecomp.interventions import Move, along, displaced
 from eigendecomp.targets import manifold, product, tms
 
-warnings.filterwarnings("ignore", category=FutureWarning)
 plots.style()
 smoke = results.profile() == "smoke"
 steps, target_steps, sae_steps = (60, 300, 60) if smoke else (600, 4000, 1500)

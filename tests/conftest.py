@@ -1,7 +1,9 @@
 """What all tests share: hypothesis draws the same examples on every machine and never looks at the clock."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -19,3 +21,12 @@ settings.register_profile(
 )
 settings.load_profile("stable")
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Seed 0, and float64 for whatever the test makes."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import eigendecomp as ed
 from eigendecomp import factored
 from eigendecomp.capture import CapturedSource
+from eigendecomp.curvature import Largest
 from eigendecomp.data import feed
 from eigendecomp.directions import Directions, Factorization, largest_rank
 from eigendecomp.fit import LiveBatches, Objective, Settings, fit, generator
@@ -30,6 +29,7 @@ from eigendecomp.gradients import FunctionalSource, Gradients, Source
 from eigendecomp.reference import Draws
 from eigendecomp.sparsity import Sparsity
 from eigendecomp.target import Target
+from tests.models import Model
 
 EXACT = 1e-10
 Examples = tuple[Tensor, ...]
@@ -47,19 +47,6 @@ class Given:
 
     def __getitem__(self, rows: slice) -> "Given":
         return Given(self.c[rows])
-
-
-class Model(nn.Module):
-    """A model from parts and a function of them."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-        self.function = forward
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(self, *inputs)
 
 
 class Draw:
@@ -886,18 +873,6 @@ def test_nothing_of_the_size_of_the_gradients_is_ever_made() -> None:
         loss = gradients.inner(directions).square().sum() + gradients.square_norms().sum() + directions.gram().sum()
         loss.backward()
     assert largest.numbers <= target.size < 32 * target.size / 16
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that is made inside."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        made = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.numbers = max(self.numbers, *made, 0)
-        return out
 
 
 def test_the_fitted_loss_is_that_of_the_oracle_in_float32() -> None:

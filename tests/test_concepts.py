@@ -69,6 +69,8 @@ def test_orientation_follows_the_heavier_tail():
 def test_bad_input():
     with pytest.raises(ValueError, match="concept 1 is true of no sample"):
         average_precision(torch.rand(3, 2), torch.tensor([[True, False]] * 3))
+    with pytest.raises(ValueError, match="unit 1 are not all numbers"):
+        average_precision(torch.tensor([[0.0, 1.0], [1.0, torch.nan]]), torch.ones(2, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="3 scored samples, but 2"):
         average_precision(torch.rand(3, 2), torch.ones(2, 1, dtype=torch.bool))
 

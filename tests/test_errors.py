@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import eigendecomp as ed
 from eigendecomp import decomposition
+from tests.models import Model
 
 ANY: Any = ed  # whose arguments' types nobody checks
 
@@ -27,20 +28,6 @@ def network(*more: nn.Module) -> nn.Sequential:
     """Three numbers to two."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), *more, nn.Linear(4, 2)).eval()
-
-
-class Model(nn.Module):
-    """Parts and a function of them."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-        self.function = forward
-        self.eval()
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(self, *inputs)
 
 
 def returning(function: Callable[[Tensor], Any]) -> Model:

@@ -1,6 +1,9 @@
 """Moves, effects and learned changes, on a small network whose algebra is known."""
 
 import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -118,16 +121,79 @@ def test_tuning_stops_at_success_and_watches(model, x) -> None:
     assert torch.linalg.matrix_rank(tuned.change["0.weight"]) == 1
 
 
+@pytest.mark.parametrize("first", [1e-3, 1.0, 30.0, -1e-3])
+@pytest.mark.parametrize("rises", [lambda s: 2 * s, lambda s: s**3, lambda s: s**0.2, lambda s: s / (1 + s), math.tanh])
+def test_the_step_that_has_an_effect_is_found_from_anywhere(rises, first) -> None:
+    steps = []
+
+    def measure(step: float) -> torch.Tensor:
+        steps.append(step)
+        return torch.tensor([rises(abs(step))], dtype=torch.float64)
+
+    found = interventions.matched(measure, torch.sum, 0.3, first=first, tolerance=1e-4)
+    assert found is not None and found[0] * first > 0 and rises(abs(found[0])) == pytest.approx(0.3, rel=1e-4)
+    assert found[1].item() == rises(abs(found[0])) and len(steps) <= 16
+
+
+def test_the_step_is_found_beyond_a_jump_and_not_where_there_is_none() -> None:
+    def size(of) -> float | None:
+        found = interventions.matched(lambda s: torch.tensor(of(s)), torch.sum, 0.3, largest=100.0)
+        return None if found is None else found[0]
+
+    assert size(lambda s: 0.0) is None and size(lambda s: 0.29 * math.tanh(s)) is None
+    assert size(lambda s: 0.1 if s < 2 else 5.0) is None  # 0.3 is jumped over
+    assert size(lambda s: 0.1 * s if s < 5 else math.nan) == pytest.approx(3.0, rel=0.01)
+    assert size(lambda s: 0.0 if s < 1 else 0.1 * s) == pytest.approx(3.0, rel=0.01)
+
+
+def test_a_probe_among_samples_is_the_same_probe(model, x, d) -> None:
+    probe, some = Probe(model, x, interventions.probabilities), torch.arange(64) % 3 == 0
+    few, move = probe.among(some), along(d, 1)
+    torch.testing.assert_close(few.effect(move, 0.4), probe.effect(move, 0.4)[some])
+    assert few.unit == probe.unit and len(few.inputs[0]) == int(some.sum())
+    again = torch.arange(len(few.base)) < 3
+    torch.testing.assert_close(few.among(again).moved(move, 0.4), probe.moved(move, 0.4)[some][:3])
+    sequences = nn.Linear(4, 3)
+    whole = Probe(sequences, x.view(16, 4, 4))
+    change = displaced(sequences, {"bias": torch.tensor([1.0, 0.0, 0.0])})
+    held = torch.zeros(64, dtype=torch.bool)
+    held[[3, 21, 22]] = True
+    part = whole.among(held)
+    assert len(part.inputs[0]) == 2
+    torch.testing.assert_close(part.base, whole.base[held])
+    torch.testing.assert_close(part.moved(change, 0.5), whole.moved(change, 0.5)[held])
+
+
 def test_a_push_reaches_its_level_and_takes_the_more_selective_way(model, x, d) -> None:
     parts = [Probe(model, part, interventions.probabilities) for part in (x[:10], x[10:])]
     on, off = parts[0], {"rest": parts[1]}
     ways = [interventions.push(on, off, along(d, 0), 0.1, first=first) for first in (0.1, -0.1)]
     for one, sign in zip(ways, (1, -1), strict=True):
         assert one is not None and one.step * sign > 0
-        assert 0.1 <= one.on < 0.11
+        assert one.on == pytest.approx(0.1, rel=0.01)
         assert interventions.total_variation(on, along(d, 0), one.step).mean().item() == pytest.approx(one.on)
         assert one.toward.sum().abs() < 1e-5 and 0 <= one.share(0) <= 1
     best = interventions.push_either_way(on, off, along(d, 0), 0.1, by="rest")
     assert best is not None
     assert best.selectivity("rest") == max(one.selectivity("rest") for one in ways if one)
     assert interventions.push(on, off, along(d, 0), 0.1, largest=1e-6, first=1e-7) is None
+    nothing = displaced(model, {"0.weight": torch.zeros(6, 4)})
+    assert interventions.push_either_way(on, off, nothing, 0.1, by="rest") is None
+
+
+@pytest.mark.parametrize("first", [0.1, -0.1])
+def test_the_better_sign_counts(model, x, first) -> None:
+    probe, on = Probe(model, x, interventions.probabilities), x[:, 0] > 0
+    forwards = displaced(model, {"0.weight": torch.eye(6, 4)})
+
+    @contextmanager
+    def lopsided(delta: float) -> Iterator[nn.Module]:
+        """Backwards it moves what all samples have in common."""
+        with forwards(delta) if delta > 0 else displaced(model, {"2.bias": torch.tensor([1.0, 0.0, 0.0])})(delta) as m:
+            yield m
+
+    parts = probe.among(on), {"rest": probe.among(~on)}
+    ways = [interventions.push(*parts, lopsided, 0.02, first=sign) for sign in (0.1, -0.1)]
+    better = interventions.push_either_way(*parts, lopsided, 0.02, by="rest", first=first)
+    assert better is not None and all(ways)
+    assert better.selectivity("rest") == max(way.selectivity("rest") for way in ways if way)

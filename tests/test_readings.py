@@ -6,22 +6,7 @@ from torch import nn
 
 import eigendecomp as ed
 from eigendecomp import readings
-
-
-class Heads(nn.Module):
-    """One layer of attention with a weight for every head, and an output for every position."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.W_K, self.W_V = nn.Parameter(torch.randn(3, 5, 2)), nn.Parameter(torch.randn(3, 5, 2))
-        self.W_O = nn.Parameter(torch.randn(3, 2, 5))
-        self.out = nn.Linear(5, 4, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        k, v = (torch.einsum("bpd,hde->bhpe", x, w) for w in (self.W_K, self.W_V))
-        mask = torch.ones(x.shape[1], x.shape[1]).tril() == 0
-        z = ((k @ k.mT).masked_fill(mask, -torch.inf).softmax(-1) @ v).movedim(1, 2)
-        return self.out(torch.tanh(x + torch.einsum("bphe,hed->bpd", z, self.W_O)))
+from tests.models import Heads
 
 
 class Patches(nn.Module):
@@ -41,13 +26,7 @@ def small(model: nn.Module, x: torch.Tensor, **options) -> ed.Decomposition:
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def in_float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 CASES = [(Heads, (70, 6, 5), 6), (Patches, (70, 2, 6, 6), 16)]
 

@@ -1,7 +1,5 @@
 """Contexts, pushes and matches of units, on small models whose answers are known."""
 
-from contextlib import contextmanager
-
 import pandas as pd
 import pytest
 import torch
@@ -10,49 +8,6 @@ from torch import nn
 import eigendecomp as ed
 from eigendecomp.interventions import Probe, displaced, probabilities
 from eigendecomp.targets import stories, story_units
-
-
-@pytest.fixture
-def probe() -> Probe:
-    torch.manual_seed(0)
-    model = nn.Linear(3, 5)
-    return Probe(model, torch.cat([torch.eye(3)] * 20), view=probabilities)
-
-
-def move(probe: Probe, unit: int):
-    change = torch.zeros(5, 3)
-    change[1, unit] = 1.0
-    return displaced(probe.model, {"weight": change})
-
-
-def test_a_push_reaches_its_level_and_only_its_samples(probe) -> None:
-    on = torch.arange(60) % 3 == 2
-    for first in (0.01, 1.0, 30.0, -0.01):
-        reach = story_units.push(probe, move(probe, 2), on, 0.1, first=first)
-        assert reach is not None and abs(reach.on - 0.1) <= 0.005 and reach.off < 1e-6
-        assert reach.step * first > 0 and reach.selectivity > 1e6
-    assert reach.toward.sum().abs() < 1e-5 and reach.toward.argmin() == 1
-
-
-def test_a_level_out_of_reach_is_told(probe) -> None:
-    assert story_units.push(probe, move(probe, 2), torch.arange(60) % 3 == 1, 0.1) is None
-    assert story_units.pushed_both_ways(probe, move(probe, 2), torch.arange(60) % 3 == 1, 0.1, first=1.0) is None
-
-
-def test_the_better_sign_counts(probe) -> None:
-    @contextmanager
-    def lopsided(delta: float):
-        names = {"weight": torch.zeros(5, 3)}
-        names["weight"][1, 2] = delta
-        if delta < 0:
-            names["weight"][1, 0] = delta
-        with displaced(probe.model, names)(1.0) as model:
-            yield model
-
-    on = torch.arange(60) % 3 == 2
-    for first in (0.1, -0.1):
-        reach = story_units.pushed_both_ways(probe, lopsided, on, 0.1, first=first)
-        assert reach is not None and reach.step > 0
 
 
 def test_strongest_and_found_again() -> None:
@@ -104,6 +59,18 @@ def test_a_gated_step_is_the_step_where_the_gate_is_open_and_nothing_where_it_is
             with story_units.gated(d, 4, 1, torch.ones(64), threshold)(3.0) as moved:
                 torch.testing.assert_close(moved(tokens), after, rtol=1e-4, atol=1e-4)
         assert torch.equal(model(tokens), before)
+
+
+def test_a_probe_from_a_block_sees_what_a_probe_of_tokens_sees() -> None:
+    model = stories.load_model()
+    tokens = stories.token_windows(stories.load_stories("validation")[:20], 6, 12)
+    with torch.no_grad():
+        later = story_units.FromBlock(model, model(tokens, stop_at_layer=4), probabilities, 4)
+    change = {"blocks.4.attn.W_V": torch.randn(16, 64, 4, generator=torch.Generator().manual_seed(0))}
+    whole, move = Probe(model, tokens, probabilities), displaced(model, change)
+    torch.testing.assert_close(later.effect(move, 0.1), whole.effect(move, 0.1), rtol=1e-3, atol=1e-4)
+    some = torch.arange(72) % 5 == 0
+    torch.testing.assert_close(later.among(some).moved(move, 0.1), whole.moved(move, 0.1)[some], rtol=1e-3, atol=1e-5)
 
 
 def test_table_in_markdown() -> None:

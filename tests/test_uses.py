@@ -6,17 +6,12 @@ from torch import nn
 
 import eigendecomp as ed
 from eigendecomp import uses
-from tests.test_readings import Heads
+from tests.models import Heads
 
 KL, REFERENCE = ed.KLDivergence(), ed.ModelSample()
 
 
-@pytest.fixture(autouse=True)
-def in_float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def gather(model: nn.Module, x: torch.Tensor, parameters=("W_*",), seed: int = 0) -> uses.Uses:
@@ -50,6 +45,9 @@ def test_norms_selection_and_unit_norm() -> None:
     one = found.select(["W_K"])
     torch.testing.assert_close(one.gradients().dense()["W_K"], found.gradients().dense()["W_K"])
     torch.testing.assert_close(found.alike().norms, torch.ones(len(found)))
+    few = found.first(4)
+    assert len(few) == 24
+    torch.testing.assert_close(few.gradients().dense()["W_V"], found.gradients(slice(0, 24)).dense()["W_V"])
 
 
 def test_one_seed_gives_the_same_uses() -> None:

@@ -1,6 +1,5 @@
 """Units of a story model, of whatever kind: their contexts, what they promote, and whom a push along them reaches."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from eigendecomp.data import as_examples
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.interventions import Move, Probe
 from eigendecomp.metrics import cosines
@@ -18,47 +18,18 @@ from eigendecomp.targets import stories
 
 
 @dataclass
-class Reach:
-    """What a push does where it is meant and elsewhere: mean total variation of next-token distributions."""
+class FromBlock(Probe):
+    """A probe of a ``HookedTransformer`` whose inputs are what enters a block, so that earlier ones need not run.
 
-    step: float
-    on: float
-    off: float
-    toward: Float[Tensor, " k"]  # mean change of every token's probability where it is meant
-
-    @property
-    def selectivity(self) -> float:
-        """The change where it is meant over that elsewhere."""
-        return self.on / max(self.off, 1e-9)
-
-
-def push(
-    probe: Probe, move: Move, on: Bool[Tensor, " n"], level: float, *, first: float = 0.1, tries: int = 10
-) -> Reach | None:
-    """Move along until the mean total variation at the positions ``on`` is ``level``, to 5%; its sign is that of
-    ``first``. None where ``tries`` steps do not come there. The probe's view must be probabilities.
+    It sees moves of this block and later ones.
     """
-    low, high, step = (0.0, 0.0), (math.inf, math.inf), first  # steps, and what they reach
-    for _ in range(tries):
-        with move(step) as model:
-            moved = probe.outputs(model) - probe.base
-        effect = moved.abs().sum(-1) / 2
-        reached = effect[on].mean().item()
-        if abs(reached - level) <= 0.05 * level:
-            return Reach(step, reached, effect[~on].mean().item(), moved[on].mean(0))
-        low, high = ((step, reached), high) if reached < level else (low, (step, reached))
-        if math.isinf(high[0]) or low[1] <= 0:  # effects start in proportion: go as far as that says, within bounds
-            step *= min(8.0, max(0.125, level / max(reached, 1e-9)))
-        else:
-            slope = math.log(high[0] / low[0]) / math.log(high[1] / low[1])
-            step = low[0] * (level / low[1]) ** slope
-    return None
 
+    layer: int = 0
 
-def pushed_both_ways(probe: Probe, move: Move, on: Bool[Tensor, " n"], level: float, *, first: float) -> Reach | None:
-    """:func:`push` with either sign; the more selective of the two."""
-    found = [reach for sign in (1, -1) if (reach := push(probe, move, on, level, first=sign * first)) is not None]
-    return max(found, key=lambda reach: reach.selectivity, default=None)
+    def run(self, model: nn.Module) -> Float[Tensor, "m k"]:
+        """The model's outputs from that block on."""
+        (x,) = as_examples(self.inputs)
+        return model(x, start_at_layer=self.layer).flatten(0, 1)
 
 
 def gated(d: Decomposition, layer: int, unit: int, reader: Float[Tensor, " width"], threshold: float) -> Move:
@@ -126,8 +97,7 @@ def bold(context: tuple[str, str, str, float]) -> str:
 
 def promoted(probe: Probe, move: Move, step: float, on: Bool[Tensor, " n"], k: int = 5) -> tuple[list[str], list[str]]:
     """The next tokens whose probability a step raises, and lowers, most on average at the positions ``on``."""
-    with move(step) as model:
-        change = (probe.outputs(model) - probe.base)[on].mean(0)
+    change = probe.among(on).moved(move, step).mean(0)
     up, down = change.topk(k).indices.tolist(), (-change).topk(k).indices.tolist()
     return [stories.readable(i) for i in up], [stories.readable(i) for i in down]
 

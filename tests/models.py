@@ -1,0 +1,37 @@
+"""Small models that several tests take apart."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Model(nn.Module):
+    """A model from parts and a function of them, in evaluation mode."""
+
+    def __init__(self, forward: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+        self.function = forward
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self, *inputs)
+
+
+class Heads(nn.Module):
+    """One layer of attention with a weight for every head, and an output for every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W_K, self.W_V = nn.Parameter(torch.randn(3, 5, 2)), nn.Parameter(torch.randn(3, 5, 2))
+        self.W_O = nn.Parameter(torch.randn(3, 2, 5))
+        self.out = nn.Linear(5, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = (torch.einsum("bpd,hde->bhpe", x, w) for w in (self.W_K, self.W_V))
+        mask = torch.ones(x.shape[1], x.shape[1]).tril() == 0
+        z = ((k @ k.mT).masked_fill(mask, -torch.inf).softmax(-1) @ v).movedim(1, 2)
+        return self.out(torch.tanh(x + torch.einsum("bphe,hed->bpd", z, self.W_O)))
