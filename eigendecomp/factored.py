@@ -225,7 +225,7 @@ class Factored:
             return self.formed.dense()
         columns = [axis for axis in range(len(self.shape)) if axis not in self.rows]
         dtype = next(side.values.dtype for side in self.terms[0] if not side.lookup)
-        matrix = sum_of([a.full().to(dtype).mT @ b.full().to(dtype) for a, b in self.terms])  # (c, e, left, right)
+        matrix = sum_of([_outer(a.full().to(dtype), b.full().to(dtype)) for a, b in self.terms])
         order = [*self.rows, *columns]
         tensor = matrix.transpose(0, 1).reshape(-1, *(self.shape[axis] for axis in order))
         return {self.names[0]: tensor.permute(0, *(1 + order.index(axis) for axis in range(len(order))))}
@@ -236,3 +236,11 @@ class Factored:
             return self.formed.sample(n)
         e, c = divmod(n, max(len(side.values) for term in self.terms for side in term))
         return Factored(self.names[0], self.shape, self.rows, [(a.select(e, c), b.select(e, c)) for a, b in self.terms])
+
+
+def _outer(a: Float[Tensor, "c e t l"], b: Float[Tensor, "d e t r"]) -> Float[Tensor, "m e l r"]:
+    """Σ_t a_t ⊗ b_t; a side that all cotangents share is met by all of them at once, and not copied for each."""
+    if len(a) > len(b):
+        every = a.permute(1, 0, 3, 2).flatten(1, 2) @ b[0]
+        return every.unflatten(1, (len(a), -1)).transpose(0, 1)
+    return _outer(b, a).mT if len(b) > len(a) else a.mT @ b

@@ -19,7 +19,7 @@ from eigendecomp.curvature import push_forward
 from eigendecomp.data import Inputs, as_examples
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
-from eigendecomp.target import Target
+from eigendecomp.target import Target, standard
 
 Move = Callable[[float], AbstractContextManager[nn.Module]]
 
@@ -102,6 +102,7 @@ class Probe:
     samples: Bool[Tensor, " m"] | None = field(init=False, default=None)  # those that count; None for all
 
     def __post_init__(self) -> None:
+        Target(self.model)  # refuses a model whose outputs are a matter of chance
         self.base = self.outputs(self.model)
         self.unit = (self.base - self.base.mean(0)).square().sum(-1).mean().sqrt().item()
         if not self.unit > 0:
@@ -119,7 +120,7 @@ class Probe:
 
     def run(self, model: nn.Module) -> Float[Tensor, "m k"]:
         """The model's outputs on the inputs."""
-        return Target(model).call(as_examples(self.inputs)).flatten(0, 1)
+        return standard(model(*as_examples(self.inputs))).flatten(0, 1)
 
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> Float[Tensor, "n k"]:
