@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 CANDIDATES = 10  # units among which a concept's team is sought
 
@@ -26,17 +27,20 @@ def average_precision(scores: Float[Tensor, "n v"], concepts: Bool[Tensor, "n m"
     total = concepts.sum(0)
     if not total.all():
         raise ValueError(f"concept {int((total == 0).nonzero()[0])} is true of no sample; leave it out")
-    rank, columns = _rank(scores.T.contiguous()), []
-    for concept in concepts.unbind(1):
-        # Precision at a sample: of those that score as much or more, how many the concept is true of.
-        own = rank[:, concept].sort(1).values
-        columns.append((torch.searchsorted(own, own, right=True) / own).mean(1))
-    return torch.stack(columns, 1)
+    rows = scores.T.contiguous()
+    rank = len(scores) - torch.searchsorted(rows.sort(1).values, rows, out_int32=True)  # how many score as much or more
+    return torch.stack([_precision(rank[:, concept]) for concept in concepts.unbind(1)], 1)
 
 
-def _rank(scores: Float[Tensor, "v n"]) -> Int[Tensor, "v n"]:
-    """How many samples score as much or more."""
-    return scores.shape[1] - torch.searchsorted(scores.sort(1).values, scores, out_int32=True)
+def _precision(rank: Int[Tensor, "v p"]) -> Float[Tensor, " v"]:
+    """Mean over a concept's samples: of all that score as much or more, the share that the concept is true of."""
+    rank = rank.sort(1).values
+    found = torch.arange(1, rank.shape[1] + 1, device=rank.device).expand_as(rank)
+    tied = rank[:, 1:] == rank[:, :-1]
+    if tied.any():  # precision is read where a run of equal scores ends
+        ends = F.pad(~tied, (0, 1), value=True)
+        found = found.where(ends, rank.shape[1]).flip(1).cummin(1).values.flip(1)
+    return (found / rank).mean(1)
 
 
 def oriented(scores: Float[Tensor, "n v"], on: Float[Tensor, "k v"] | None = None) -> Float[Tensor, "n v"]:
@@ -107,16 +111,17 @@ def _team(gram: Float[Tensor, "c c"], along: Float[Tensor, " c"], size: int) -> 
     team: list[int] = []
     weights = along[:0]
     for _ in range(min(size, len(gram))):
-        trials = {}
-        for c in set(range(len(gram))) - set(team):
-            of = [*team, c]
-            trials[c] = torch.linalg.solve(gram[of][:, of], along[of])
-        best = max(trials, key=lambda c: float(trials[c] @ along[[*team, c]]))
-        team, weights = [*team, best], trials[best]
+        trials = torch.tensor([[*team, c] for c in range(len(gram)) if c not in team])
+        solved = torch.linalg.solve(gram[trials.unsqueeze(2), trials.unsqueeze(1)], along[trials])
+        best = int((solved * along[trials]).sum(1).argmax())
+        team, weights = trials[best].tolist(), solved[best]
     return team, weights
 
 
 def _diagonal(scores: Float[Tensor, "n m"], concepts: Bool[Tensor, "n m"]) -> Float[Tensor, " m"]:
     """Each score's precision for its own concept."""
-    pairs = zip(scores.split(1, 1), concepts.split(1, 1), strict=True)
-    return torch.cat([average_precision(s, c)[0] for s, c in pairs])
+    found = []
+    for row, concept in zip(scores.T.contiguous(), concepts.T, strict=True):
+        rank = len(row) - torch.searchsorted(row.sort().values, row[concept])
+        found.append(_precision(rank.unsqueeze(0)))
+    return torch.cat(found)

@@ -35,6 +35,8 @@ samples, steps, sae_steps = 4096, 1200, 2000
 # %%
 import warnings
 
+warnings.filterwarnings("ignore")  # of libraries, some when they are imported
+
 import pandas as pd
 import torch
 
@@ -43,7 +45,6 @@ from eigendecomp import baselines, metrics, plots, results, sae
 from eigendecomp.curvature import hessian_root
 from eigendecomp.targets import manifold
 
-warnings.filterwarnings("ignore", category=FutureWarning)
 plots.style()
 target_steps = 5000
 if results.profile() == "smoke":
