@@ -14,6 +14,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -205,18 +206,18 @@ def fit_alone(
     width: int,
     layers: int,
     directions: int,
-    batch_size: int,
+    batch_sizes: Sequence[int],
     steps: int,
     *,
     examples: int = 1000,
     processes: int = 1,
-) -> dict[str, float]:
-    """A fit of all parameters of a transformer on 16 positions, in as many new processes, one thread each.
+) -> dict[str, Any]:
+    """Fits of all parameters of a transformer on 16 positions, in as many new processes, one thread each.
 
-    Returns parameters, the median of wall seconds a step, and the first process's peak memory in bytes as the system
-    counts it: the interpreter, torch, the model, the directions with Adam's moments, and the steps.
+    Returns parameters, the median of wall seconds a step for each batch size, and the first process's peak memory in
+    bytes as the system counts it: the interpreter, torch, the model, the directions with Adam's moments, and the steps.
     """
-    given = json.dumps([vocabulary, width, layers, directions, batch_size, steps, examples])
+    given = json.dumps([vocabulary, width, layers, directions, list(batch_sizes), steps, examples])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, "-W", "ignore", *(launcher if processes > 1 else []), "-m", __name__, given]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -225,12 +226,11 @@ def fit_alone(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _fit(
-    vocabulary: int, width: int, layers: int, directions: int, batch_size: int, steps: int, examples: int
-) -> dict[str, float]:
+def _fits(
+    vocabulary: int, width: int, layers: int, directions: int, batch_sizes: Sequence[int], steps: int, examples: int
+) -> dict[str, Any]:
     torch.manual_seed(0)
     model, data = sizes.Transformer(vocabulary, width, 8, layers, 16).eval(), Windows(examples, vocabulary)
-
     started: list[float] = []
     plainly = State.update
 
@@ -238,17 +238,20 @@ def _fit(
         started.append(time.perf_counter())
         return plainly(state, *given)
 
-    # What is done once, before and after the steps, is made small.
-    with (
-        patch("eigendecomp.fit.THRESHOLD_SAMPLES", 1),
-        patch("eigendecomp.decomposition.POOL_SAMPLES", 256),
-        patch.object(State, "update", update),
-    ):
-        decompose(
-            model, data, divergence=KLDivergence(), n_directions=directions, rank=1, batch_size=batch_size,
-            steps=steps + 2, progress=False,
-        )  # fmt: skip
-    each = statistics.median(b - a for a, b in pairwise(started[1:]))  # the first step counts for nothing
+    each = []
+    for batch_size in batch_sizes:
+        started.clear()
+        # What is done once, before and after the steps, is made small.
+        with (
+            patch("eigendecomp.fit.THRESHOLD_SAMPLES", 1),
+            patch("eigendecomp.decomposition.POOL_SAMPLES", 256),
+            patch.object(State, "update", update),
+        ):
+            decompose(
+                model, data, divergence=KLDivergence(), n_directions=directions, rank=1, batch_size=batch_size,
+                steps=steps + 2, progress=False,
+            )  # fmt: skip
+        each.append(statistics.median(b - a for a, b in pairwise(started[1:])))  # the first step counts for nothing
     return {"parameters": Target(model).size, "step_seconds": each, "process_memory": _peak_of_process()}
 
 
@@ -284,6 +287,6 @@ def checkpoint_writes(model: nn.Module, examples: Sequence[Tensor], n_directions
 
 
 if __name__ == "__main__":
-    found = _fit(*json.loads(sys.argv[1]))
+    found = _fits(*json.loads(sys.argv[1]))
     if parallel.leads():
         print(json.dumps(found))

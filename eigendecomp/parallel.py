@@ -85,10 +85,9 @@ def sums(*tensors: Tensor) -> Callable[[], list[Tensor]]:
         return lambda: given
     flat = torch.cat([tensor.flatten() for tensor in given])
     handle = torch.distributed.all_reduce(flat, async_op=True)
-    assert handle is not None
 
     def wait() -> list[Tensor]:
-        handle.wait()
+        _await(handle, flat)
         parts = flat.split([tensor.numel() for tensor in given])
         return [part.view_as(tensor) for part, tensor in zip(parts, given, strict=True)]
 
@@ -97,8 +96,18 @@ def sums(*tensors: Tensor) -> Callable[[], list[Tensor]]:
 
 def gathered(x: Tensor) -> Tensor:
     """The rows of all processes, without gradient; each gives as many."""
+    given = x.detach().contiguous()
     if _state() is None:
-        return x.detach()
-    from accelerate.utils import gather
+        return given
+    parts = [torch.empty_like(given) for _ in range(processes())]
+    _await(torch.distributed.all_gather(parts, given, async_op=True), given)
+    return torch.cat(parts)
 
-    return gather(x.detach().contiguous())  # type: ignore[return-value]
+
+def _await(handle: torch.distributed.Work | None, x: Tensor) -> None:
+    """Wait for what was started with ``x``."""
+    assert handle is not None
+    # Waits are short. On CPUs a core that falls asleep in each takes longer to come back than it would have waited.
+    while x.device.type == "cpu" and not handle.is_completed():
+        os.sched_yield()
+    handle.wait()

@@ -23,9 +23,9 @@
 #   classes (random directions 0.90), 0.66 against 0.65 for other concepts without the prediction. Autoencoders know
 #   better what the logits hardly show: where the light is, what is open above.
 # - **Pushing.** At equal effect, moving the weights along a direction disturbs other classes less than adding an
-#   autoencoder's row does (selectivity 4.3 ± 0.4 and 1.3 ± 0.1), and a little less than a random direction of the
-#   same rank does (3.1 ± 0.8). In logits, which do not saturate as probabilities do, it is 2.7 against 1.5 for random.
-#   **Scaling** an autoencoder's unit, which leaves images alone where the unit is off, is more selective (7.7 ± 1.2).
+#   autoencoder's row does (selectivity 4.2 ± 0.4 and 1.3 ± 0.1), and a little less than a random direction of the
+#   same rank does (3.0 ± 0.8). In logits, which do not saturate as probabilities do, it is 2.7 against 1.5 for random.
+#   **Scaling** an autoencoder's unit, which leaves images alone where the unit is off, is more selective (7.6 ± 1.2).
 #   Directions that are gated in the same way are more selective by far (hundreds), but so are random ones (200 ± 160):
 #   it is mostly the gate, which knows the prediction, that selects.
 # - **Purity.** The top 20 images of a direction are of fewer classes than those of an autoencoder's unit (entropy of
