@@ -53,9 +53,10 @@ endif
 screenshots: $(READY) ## take pictures of the pages in figures/ (needs Chromium)
 	@$(BIN)/python notebooks/tools/screenshots.py
 
-lint: $(READY) ## style and types
+lint: $(READY) ## style, types and the floors of the package
 	$(BIN)/ruff check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
 
 pairs: $(READY) ## check that every notebook's .py and executed .ipynb agree
 	@$(BIN)/python notebooks/tools/pairs.py

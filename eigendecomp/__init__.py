@@ -1,10 +1,9 @@
 """Sparse, low-rank directions in a trained network's parameter space, learned by rebuilding per-sample gradients."""
 
 from eigendecomp.curvature import per_sample_hessian
-from eigendecomp.decomposition import Decomposition, decompose
+from eigendecomp.decomposition import Decomposition, decompose, interactions
 from eigendecomp.direct import decompose_curvature
 from eigendecomp.divergence import KLDivergence, OutputSum, SquaredError
-from eigendecomp.interaction import interactions
 from eigendecomp.reference import Constant, Mean, ModelSample, OtherSample, Uniform
 from eigendecomp.sparsity import L1, BatchTopK
 

@@ -11,30 +11,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigendecomp import divergence as divergences
-from eigendecomp import files, parallel
-from eigendecomp import reference as references
-from eigendecomp import sparsity as sparsities
-from eigendecomp.capture import CapturedSource
-from eigendecomp.checks import real, whole
-from eigendecomp.curvature import curvatures
-from eigendecomp.data import Examples, Inputs, chunks, count, feed, fetch, first
+from eigendecomp.batches import CACHE_BYTES, CachedBatches, LiveBatches
+from eigendecomp.curvature import curvatures, push_forward
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
-from eigendecomp.fit import (
-    CACHE_BYTES,
-    CachedBatches,
-    Checkpoint,
-    History,
-    LiveBatches,
-    Settings,
-    error_change,
-    fit,
-    generator,
-)
+from eigendecomp.factored.source import CapturedSource
+from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
+from eigendecomp.objective import error_change
 from eigendecomp.reference import Draws, OtherSample, Reference
+from eigendecomp.settings import History, Settings, settings_from
 from eigendecomp.sparsity import BatchTopK, Sparsity
+from eigendecomp.storage import Checkpoint, check_target, fingerprint, pack, unpack
+from eigendecomp.support import files, parallel
+from eigendecomp.support.checks import real, whole
+from eigendecomp.support.examples import Examples, Inputs, as_examples, chunks, count, feed, fetch, first
+from eigendecomp.support.random import generator
 from eigendecomp.target import Target, patterns
 
 FORMAT = 1
@@ -212,8 +204,8 @@ class Decomposition:
     # ---- showing
 
     def browse(self, inputs: Inputs, path: str | Path, **options: Any) -> Path:
-        """Write one HTML file to look at the directions on these inputs; see :func:`eigendecomp.browse.browse`."""
-        from eigendecomp.browse import browse  # which knows this module
+        """Write one HTML file to look at the directions on these inputs; see :mod:`eigendecomp.page`."""
+        from eigendecomp.page.collect import browse  # which knows this module
 
         return browse(self, inputs, path, **options)
 
@@ -299,68 +291,17 @@ def decompose(
     return made
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+@torch.no_grad()
+def interactions(d: Decomposition, inputs: Inputs, *, chunk: int = 64) -> Float[Tensor, "v v"]:
+    """The normalised cross-curvature of every pair, E[u_aᵀ H u_b] / √(E[u_aᵀ H u_a] E[u_bᵀ H u_b]), in [−1, 1].
 
-
-def fingerprint(target: Target) -> str:
-    """sha256 over the names, shapes and values of the chosen parameters."""
-    return files.checksum(target.chosen, "target")
-
-
-def pack(prefix: str, directions: Directions) -> dict[str, Tensor]:
-    """The factors under names that say what they are."""
-    return {
-        f"{prefix}/{name}/{number}": factor
-        for name, factors in directions.factors.items()
-        for number, factor in enumerate(factors)
-    }
-
-
-def unpack(prefix: str, tensors: Mapping[str, Tensor], target: Target, settings: Settings) -> Directions:
-    """The directions that :func:`pack` took apart."""
-    like = Directions.random(target.shapes, 1, settings.rank, settings.factorization)
-    factors = {
-        name: [tensors[f"{prefix}/{name}/{number}"] for number in range(len(expected))]
-        for name, expected in like.factors.items()
-    }
-    for name, expected in like.factors.items():
-        for factor, one in zip(factors[name], expected, strict=True):
-            if factor.shape != (settings.n_directions, *one.shape[1:]):
-                raise ValueError(
-                    f"the factors of {name!r} have shape {tuple(factor.shape)}, which fits no direction of it"
-                )
-    return Directions(target.shapes, settings.factorization, factors)
-
-
-def settings_from(plain: Mapping[str, Any]) -> Settings:
-    """The settings that :meth:`Settings.as_json` described; only classes of this package can be named."""
-
-    def make(module: Any, kind: type, value: Mapping[str, Any]) -> Any:
-        fields = dict(value)
-        found = getattr(module, str(fields.pop("name")), None)
-        if not (isinstance(found, type) and issubclass(found, kind)):
-            raise ValueError(f"unknown {kind.__name__.lower()} {value['name']!r}")
-        return found(**fields)
-
-    return Settings(
-        **{
-            **plain,
-            "parameters": tuple(plain["parameters"]),
-            "divergence": make(divergences, Divergence, plain["divergence"]),
-            "reference": make(references, Reference, plain["reference"]),
-            "sparsity": make(sparsities, Sparsity, plain["sparsity"]),
-        }
-    )
-
-
-def check_target(target: Target, metadata: Mapping[str, Any], path: str | Path) -> None:
-    """Refuse a file made from another model, saying what differs."""
-    theirs = {name: tuple(shape) for name, shape in metadata["shapes"].items()}
-    if theirs != target.shapes:
-        names = sorted(set(theirs.items()) ^ set(target.shapes.items()))
-        raise ValueError(f"{str(path)!r} decomposes another model: they differ in {names[0][0]!r} {names[0][1]}")
-    if metadata["target"] != fingerprint(target):
-        raise ValueError(
-            f"{str(path)!r} was made for other weights of the same shapes; load the model that was decomposed"
-        )
+    E is the mean over samples, so the diagonal is one: the cosine, over all samples together, between what two
+    directions do to the output. Directions that never move the output have zero rows.
+    """
+    total: Tensor | float = 0.0
+    for part in chunks(as_examples(inputs), chunk):
+        moved = push_forward(d.target, d.settings.divergence, d.decoder, part)
+        total = total + torch.einsum("nvk,nwk->vw", moved, moved)
+    assert isinstance(total, Tensor)
+    scale = total.diagonal().sqrt()
+    return torch.where(scale.outer(scale) > 0, total / scale.outer(scale), torch.zeros_like(total))

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eigendecomp.curvature import push_forward
-from eigendecomp.data import Inputs, feed, first
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
-from eigendecomp.fit import History, Settings, generator, rate
+from eigendecomp.fit import rate
 from eigendecomp.reference import ModelSample
+from eigendecomp.settings import History, Settings
 from eigendecomp.sparsity import L1
+from eigendecomp.support.examples import Inputs, feed, first
+from eigendecomp.support.random import generator
 from eigendecomp.target import Target, patterns
 
 

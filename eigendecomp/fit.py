@@ -1,230 +1,27 @@
-"""Fitting: the objective, the batches of gradients it sees, and the loop.
-
-Everything the objective needs of a gradient is ⟨g, u⟩ for encoder and decoder and ‖g‖² (eq. 7), so nothing here knows
-how gradients are held.
-"""
+"""Fitting: the state of a fit, and the loop that learns the directions."""
 
 import math
-import time
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol, Self
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
-from eigendecomp import files, parallel
-from eigendecomp.checks import real, whole
-from eigendecomp.data import Examples, Feed, Shuffled
-from eigendecomp.directions import Directions, Factorization
-from eigendecomp.divergence import Divergence
-from eigendecomp.gradients import Formed, Gradients, Source
-from eigendecomp.reference import Draws, Reference
-from eigendecomp.sparsity import BatchTopK, Sparsity
+from eigendecomp.batches import ZERO, Batches
+from eigendecomp.directions import Directions
+from eigendecomp.objective import Objective
+from eigendecomp.settings import History, Settings
+from eigendecomp.storage import Checkpoint
+from eigendecomp.support import parallel
+from eigendecomp.support.checks import whole
+from eigendecomp.support.random import generator
 from eigendecomp.target import Target
 
 PATIENCE = 100  # steps without being kept after which a direction counts as dead
-CACHE_BYTES = 1 << 28  # a Jacobian up to this size is kept instead of being computed at every step
 THRESHOLD_SAMPLES = 8192  # from which the inference threshold is read
-WRITE_SHARE = 1 / 40  # of a long fit's time goes into its checkpoints, at most
-CANCELLATION = 1e-2  # weight against CP terms that grow and cancel, from twice the squares they need
-ZERO = "does the output depend on the chosen parameters, and differ from the reference?"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a fit, besides the target and the data."""
-
-    divergence: Divergence
-    reference: Reference
-    parameters: tuple[str, ...]
-    n_directions: int
-    rank: int
-    factorization: Factorization
-    tied: bool
-    sparsity: Sparsity
-    steps: int
-    batch_size: int
-    learning_rate: float
-    seed: int
-    interference: float | None = None  # weight of the direct method's second loss; None for a fit of gradients
-
-    def __post_init__(self) -> None:
-        for name in ("n_directions", "rank", "steps", "batch_size"):
-            whole(name, getattr(self, name))
-        whole("seed", self.seed, 0)
-        real("learning_rate", self.learning_rate, above=0)
-        if self.interference is not None:
-            real("interference", self.interference, least=0)
-        if self.factorization not in ("cp", "tucker"):
-            raise ValueError(f"factorization={self.factorization!r} must be 'cp' or 'tucker'")
-        if not isinstance(self.tied, bool):
-            raise ValueError(f"tied={self.tied!r} must be True or False")
-        for name, kind in (("divergence", Divergence), ("reference", Reference), ("sparsity", Sparsity)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be a {kind.__name__}, such as those in eigendecomp"
-                )
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values only, each object as its name and its fields."""
-        plain = {key: value for key, value in vars(self).items()}
-        for key in ("divergence", "reference", "sparsity"):
-            value = plain[key]
-            plain[key] = {"name": type(value).__name__, **asdict(value)}
-        return plain | {"parameters": list(self.parameters)}
-
-
-@dataclass
-class History:
-    """What happened, by step: loss, normalised error, coefficients kept a sample, share of dead directions."""
-
-    step: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    error: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
-    dead: list[float] = field(default_factory=list)
-
-    def add(self, step: int, loss: float, error: float, kept: float, dead: float) -> None:
-        for name, value in zip(vars(self), (step, loss, error, kept, dead), strict=True):
-            getattr(self, name).append(value)
-
-    @classmethod
-    def read(cls, plain: Mapping[str, Any]) -> Self:
-        """The history whose fields a file holds; ValueError if they are not lists of numbers."""
-        for name, values in plain.items():
-            if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
-                raise ValueError(f"the history of {name!r} is not a list of numbers")
-        return cls(**{name: list(values) for name, values in plain.items()})
-
-
-def generator(seed: int, role: str) -> torch.Generator:
-    """A generator for one role, so that drawing more for one purpose changes nothing for the others."""
-    # torch reads only the lower 32 bits of a seed, so both must be mixed into them.
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {role}".encode()))
-
-
-class Batches(Protocol):
-    """Gives the gradients of a batch of samples with freshly drawn references."""
-
-    @property
-    def feed(self) -> Feed: ...
-
-    def batch(self, size: int, generator: torch.Generator) -> Gradients: ...
-
-
-class LiveBatches:
-    """Differentiates the target at every step, on whole examples."""
-
-    def __init__(self, source: Source, feed: Feed, draws: Draws, positions: int) -> None:
-        self.source, self.feed, self.draws, self.positions = source, feed, draws, positions
-
-    def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        count = max(1, size // self.positions)
-        draws = self.draws.again((count, self.positions), 1, generator)
-        return self.source(self.feed.take(count), draws[parallel.share(count)])
-
-
-class CachedBatches:
-    """Differentiates the target once: a gradient is linear in the cotangent, g = Jᵀc, so J is all there is to keep.
-
-    A fixed reference needs less, since the gradients themselves never change.
-    """
-
-    def __init__(
-        self, source: Source, examples: Examples, f: Float[Tensor, "e p k"], draws: Draws, generator: torch.Generator
-    ) -> None:
-        self.shapes, self.draws, self.f = source.target.shapes, draws, f.flatten(0, 1)
-        basis = draws.again((f.shape[0], f.shape[1]), 1, generator) if draws.reference.fixed else Basis()
-        rows = []
-        for start in range(0, len(f), 256):
-            part = slice(start, start + 256)
-            rows.append(source([tensor[part] for tensor in examples], basis[part]).flat())
-        self.jacobian = torch.cat(rows).view(len(self.f), -1, rows[0].shape[-1])
-        if not self.jacobian.isfinite().all():
-            bad = ~self.jacobian.isfinite().flatten(1).all(1)
-            raise ValueError(
-                f"the gradient is NaN or infinite for {int(bad.sum())} of {len(bad)} samples, first for sample "
-                f"{int(bad.nonzero()[0])}; remove those examples, or smooth the model where it has no slope"
-            )
-        if not self.jacobian.any():
-            raise ValueError(f"all gradients are zero: {ZERO}")
-        self.feed = Shuffled((self.f,), len(self.f), generator)
-
-    @staticmethod
-    def size(f: Float[Tensor, "e p k"], examples: int, reference: Reference, target: Target) -> int:
-        """Bytes that the cache of so many examples takes, told from the outputs of a few."""
-        k = 1 if reference.fixed else f.shape[-1]
-        return examples * f.shape[1] * k * target.size * f.element_size()
-
-    def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        share = parallel.share(size)
-        rows = self.feed.indices(size)[share]
-        jacobian = self.jacobian[rows]
-        if self.draws.reference.fixed:
-            values = jacobian[:, 0]
-        else:
-            c = self.draws.again((size, 1), 1, generator)[share](self.f[rows].unsqueeze(1))
-            values = torch.bmm(c[:, 0], jacobian)[:, 0]
-        return Gradients(self.shapes, [Formed(self.shapes, values)])
-
-
-class Basis:
-    """One cotangent for each output."""
-
-    def __call__(self, f: Tensor) -> Tensor:
-        k = f.shape[-1]
-        return torch.eye(k, dtype=f.dtype, device=f.device).expand(*f.shape[:2], k, k)
-
-    def __getitem__(self, rows: slice) -> "Basis":
-        return self
-
-
-@dataclass
-class Objective:
-    """The normalised error of a batch, and what else the loop wants to know (eq. 7)."""
-
-    sparsity: Sparsity
-
-    def __call__(
-        self, gradients: Gradients, encoder: Directions, decoder: Directions, dead: Tensor, progress: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, normalised error of the batch, and the sparse coefficients (n, v).
-
-        With several processes loss and error are this one's parts: over all processes they add up to the batch's.
-        ``progress`` is the share of the steps done.
-        """
-        norms = parallel.sums(gradients.square_norms().sum())
-        z, y, gram = gradients.inner_and_gram(encoder, decoder)
-        n = len(z) * parallel.processes()
-        s = self.sparsity.keep_batch(z, progress)
-        # A batch of sparse data may have no gradient at all; it then has no say.
-        total = norms()[0].clamp_min(torch.finfo(y.dtype).tiny)
-        error = 1 / parallel.processes() + error_change(s, y, gram) / total
-        loss = error + self.sparsity.penalty(z, n, (total / n).sqrt())
-        if isinstance(self.sparsity, BatchTopK) and self.sparsity.auxiliary and dead.any():
-            # The dead rebuild the residual e = g − ĝ, of which only ⟨e, u⟩ = ⟨g, u⟩ − s·gram and ‖e‖² are needed.
-            # The residual is given: the live directions that leave it learn nothing from this.
-            residual = parallel.sums(error)
-            few, rest = decoder.select(dead.nonzero()[:, 0]), decoder.map(Tensor.detach)
-            s_dead = self.sparsity.keep_batch(z[:, dead], 1.0)
-            y_dead = y[:, dead] - s.detach() @ rest.gram(few)
-            left = error_change(s_dead, y_dead, few.gram()) / (residual()[0].clamp_min(1e-6) * total)
-            loss = loss + self.sparsity.auxiliary * left
-        if decoder.sums_terms:
-            # A best CP fit need not exist: terms can grow without bound against each other (de Silva and Lim, 2008).
-            excess = (decoder.cancellation() - 2).clamp_min(0).mean()
-            loss = loss + CANCELLATION * excess / parallel.processes()
-        return loss, error, s
-
-
-def error_change(s: Tensor, y: Tensor, gram: Tensor) -> Tensor:
-    """Σ‖g − ĝ‖² − Σ‖g‖² from s, y = ⟨g, u⟩ and the directions' Gram matrix: sᵀ gram s − 2 s·y (eq. 7)."""
-    return (((s @ gram) - 2 * y) * s).sum()
 
 
 @dataclass
@@ -235,62 +32,6 @@ class Fit:
     decoder: Directions
     threshold: float | None
     history: History
-
-
-@dataclass
-class Checkpoint:
-    """Where a fit is kept as it goes on, and what it must be a fit of."""
-
-    path: Path
-    identity: dict[str, Any]  # settings, target and data, as plain values
-    seconds: float  # between two writes, at least
-    written: float = field(default_factory=time.monotonic)
-    taken: float = 0.0
-
-    def due(self) -> bool:
-        return time.monotonic() - self.written >= self.interval()
-
-    def interval(self) -> float:
-        """Seconds between two writes: as chosen, or longer where writing would take more than its share of the time."""
-        return max(self.seconds, self.taken / WRITE_SHARE)
-
-    def write(self, state: "State") -> None:
-        start = time.monotonic()
-        files.write(self.path, state.tensors(), {"identity": self.identity, **state.numbers()})
-        self.written = time.monotonic()
-        self.taken = self.written - start
-
-    def read(self, state: "State") -> None:
-        """Put what is kept, if anything is, into ``state``.
-
-        Raises:
-            ValueError: if the file is damaged, or of another fit; the difference is spelled out.
-        """
-        if not self.path.exists():
-            return
-        tensors, numbers = files.read(self.path)
-        identity = numbers.get("identity")
-        theirs, ours = flatten(identity if isinstance(identity, dict) else {}), flatten(self.identity)
-        differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-        if differing:
-            told = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
-            raise ValueError(
-                f"checkpoint {str(self.path)!r} is of another fit ({told}); delete it or choose another path"
-            )
-        try:
-            state.restore(tensors, numbers)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise ValueError(
-                f"checkpoint {str(self.path)!r} does not hold a fit's state ({error}); delete it or choose another path"
-            ) from None
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested plain values under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 class State:

@@ -184,6 +184,17 @@ def sum_of(terms: Sequence[Tensor]) -> Tensor:
     return total
 
 
+class EachOutput:
+    """Cotangents that are one for one output and zero for the others: their gradients are J."""
+
+    def __call__(self, f: Tensor) -> Tensor:
+        k = f.shape[-1]
+        return torch.eye(k, dtype=f.dtype, device=f.device).expand(*f.shape[:2], k, k)
+
+    def __getitem__(self, rows: slice) -> "EachOutput":
+        return self
+
+
 class FunctionalSource:
     """The oracle: ``torch.func.vmap`` of a vector–Jacobian product, one example at a time, every gradient formed.
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.checks import whole
 from eigendecomp.divergence import Divergence, KLDivergence
+from eigendecomp.support.checks import whole
 
 
 class Reference(ABC):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp import parallel
-from eigendecomp.checks import real
+from eigendecomp.support import parallel
+from eigendecomp.support.checks import real
 
 
 class Sparsity:

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eigendecomp import parallel
-from eigendecomp.data import Examples, Inputs, chunks
+from eigendecomp.support import parallel
+from eigendecomp.support.examples import Examples, Inputs, chunks
 
 
 class Target:

@@ -57,10 +57,14 @@ import pandas as pd
 import torch
 
 import eigendecomp as ed
-from eigendecomp import baselines, concepts, interventions, metrics, plots, results, sae, shares
-from eigendecomp.interventions import Probe, along, displaced, probabilities
+from eigendecomp import study
+from eigendecomp.report import plots, results
 from eigendecomp.sparsity import cutoff
-from eigendecomp.targets import cnn, cnn_block, fashion, fashion_concepts
+from eigendecomp.study.moves import Probe, along, displaced, probabilities
+from eigendecomp.targets.fashion import block as cnn_block
+from eigendecomp.targets.fashion import concepts as fashion_concepts
+from eigendecomp.targets.fashion import images as fashion
+from eigendecomp.targets.fashion import network as cnn
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -164,8 +168,8 @@ report.settings["fit"] = first.settings.as_json()
 # %%
 principal, random = {}, {}
 for seed, part in zip(seeds, entering["fit"].split(principal_images), strict=False):
-    principal[seed] = baselines.principal_directions(metrics.gradient_rows(first, part, seed), n_directions)
-    random[seed] = baselines.random_directions(first.decoder.shapes, n_directions, rank, seed=seed)
+    principal[seed] = study.floors.principal_directions(study.scores.gradient_rows(first, part, seed), n_directions)
+    random[seed] = study.floors.random_directions(first.decoder.shapes, n_directions, rank, seed=seed)
 
 # %% [markdown]
 # Whatever a direction reads in an image follows from the image's Jacobian $J$: a gradient is $J^\top c$ with the
@@ -177,7 +181,7 @@ rows = {f"read {seed}": d.encoder.flat() for seed, d in fits.items()}
 rows |= {f"write {seed}": d.decoder.flat() for seed, d in fits.items()}
 rows |= {f"PCA {seed}": u for seed, u in principal.items()}
 rows |= {f"random {seed}": u.flat() for seed, u in random.items()}
-seen = {part: shares.read(first.target, entering[part], rows) for part in truth}
+seen = {part: study.jacobians.read(first.target, entering[part], rows) for part in truth}
 
 
 # %%
@@ -224,11 +228,11 @@ report.table("fits", ours).round(3)
 # it is another network, so this is no comparison of methods.)
 
 # %%
-g = metrics.gradient_rows(first, few[:refitted_images])
+g = study.scores.gradient_rows(first, few[:refitted_images])
 decoders = {seed: d.decoder.flat() for seed, d in fits.items()}
 floors = {seed: u.flat() for seed, u in random.items()}
 refitted = {
-    method: results.spread([baselines.sparse_error(g, u, ours["kept"].mean()) for u in sets.values()])
+    method: results.spread([study.floors.sparse_error(g, u, ours["kept"].mean()) for u in sets.values()])
     for method, sets in {"ours": decoders, "PCA": principal, "random": floors}.items()
 }
 report.record(
@@ -250,7 +254,7 @@ with torch.no_grad():
     written = {part: torch.cat([tail.block2(x) for x in whole.split(500)]) for part, whole in entering.items()}
 outputs = {part: x.flatten(2).mT for part, x in written.items()}  # (images, positions, channels)
 autoencoders = {
-    (k, seed): sae.train(
+    (k, seed): study.autoencoders.train(
         outputs["fit"].flatten(0, 1), n_directions, k, seed=seed, steps=sae_steps, batch_size=sae_batch,
         learning_rate=sae_rate,
     )
@@ -328,7 +332,7 @@ def channel_readings(part: str) -> dict[tuple[str, str], torch.Tensor]:
     turned = (x - channel_mean) @ principal_channels
     return {
         ("channels", "mean"): x.mean(1), ("channels", "largest"): x.amax(1),
-        ("PCA of channels", "mean"): concepts.oriented(turned.mean(1)),
+        ("PCA of channels", "mean"): study.concepts.oriented(turned.mean(1)),
         ("PCA of channels", "largest"): turned.abs().amax(1),
     }  # fmt: skip
 
@@ -360,7 +364,7 @@ read = {part: readings(part) for part in truth}
 
 
 # %%
-def resolution(key: tuple[str, str, int], found: concepts.Resolution) -> dict:
+def resolution(key: tuple[str, str, int], found: study.concepts.Resolution) -> dict:
     return {
         "method": key[0], "reading": key[1], "seed": key[2],
         "classes": found.single[:10].mean().item(), "further": found.single[10:].mean().item(),
@@ -372,7 +376,7 @@ def resolution(key: tuple[str, str, int], found: concepts.Resolution) -> dict:
 half, known_half = choose_images // 2, truth["choose"].split(choose_images // 2)
 validation = pd.DataFrame(
     [
-        resolution(key, concepts.resolve((r[:half], known_half[0]), (r[half:], known_half[1])))
+        resolution(key, study.concepts.resolve((r[:half], known_half[0]), (r[half:], known_half[1])))
         for key, r in read["choose"].items()
     ]
 )
@@ -395,7 +399,7 @@ def purity(strength: torch.Tensor) -> float:
     return -torch.xlogy(share, share).sum(-1).mean().item()
 
 
-scores = {key: concepts.resolve((r, truth["choose"]), (read["test"][key], truth["test"]))
+scores = {key: study.concepts.resolve((r, truth["choose"]), (read["test"][key], truth["test"]))
           for key, r in read["choose"].items()}  # fmt: skip
 test = pd.DataFrame([resolution(key, found) for key, found in scores.items()])
 test["entropy"] = [purity(read["test"][key]) for key in scores]
@@ -463,18 +467,18 @@ def samples_of(strength: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 # %%
-def logit_change(move: interventions.Move, step: float, inputs: tuple, base: torch.Tensor) -> float:
+def logit_change(move: study.moves.Move, step: float, inputs: tuple, base: torch.Tensor) -> float:
     with move(step) as model, torch.no_grad():
         change = model(*inputs) - base
     return (change - change.mean(1, keepdim=True)).norm(dim=1).mean().item()
 
 
-def pushed_unit(strength: torch.Tensor, model: torch.nn.Module, inputs: tuple, move: interventions.Move) -> dict:
+def pushed_unit(strength: torch.Tensor, model: torch.nn.Module, inputs: tuple, move: study.moves.Move) -> dict:
     index = samples_of(strength)
     at = {name: Probe(model, tuple(x[i] for x in inputs), probabilities) for name, i in index.items()}
     logit = {name: (at[name].inputs, logits["test"][index[name]]) for name in ("on", "others")}
     on, main = at.pop("on"), int(labels["test"][index["on"]].mode().values)
-    found = interventions.push_either_way(on, at, move, level, by="others")
+    found = study.moves.push_either_way(on, at, move, level, by="others")
     row = {"reached": found is not None, "confidence": on.base.amax(1).mean().item()}
     if found is None:
         return row
@@ -499,7 +503,7 @@ def row_of(matrix: torch.Tensor, unit: int) -> dict[str, torch.Tensor]:
 
 
 def weights(directions):
-    return lambda u: (tail, (entering["test"],), displaced(tail, interventions.low_rank(directions, u)))
+    return lambda u: (tail, (entering["test"],), displaced(tail, study.moves.low_rank(directions, u)))
 
 
 def dense_weights(matrix: torch.Tensor):
@@ -513,8 +517,8 @@ def dense_weights(matrix: torch.Tensor):
 
 
 # %%
-def unit(a: sae.Autoencoder, how):
-    def move(u: int) -> interventions.Move:
+def unit(a: study.autoencoders.Autoencoder, how):
+    def move(u: int) -> study.moves.Move:
         return lambda step: a.steered(tail.after, "written", {u: step}, how=how, axis=1)
 
     return lambda u: (tail.after, (written["test"],), move(u))
@@ -545,7 +549,7 @@ gated = cnn_block.Gated(tail)
 
 def gated_weights(directions, name: str, strength: torch.Tensor):
     gate = gates(name, strength)
-    return lambda u: (gated, (entering["test"], gate[:, u]), gated.along(interventions.low_rank(directions, u)))
+    return lambda u: (gated, (entering["test"], gate[:, u]), gated.along(study.moves.low_rank(directions, u)))
 
 
 # %%
@@ -554,7 +558,7 @@ def key(method: str, seed: int = seeds[0]) -> tuple[str, str, int]:
 
 
 ways = [("ours", key("ours", s), weights(d.decoder)) for s, d in fits.items()]
-ways += [("ours, reading rows", key("ours", s), weights(metrics.encoder_rows(d).decoder)) for s, d in fits.items()]
+ways += [("ours, reading rows", key("ours", s), weights(study.scores.encoder_rows(d).decoder)) for s, d in fits.items()]
 ways += [("ours, gated", key("ours", s), gated_weights(d.decoder, f"read {s}", read["test"][key("ours", s)]))
          for s, d in fits.items()]  # fmt: skip
 ways += [(f"SAE, {k} on, {how}", key(f"SAE, {k} on", s), unit(a, how))
@@ -603,8 +607,8 @@ over_seeds.drop(columns=[("reached", "std"), ("confidence", "std")]).round(2)
 
 # %%
 strength = read["test"][key("ours")]
-precision = concepts.average_precision(read["choose"][key("ours")], truth["choose"])
-on_test = concepts.average_precision(strength, truth["test"])
+precision = study.concepts.average_precision(read["choose"][key("ours")], truth["choose"])
+on_test = study.concepts.average_precision(strength, truth["test"])
 
 
 def best(among: range, count: int, taken: set[int]) -> dict[int, int]:
@@ -652,7 +656,7 @@ figure, axes = plots.panels(3, len(shown), height=1.15, width=plots.PAGE)
 for column, (v, m) in enumerate(shown.items()):
     strongest = strength[:, v].argsort(descending=True)[:3]
     c = torch.nn.functional.normalize(y[strongest, :, v], dim=1)
-    change = interventions.low_rank(first.decoder, v)
+    change = study.moves.low_rank(first.decoder, v)
     maps = cnn_block.contribution_maps(tail, change, entering["test"][strongest], c)
     for row, (i, one) in enumerate(zip(strongest, maps, strict=True)):
         ax, limit = axes[row * len(shown) + column], one.abs().max().item()

@@ -42,12 +42,13 @@ import torch
 from matplotlib.ticker import FuncFormatter
 
 import eigendecomp as ed
-from eigendecomp import benchmark, plots, results
-from eigendecomp.capture import CapturedSource
 from eigendecomp.directions import Directions
-from eigendecomp.factored import Factored, Side, by_folding, by_rows, folding_cost, rows_cost
+from eigendecomp.factored.source import CapturedSource
+from eigendecomp.factored.terms import Factored, Side, by_folding, by_rows, folding_cost, rows_cost
+from eigendecomp.report import benchmark, plots, results
 from eigendecomp.target import Target
-from eigendecomp.targets import sizes, tms
+from eigendecomp.targets import sizes
+from eigendecomp.targets.toys import tms
 
 warnings.filterwarnings("ignore")
 plots.style()
@@ -535,7 +536,7 @@ pd.DataFrame({"eight GPUs of 100 Tflop/s, 512 samples each": plan}).map("{:.3g}"
 
 # %%
 if smollm:
-    from eigendecomp.targets import stories
+    from eigendecomp.targets.stories import model as stories
 
     smol, windows = sizes.smollm(stories.load_stories("test"), sequences=4, length=32)
     source = benchmark.sources(smol, (windows,), ["model.layers.15.*proj.weight"], directions)["factored"]()

@@ -46,13 +46,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import eigendecomp as ed
-from eigendecomp import baselines, curvature, metrics, plots, results
+from eigendecomp import curvature, study
 from eigendecomp.directions import Directions
-from eigendecomp.fit import generator
 from eigendecomp.reference import Draws
+from eigendecomp.report import plots, results
+from eigendecomp.support.random import generator
 from eigendecomp.target import Target
-from eigendecomp.targets import stories as story
-from eigendecomp.targets import tms, xor
+from eigendecomp.targets.stories import model as story
+from eigendecomp.targets.toys import tms, xor
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -194,8 +195,8 @@ def left_out(model, x, divergence, reference, parameters=("*",)):
     """Share of tr H outside the gradient, and the largest curvature orthogonal to it over the largest there is."""
     root = curvature.hessian_root(model, x, divergence, parameters=parameters)
     draw = generator(0, "reference")
-    g = curvature.drawn_gradients(model, x, divergence, reference, 1, draw, parameters=parameters)
-    basis, share = curvature.orthonormal(g), (1 - curvature.explained_share(root, g)).clamp_min(0)
+    g = study.criteria.drawn_gradients(model, x, divergence, reference, 1, draw, parameters=parameters)
+    basis, share = study.criteria.orthonormal(g), (1 - study.criteria.explained_share(root, g)).clamp_min(0)
     rest = torch.linalg.matrix_norm(root - root @ basis.mT @ basis, 2) / torch.linalg.matrix_norm(root, 2)
     return {"mean": share.mean().item(), "largest": share.max().item(), "curvature left": rest.max().item() ** 2}
 
@@ -239,8 +240,8 @@ def shares(name, reference, n=128):
     """Share of tr H that 1, 2, … gradients explain: mean over samples whose output can move."""
     moves, draw = roots[name][:n].square().sum((1, 2)) > 1e-6, generator(0, "draws")
     settings = (divergences[name], reference, max(DRAWS), draw)
-    g = curvature.drawn_gradients(models[name], test[name][:n], *settings, parameters=chosen[name])
-    return [curvature.explained_share(roots[name][:n][moves], g[moves, :m]).mean().item() for m in DRAWS]
+    g = study.criteria.drawn_gradients(models[name], test[name][:n], *settings, parameters=chosen[name])
+    return [study.criteria.explained_share(roots[name][:n][moves], g[moves, :m]).mean().item() for m in DRAWS]
 
 
 def best_shares(name, n=128):
@@ -395,12 +396,12 @@ probes = {"XOR": xor.INPUTS[1:], "TMS 5-2": tms.one_hot(5)}  # samples of one ki
 compared = tuple(probes)
 both = (first_order, direct)
 found = {(name, how): [rows_of(how(name, seed)) for seed in seeds] for name in compared for how in both}
-eigenvectors = {name: baselines.mean_hessian_directions(roots[name], counts[name]) for name in models}
+eigenvectors = {name: study.floors.mean_hessian_directions(roots[name], counts[name]) for name in models}
 
 
 def alike(a, b):
     """Mean matched |cosine| of the pairs of two lists of directions."""
-    return results.spread([metrics.matched_cosine(x, y).mean().item() for x, y in zip(a, b, strict=True)])
+    return results.spread([study.scores.matched_cosine(x, y).mean().item() for x, y in zip(a, b, strict=True)])
 
 
 def comparison(name):
@@ -430,7 +431,7 @@ labels = {"XOR": ["[0,1]", "[1,0]", "[1,1]"], "TMS 5-2": ["1", "2", "3", "4", "5
 
 def responses(name, rows):
     """Activations, one row for the direction that answers to each probe."""
-    a = metrics.activation_along(root_of(name, probes[name]), rows)
+    a = study.scores.activation_along(root_of(name, probes[name]), rows)
     return a.T[torch.as_tensor(linear_sum_assignment(-a.numpy())[1])]
 
 
@@ -484,16 +485,16 @@ def by_group(name, d):
 def judged(name, of):
     rows, strengths = [rows_of(d) for d in of], [by_group(name, d) for d in of]
     return {
-        "rebuilt": results.spread([curvature.rebuilt_hessians(roots[name], row).trace for row in rows]),
-        "concentrated": results.spread([curvature.strongest_share(roots[name], row) for row in rows]),
-        "pure": results.spread([metrics.top_share(strength.T, 1).mean().item() for strength in strengths]),
+        "rebuilt": results.spread([study.criteria.rebuilt_hessians(roots[name], row).trace for row in rows]),
+        "concentrated": results.spread([study.criteria.strongest_share(roots[name], row) for row in rows]),
+        "pure": results.spread([study.scores.top_share(strength.T, 1).mean().item() for strength in strengths]),
         "stable": alike(rows, rows[1:] + rows[:1]),
-        "owned": results.spread([float(metrics.ownership(strength).owned) for strength in strengths]),
+        "owned": results.spread([float(study.scores.ownership(strength).owned) for strength in strengths]),
     }
 
 
 scores = {key: judged(key[0], of) for key, of in fits.items()}
-ceiling = {name: curvature.rebuilt_hessians(roots[name], eigenvectors[name]).trace for name in kinds}
+ceiling = {name: study.criteria.rebuilt_hessians(roots[name], eigenvectors[name]).trace for name in kinds}
 report.record(by_reference={", ".join(key): of for key, of in scores.items()}, rebuilt_by_eigenvectors=ceiling)
 rows = [{"target": n, "reference": kind} | {k: v["mean"] for k, v in of.items()} for (n, kind), of in scores.items()]
 report.table("by_reference", pd.DataFrame(rows)).round(3)
@@ -537,18 +538,18 @@ def sets_of(name):
         "first order": rows_of(first),
         "direct": found[name, direct][0] if name in compared else rows_of(direct(name, seeds[0])),
         "eigenvectors of the mean H": eigenvectors[name],
-        "random": baselines.random_directions(first.decoder.shapes, counts[name], 1, seed=0).flat(),
+        "random": study.floors.random_directions(first.decoder.shapes, counts[name], 1, seed=0).flat(),
     }
 
 
 def criteria(root, rows):
-    rebuilt, activation = curvature.rebuilt_hessians(root, rows), metrics.activation_along(root, rows)
+    rebuilt, activation = study.criteria.rebuilt_hessians(root, rows), study.scores.activation_along(root, rows)
     return {
         "trace": rebuilt.trace,
         "error": rebuilt.error,
         "error with UᵀU": rebuilt.plain_error,
-        "trace, strongest": curvature.strongest_share(root, rows),
-        "strongest of Σ uᵀHu": metrics.top_share(activation.square(), 1).mean().item(),
+        "trace, strongest": study.criteria.strongest_share(root, rows),
+        "strongest of Σ uᵀHu": study.scores.top_share(activation.square(), 1).mean().item(),
     }
 
 
@@ -564,7 +565,7 @@ figure, axes = plots.panels(1, 4, height=2.1, sharey=True)
 for ax, (name, of) in zip(axes, sets.items(), strict=True):
     ks = list(range(1, min(8, counts[name]) + 1))
     for (kind, rows), (color, marker) in zip(of.items(), LOOKS, strict=True):
-        values = [curvature.strongest_share(roots[name][:256], rows, k) for k in ks]
+        values = [study.criteria.strongest_share(roots[name][:256], rows, k) for k in ks]
         ax.plot(ks, values, marker=marker, color=color, ms=3.5, lw=1.2, mew=0, label=kind)
     ax.set(title=f"{name} ({counts[name]} directions)", ylim=(0, 1.03), xticks=ks, xlabel="strongest directions")
 axes[0].set_ylabel("share of tr H")

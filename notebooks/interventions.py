@@ -47,9 +47,10 @@ import pandas as pd
 import torch
 
 import eigendecomp as ed
-from eigendecomp import baselines, interaction, interventions, metrics, plots, results, sae
-from eigendecomp.interventions import Move, along, displaced
-from eigendecomp.targets import manifold, product, tms
+from eigendecomp import study
+from eigendecomp.report import plots, results
+from eigendecomp.study.moves import Move, along, displaced
+from eigendecomp.targets.toys import manifold, product, tms
 
 plots.style()
 smoke = results.profile() == "smoke"
@@ -116,10 +117,10 @@ class Case:
 
     def __init__(self, name, model, layer, fits, x, test, on, single, kept, rows):
         self.name, self.model, self.layer, self.fits = name, model, layer, fits
-        self.probe, self.on, self.single = interventions.Probe(model, test), on, single
+        self.probe, self.on, self.single = study.moves.Probe(model, test), on, single
         with torch.no_grad():
             read = model.get_submodule(layer)
-            self.sae = sae.train(read(x), rows, kept, seed=0, steps=sae_steps, batch_size=256)
+            self.sae = study.autoencoders.train(read(x), rows, kept, seed=0, steps=sae_steps, batch_size=256)
             z = self.sae.encode(read(single.flatten(0, 1))).unflatten(0, single.shape[:2])
         self.sae_energy = z.square().mean(1)
 
@@ -153,7 +154,7 @@ def owners(case: Case, d: ed.Decomposition) -> tuple[list[int], torch.Tensor]:
 
 def response(case: Case, d: ed.Decomposition, v: int, on: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Real effects of both senses at steps whose predicted effects are ``wanted``."""
-    unit = interventions.predicted(d, case.probe)[on, v].mean()
+    unit = study.moves.predicted(d, case.probe)[on, v].mean()
     return torch.stack([case.probe.effect(along(d, v), float(s / unit))[on].mean() for s in wanted])
 
 
@@ -209,18 +210,18 @@ def steering(case: Case, unit: int, how):
 def weight_moves(case: Case, d: ed.Decomposition, seed: int) -> Iterator[tuple[str, int, Move]]:
     """(method, feature, move) for everything that changes weights."""
     numbers, owner = owners(case, d)
-    rows = metrics.encoder_rows(d)
+    rows = study.scores.encoder_rows(d)
     patterns, s = list(d.settings.parameters), d.settings
-    random = baselines.random_directions(d.decoder.shapes, len(numbers), s.rank, s.factorization, seed=seed)
+    random = study.floors.random_directions(d.decoder.shapes, len(numbers), s.rank, s.factorization, seed=seed)
     for i, v in enumerate(numbers):
         feature = int(owner[v])
         yield "direction", feature, along(d, v)
         if not s.tied:
             yield "encoder row", feature, along(rows, v)
-        yield "random", feature, displaced(case.model, interventions.low_rank(random, i))
+        yield "random", feature, displaced(case.model, study.moves.low_rank(random, i))
     for feature in sorted({int(owner[v]) for v in numbers}):
         x = case.probe.inputs[case.on[:, feature]]
-        change = interventions.gradient(case.model, x, lambda f: -f.square().sum(-1).mean(), patterns)
+        change = study.moves.gradient(case.model, x, lambda f: -f.square().sum(-1).mean(), patterns)
         yield "gradient", feature, displaced(case.model, change)
 
 
@@ -310,8 +311,8 @@ def aftermath(case: Case, move, feature: int) -> dict:
 def turn_off(case: Case, d: ed.Decomposition, feature: int) -> dict:
     numbers, owner = owners(case, d)
     mine, part = [v for v in numbers if owner[v] == feature], own_outputs(case, feature)
-    tuned = interventions.tune(
-        d.target, interventions.Subspace(d, mine), case.single[feature], lambda f: f[:, part].square().sum(-1).mean(),
+    tuned = study.moves.tune(
+        d.target, study.moves.Subspace(d, mine), case.single[feature], lambda f: f[:, part].square().sum(-1).mean(),
         steps=200, learning_rate=0.05,
     )  # fmt: skip
     return aftermath(case, displaced(case.model, tuned.change), feature)
@@ -349,7 +350,7 @@ for case in cases:
     sizes = {v: case.probe.step_for(along(d, v), case.on[:, owner[v]], 2 * level) for v in numbers}
     for i, a in enumerate(numbers):
         for b in numbers[i + 1 :]:
-            value = interventions.interference(d, (a, sizes[a]), (b, sizes[b]), case.probe)
+            value = study.moves.interference(d, (a, sizes[a]), (b, sizes[b]), case.probe)
             kind = "one feature" if owner[a] == owner[b] else "two features"
             rows.append({"model": case.name, "directions of": kind, "does not add": value})
 both = pd.DataFrame(rows)
@@ -377,8 +378,8 @@ def halve(case: Case, feature: int, change, patterns=("*",)) -> dict:
         return (f - goal).square().sum(-1).mean()
 
     start = goal[:, part].square().sum(-1).mean().item()
-    target = interventions.Target(case.model, list(patterns))
-    tuned = interventions.tune(target, change(target), x, loss, until=0.1 * start, steps=1000, learning_rate=0.01)
+    target = study.moves.Target(case.model, list(patterns))
+    tuned = study.moves.tune(target, change(target), x, loss, until=0.1 * start, steps=1000, learning_rate=0.01)
     effect = case.probe.effect(displaced(case.model, tuned.change), 1.0)
     with displaced(case.model, tuned.change)(1.0) as model, torch.no_grad():
         reached = loss(model(x)).item() / start
@@ -391,12 +392,12 @@ def ways(case: Case, feature: int):
         numbers, owner = owners(case, d)
         mine = [v for v in numbers if owner[v] == feature]
         if mine:
-            yield "own directions", halve(case, feature, lambda t, d=d, m=mine: interventions.Subspace(d, m), patterns)
+            yield "own directions", halve(case, feature, lambda t, d=d, m=mine: study.moves.Subspace(d, m), patterns)
     for seed in seeds:
-        yield "LoRA, rank 1", halve(case, feature, lambda t, seed=seed: interventions.LoRA(t, 1, seed))
-    yield "all weights", halve(case, feature, interventions.Full)
+        yield "LoRA, rank 1", halve(case, feature, lambda t, seed=seed: study.moves.LoRA(t, 1, seed))
+    yield "all weights", halve(case, feature, study.moves.Full)
     if patterns != ("*",):
-        yield "embedding only", halve(case, feature, interventions.Full, patterns)
+        yield "embedding only", halve(case, feature, study.moves.Full, patterns)
 
 
 tuning = pd.DataFrame([
@@ -475,11 +476,11 @@ report.table("interactions", margins).round(3)
 # %%
 d = coupled_fits[0]
 owner, matrix = d.impact(torch.eye(9)).argmax(0), ed.interactions(d, dense_x)
-order = interaction.clustered(matrix)
+order = study.maps.clustered(matrix)
 names = [str(int(owner[v])) for v in order]
 figure, (left, center, right) = plots.panels(1, 3, height=2.3)
 plots.heat(left, matrix[order][:, order], signed=True, rows=names, columns=names, limit=0.5, label="cross-curvature")
-used = interaction.together(d, dense_x)[order][:, order]
+used = study.maps.together(d, dense_x)[order][:, order]
 plots.heat(center, used, signed=False, rows=names, columns=names, limit=0.5, label="used together")
 spot = {int(v): torch.tensor(2 * torch.pi * i / len(order)) for i, v in enumerate(order)}
 for a in spot:

@@ -41,9 +41,10 @@ import pandas as pd
 import torch
 
 import eigendecomp as ed
-from eigendecomp import baselines, metrics, plots, results, sae
+from eigendecomp import study
 from eigendecomp.curvature import hessian_root
-from eigendecomp.targets import manifold
+from eigendecomp.report import plots, results
+from eigendecomp.targets.toys import manifold
 
 plots.style()
 target_steps = 5000
@@ -109,7 +110,7 @@ everything = torch.stack([shares(x, "*") for x in probe])
 report.record(
     spectrum=spectra[:, :5],
     energy_in_three_dimensions=results.spread(spectra[:, :3].sum(1)),
-    dimensions_for_90_percent={"embed": metrics.fewest(spectra), "all_weights": metrics.fewest(everything)},
+    dimensions_for_90_percent={"embed": study.scores.fewest(spectra), "all_weights": study.scores.fewest(everything)},
 )
 pd.DataFrame(spectra[:, :5].numpy().round(3), columns=[f"dimension {i + 1}" for i in range(5)])
 
@@ -144,12 +145,12 @@ def energies(strength: torch.Tensor) -> torch.Tensor:
 
 def scores(used: torch.Tensor, energy: torch.Tensor, activation: torch.Tensor | None = None) -> dict:
     live = in_use(used)
-    share, count = metrics.largest_share(energy[:, live]), metrics.fewest(energy[:, live])
+    share, count = study.scores.largest_share(energy[:, live]), study.scores.fewest(energy[:, live])
     row = {"live": int(live.sum()), "share": share.min().item(), "most units": count.max().item(),
            "units": count.double().mean().item()}  # fmt: skip
     if activation is not None:
-        row |= {"activation share": metrics.largest_share(activation[:, live]).min().item(),
-                "units by activation": metrics.fewest(activation[:, live]).double().mean().item()}  # fmt: skip
+        row |= {"activation share": study.scores.largest_share(activation[:, live]).min().item(),
+                "units by activation": study.scores.fewest(activation[:, live]).double().mean().item()}  # fmt: skip
     return row
 
 
@@ -201,11 +202,13 @@ def activations(x: torch.Tensor) -> dict[str, torch.Tensor]:
 layers_train, layers_test, layers_probe = (activations(x) for x in (train_x, test_x, flat))
 
 
-def autoencode(layer: str, n: int, seed: int, kept: float = kept) -> sae.Autoencoder:
-    return sae.train(layers_train[layer], n, kept, seed=seed, steps=sae_steps, batch_size=256, learning_rate=3e-3)
+def autoencode(layer: str, n: int, seed: int, kept: float = kept) -> study.autoencoders.Autoencoder:
+    return study.autoencoders.train(
+        layers_train[layer], n, kept, seed=seed, steps=sae_steps, batch_size=256, learning_rate=3e-3
+    )
 
 
-def score_sae(found: sae.Autoencoder, layer: str) -> dict:
+def score_sae(found: study.autoencoders.Autoencoder, layer: str) -> dict:
     row = scores(found.encode(layers_test[layer]), energies(found.encode(layers_probe[layer])))
     return row | {"error": found.reconstruction_error(layers_test[layer])}
 
@@ -271,15 +274,15 @@ report.figure("angles", figure)
 # %%
 middle = sizes[len(sizes) // 2]
 test_g = gradients(test_x[:512], "embed.weight")
-principal = baselines.principal_directions(gradients(train_x[:1024], "embed.weight"), middle)
-random = baselines.random_directions({"w": (width, inputs)}, middle, 3, "tucker", seed=0).flat()
+principal = study.floors.principal_directions(gradients(train_x[:1024], "embed.weight"), middle)
+random = study.floors.random_directions({"w": (width, inputs)}, middle, 3, "tucker", seed=0).flat()
 errors = pd.DataFrame(
     [
         {
             "kept": k,
             "ours": decompose(train_x, middle, fit_seeds[0], k).reconstruction_error(test_x),
-            "PCA": baselines.sparse_error(test_g, principal, k),
-            "random": baselines.sparse_error(test_g, random, k),
+            "PCA": study.floors.sparse_error(test_g, principal, k),
+            "random": study.floors.sparse_error(test_g, random, k),
             "SAE, embedding": autoencode("embed", middle, sae_seeds[0], k).reconstruction_error(layers_test["embed"]),
         }
         for k in kept_range

@@ -50,9 +50,12 @@ from IPython.display import Markdown, display
 from torch.nn.functional import normalize
 
 import eigendecomp as ed
-from eigendecomp import baselines, concepts, metrics, plots, readings, results, sae, uses
-from eigendecomp.interventions import Move, Probe, along, probabilities, push_either_way
-from eigendecomp.targets import stories, story_concepts, story_units
+from eigendecomp import study
+from eigendecomp.report import plots, results
+from eigendecomp.study.moves import Move, Probe, along, probabilities, push_either_way
+from eigendecomp.targets.stories import concepts as story_concepts
+from eigendecomp.targets.stories import model as stories
+from eigendecomp.targets.stories import units as story_units
 
 plots.style()
 smoke, least = results.profile() == "smoke", story_concepts.LEAST
@@ -124,14 +127,14 @@ def draft(n: int) -> ed.Decomposition:
 
 drafts = {n: draft(n) for n in (10, n_directions)}
 some = short["test"][:64]
-g = metrics.gradient_rows(drafts[10], some)
-principal = baselines.principal_directions(metrics.gradient_rows(drafts[10], short["fit"][:64]), n_directions)
-random = baselines.random_directions(drafts[10].decoder.shapes, n_directions, 1, seed=0).flat()
+g = study.scores.gradient_rows(drafts[10], some)
+principal = study.floors.principal_directions(study.scores.gradient_rows(drafts[10], short["fit"][:64]), n_directions)
+random = study.floors.random_directions(drafts[10].decoder.shapes, n_directions, 1, seed=0).flat()
 errors = {
     n: {
         "ours": d.reconstruction_error(some),
-        "PCA": baselines.sparse_error(g, principal[:n], 0.1 * n),
-        "random": baselines.sparse_error(g, random[:n], 0.1 * n),
+        "PCA": study.floors.sparse_error(g, principal[:n], 0.1 * n),
+        "random": study.floors.sparse_error(g, random[:n], 0.1 * n),
     }
     for n, d in drafts.items()
 }
@@ -144,11 +147,11 @@ pd.DataFrame(errors).T.rename_axis("directions").round(3)
 # An output's gradient is a sum over all tokens before it, which hides each of them, and takes a backward pass of its
 # own. From here on a sample is a *use* of the weights: one token, with what arrived there and what all outputs, each
 # with a drawn reference, ask of the weights there. One backward pass gives the uses of a whole window
-# (`eigendecomp.uses`). The directions are directions in the same parameter space. Two more choices, both worth much
-# (measured below, in "What it depends on"): every use counts alike (its gradient is scaled to norm 1), since otherwise
-# few surprising tokens decide; and the layer is written with standard inputs. A weight's gradient is an outer product
-# with what arrives, so what all tokens share is in every gradient; `stories.standardised` moves mean and scale of the
-# inputs into biases and normalisation, and the function stays what it was.
+# (`eigendecomp.study.positions`). The directions are directions in the same parameter space. Two more choices, both
+# worth much (measured below, in "What it depends on"): every use counts alike (its gradient is scaled to norm 1),
+# since otherwise few surprising tokens decide; and the layer is written with standard inputs. A weight's gradient is
+# an outer product with what arrives, so what all tokens share is in every gradient; `stories.standardised` moves mean
+# and scale of the inputs into biases and normalisation, and the function stays what it was.
 #
 # Two dictionaries of 100 directions of rank 1, three seeds each: of $W_K$ alone, and of queries, keys and values
 # together; and one of all four attention weights, for its error.
@@ -158,19 +161,23 @@ written = stories.standardised(model, [layer], tokens["fit"][:500])
 kl, reference = ed.KLDivergence(), ed.OtherSample()
 weights = {letter: f"blocks.{layer}.attn.W_{letter}" for letter in "QKVO"}
 drawn = {"divergence": kl, "reference": reference}
-of_fit, pool = uses.collect(written, tokens["fit"], parameters=list(weights.values()), **drawn)
-of_test, _ = uses.collect(written, tokens["test"], parameters=list(weights.values()), pool=pool, seed=1, **drawn)
+of_fit, pool = study.positions.collect(written, tokens["fit"], parameters=list(weights.values()), **drawn)
+of_test, _ = study.positions.collect(
+    written, tokens["test"], parameters=list(weights.values()), pool=pool, seed=1, **drawn
+)
 dictionaries = {"K": ["K"], "Q, K, V": ["Q", "K", "V"], "Q, K, V, O": ["Q", "K", "V", "O"]}
 
 
 # %%
-def decompose(found: uses.Uses, letters: list[str], seed: int, alike: bool = True, **changes) -> ed.Decomposition:
+def decompose(
+    found: study.positions.Uses, letters: list[str], seed: int, alike: bool = True, **changes
+) -> ed.Decomposition:
     chosen = found.select([weights[letter] for letter in letters])
     setting = drawn | {
         "n_directions": n_directions, "seed": seed, "steps": steps, "sparsity": ed.BatchTopK(kept / n_directions),
         "batch_size": batch_size, "learning_rate": learning_rate,
     } | changes  # fmt: skip
-    return uses.decompose(chosen.alike() if alike else chosen, pool, **setting)
+    return study.positions.decompose(chosen.alike() if alike else chosen, pool, **setting)
 
 
 fits = {
@@ -190,7 +197,7 @@ def spreads(table: pd.DataFrame, by: str, columns: list[str]) -> dict:
 
 rows = []
 for (key, seed), d in fits.items():
-    error, on = uses.reconstruction_error(d, of_test.select(d.target.names).alike())
+    error, on = study.positions.reconstruction_error(d, of_test.select(d.target.names).alike())
     rows.append({"weights": key, "seed": seed, "error": error, "kept": on, "dead": d.history.dead[-1]})
 table = pd.DataFrame(rows)
 report.record(error_of_uses=spreads(table, "weights", ["error", "kept", "dead"]))
@@ -202,13 +209,14 @@ report.table("fits", table).round(3)
 
 # %%
 rare = of_test.select([weights["K"]]).alike().gradients(slice(0, 2048)).flat()
-principal = baselines.principal_directions(
+principal = study.floors.principal_directions(
     of_fit.select([weights["K"]]).alike().gradients(slice(0, 1024)).flat(), n_directions
 )
-random_d = baselines.random_directions(fits["K", seeds[0]].decoder.shapes, n_directions, 1, seed=0)
+random_d = study.floors.random_directions(fits["K", seeds[0]].decoder.shapes, n_directions, 1, seed=0)
 floor_errors = {
-    "PCA": baselines.sparse_error(rare, principal, kept), "random": baselines.sparse_error(rare, random_d.flat(), kept)
-}  # fmt: skip
+    "PCA": study.floors.sparse_error(rare, principal, kept),
+    "random": study.floors.sparse_error(rare, random_d.flat(), kept),
+}
 report.record(floor_error_of_uses=floor_errors)
 pd.Series(floor_errors).round(3)
 
@@ -242,7 +250,7 @@ sites = {
 }
 met = {part: stories.activations(written, tokens[part], list(sites.values())) for part in tokens}
 autoencoders = {
-    (site, seed): sae.train(
+    (site, seed): study.autoencoders.train(
         met["fit"][module], n_directions, kept, seed=seed, steps=sae_steps, batch_size=sae_batch,
         learning_rate=sae_rate,
     )
@@ -275,7 +283,7 @@ Scores = dict[str, torch.Tensor]  # by split: (tokens, units)
 
 
 def oriented(found: Scores) -> Scores:
-    return {part: concepts.oriented(scores, on=found["choose"]) for part, scores in found.items()}
+    return {part: study.concepts.oriented(scores, on=found["choose"]) for part, scores in found.items()}
 
 
 arriving = {part: met[part][sites["attention input"]] for part in known}
@@ -283,7 +291,7 @@ arriving = {part: met[part][sites["attention input"]] for part in known}
 
 def readers(d: ed.Decomposition, letter: str) -> torch.Tensor:
     """(directions, rank, width)"""
-    return readings.readers(d, tokens["fit"][:3], "decoder")[weights[letter]]
+    return study.readings.readers(d, tokens["fit"][:3], "decoder")[weights[letter]]
 
 
 def along_readers(rows: torch.Tensor, x: Scores = arriving) -> Scores:
@@ -291,8 +299,8 @@ def along_readers(rows: torch.Tensor, x: Scores = arriving) -> Scores:
     return oriented({part: y.norm(dim=-1) if rows.shape[1] > 1 else y[..., 0] for part, y in met_by.items()})
 
 
-def resolve(found: Scores) -> concepts.Resolution:
-    return concepts.resolve((found["choose"], known["choose"].truth), (found["test"], known["test"].truth))
+def resolve(found: Scores) -> study.concepts.Resolution:
+    return study.concepts.resolve((found["choose"], known["choose"].truth), (found["test"], known["test"].truth))
 
 
 # %%
@@ -399,12 +407,14 @@ enough = torch.stack([(x.sum(0) >= least // 2) & ~x.all(0) for x in subset.value
 activation = {part: d.activation(x) for part, x in few.items()}
 contributed = {}
 for part, x in few.items():
-    again = [uses.collect(written, x, parameters=d.target.names, pool=pool, seed=s, **drawn)[0] for s in (2, 3)]
-    contributed[part] = sum(uses.coefficients(d, u.alike()).abs() for u in again)
+    again = [
+        study.positions.collect(written, x, parameters=d.target.names, pool=pool, seed=s, **drawn)[0] for s in (2, 3)
+    ]
+    contributed[part] = sum(study.positions.coefficients(d, u.alike()).abs() for u in again)
 
 
 def read(side: str) -> Scores:
-    return oriented({part: readings.read(d, x, side)[weights["K"]].flatten(0, 1) for part, x in few.items()})
+    return oriented({part: study.readings.read(d, x, side)[weights["K"]].flatten(0, 1) for part, x in few.items()})
 
 
 # %%
@@ -418,7 +428,9 @@ ways = {
 }
 rows = []
 for way, found in ways.items():
-    r = concepts.resolve((found["choose"], subset["choose"][:, enough]), (found["test"], subset["test"][:, enough]))
+    r = study.concepts.resolve(
+        (found["choose"], subset["choose"][:, enough]), (found["test"], subset["test"][:, enough])
+    )
     of = {f: [j for j, i in enumerate(enough) if known["test"].families[i] == f] for f in families}
     rows.append({"reading": way} | {f: r.single[j].mean().item() for f, j in of.items()})
 table = pd.DataFrame(rows)
@@ -516,7 +528,7 @@ report.figure("selectivity", figure)
 
 # %%
 pure = {
-    key: [concepts.purity(found["test"], known["test"].truth).mean().item()
+    key: [study.concepts.purity(found["test"], known["test"].truth).mean().item()
           for (name, _), found in scores.items() if name == key]
     for key in dict.fromkeys(name for name, _ in scores)
 }  # fmt: skip
@@ -563,7 +575,7 @@ report.figure("purity", figure)
 
 # %%
 d, found = fits["K", seeds[0]], scores["ours, K", seeds[0]]["test"]
-precision = concepts.average_precision(found, known["test"].truth)
+precision = study.concepts.average_precision(found, known["test"].truth)
 best, which = precision.max(1)
 strength = story_units.heads(d)
 rows = []
@@ -588,7 +600,7 @@ display(Markdown(story_units.markdown(shown, ["direction", "concept", "contexts"
 
 # %%
 report.record(largest_head_share=results.spread([strength.amax(1).median().item()]),
-              heads_for_90_percent=metrics.fewest(strength).double().mean())  # fmt: skip
+              heads_for_90_percent=study.scores.fewest(strength).double().mean())  # fmt: skip
 figure, (ax,) = plots.panels(1, 1, width=plots.PAGE * 0.75, height=2.2)
 order = strength.argmax(1).argsort(stable=True)
 plots.heat(ax, strength[order].T, signed=False, rows=[str(h) for h in range(strength.shape[1])],
@@ -642,9 +654,9 @@ kinds = {"mean output": ed.Mean(), "model-drawn": ed.ModelSample()}
 if smoke:
     variants, kinds = {"rank 2": variants["rank 2"]}, {"mean output": kinds["mean output"]}
 for label, kind in kinds.items():
-    other, _ = uses.collect(written, halved, divergence=kl, reference=kind, parameters=[weights["K"]])
+    other, _ = study.positions.collect(written, halved, divergence=kl, reference=kind, parameters=[weights["K"]])
     variants[f"reference: {label}"] = (other, {"reference": kind})
-plain, _ = uses.collect(model, halved, parameters=[weights["K"]], pool=pool, **drawn)
+plain, _ = study.positions.collect(model, halved, parameters=[weights["K"]], pool=pool, **drawn)
 variants["as the weights were trained"] = (plain, {})
 variants["gradients at their own norms"] = (of_fit, {"alike": False})
 
@@ -671,15 +683,15 @@ report.table("settings", settings).round(3)
 # the 4,000 uses that it was fitted to.
 
 # %%
-of_all, all_pool = uses.collect(
+of_all, all_pool = study.positions.collect(
     model, tokens["fit"][: fit_windows // 16], divergence=kl, reference=reference,
     parameters=["blocks.*.attn.W_*", "blocks.*.mlp.W_*"],
 )  # fmt: skip
-whole = uses.decompose(
+whole = study.positions.decompose(
     of_all.alike(), all_pool, divergence=kl, reference=reference, n_directions=n_directions // 2,
     sparsity=ed.BatchTopK(0.1), steps=max(2, steps // 2), batch_size=64, learning_rate=learning_rate,
 )  # fmt: skip
-error, on = uses.reconstruction_error(whole, of_all.alike())
+error, on = study.positions.reconstruction_error(whole, of_all.alike())
 part = whole.decoder.norms(by_tensor=True).square()
 report.record(every_block={"weights": len(of_all.rows), "parameters": whole.target.size, "error": error, "kept": on})
 print(f"{whole.target.size:,} parameters, error {error:.3f} with {on:.1f} coefficients a use")

@@ -40,9 +40,10 @@ import pandas as pd
 import torch
 
 import eigendecomp as ed
-from eigendecomp import baselines, metrics, plots, results
+from eigendecomp import study
 from eigendecomp.curvature import hessian_root
-from eigendecomp.targets import tms
+from eigendecomp.report import plots, results
+from eigendecomp.targets.toys import tms
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 plots.style()
@@ -156,7 +157,7 @@ def cosines(directions, network, owner):
         own = torch.cosine_similarity(vectors, truth[name][owner], dim=1).abs()
         scores[f"cosine, {pairs[name]}"] = own.mean().item()
         scores[f"least cosine, {pairs[name]}"] = own.min().item()
-        scores[f"max cosine, {pairs[name]}"] = metrics.max_cosine(vectors, truth[name]).mean().item()
+        scores[f"max cosine, {pairs[name]}"] = study.scores.max_cosine(vectors, truth[name]).mean().item()
     return scores
 
 
@@ -168,7 +169,10 @@ def held_out_error(d, held_out=X_held_out, draws=4):
 def score(d, network, held_out=X_held_out):
     """Everything about one fit."""
     one_hot = tms.one_hot(held_out.shape[1])
-    by_impact, by_activation = metrics.ownership(d.impact(one_hot, 64)), metrics.ownership(d.activation(one_hot))
+    by_impact, by_activation = (
+        study.scores.ownership(d.impact(one_hot, 64)),
+        study.scores.ownership(d.activation(one_hot)),
+    )
     selective = by_impact.by_feature(len(one_hot))
     return {
         "owned": by_impact.owned,
@@ -176,7 +180,7 @@ def score(d, network, held_out=X_held_out):
         "least selectivity by impact": selective.min().item(),
         "selectivity by activation": by_activation.by_feature(len(one_hot)).mean().item(),
         **cosines(d.directions(), network, by_impact.owner),
-        "encoder with decoder": metrics.cosines(d.encoder.flat(), d.decoder.flat()).diagonal().mean().item(),
+        "encoder with decoder": study.scores.cosines(d.encoder.flat(), d.decoder.flat()).diagonal().mean().item(),
         "error": held_out_error(d, held_out),
         "kept": (d.encode(held_out, sparse=True) != 0).sum(1).double().mean().item(),
     }
@@ -209,7 +213,7 @@ main_denser[["seed", "owned", "error", "kept"]].round(3)
 
 # %%
 d, network = fits[0], networks["untied"]
-order = metrics.ownership(d.impact(alone, 64)).clearest(5)  # the direction of each feature
+order = study.scores.ownership(d.impact(alone, 64)).clearest(5)  # the direction of each feature
 found, truth = tms.hidden_vectors(d.directions()), tms.feature_vectors(network)
 
 
@@ -283,7 +287,7 @@ report.figure("strengths", figure)
 deltas = torch.linspace(-1, 1, 21)
 with torch.no_grad():
     rest = network(alone)
-moved = metrics.responses(d, alone, deltas.tolist(), order.tolist()) - rest  # direction, δ, feature on, output
+moved = study.scores.responses(d, alone, deltas.tolist(), order.tolist()) - rest  # direction, δ, feature on, output
 rises = moved[range(5), -1, range(5), range(5)] > 0
 moved = torch.where(rises[:, None, None, None], moved, moved.flip(1)).permute(0, 2, 3, 1)
 own = torch.eye(5, dtype=torch.bool)
@@ -315,9 +319,9 @@ pd.DataFrame(effect).T.round(3)
 # stored at the end of the fit.
 
 # %%
-G_held_out = metrics.gradient_rows(d, X_held_out)
-components = baselines.principal_directions(metrics.gradient_rows(d, X), 5)
-random_rows = [baselines.random_directions(d.target.shapes, 5, 1, seed=seed).flat() for seed in fit_seeds]
+G_held_out = study.scores.gradient_rows(d, X_held_out)
+components = study.floors.principal_directions(study.scores.gradient_rows(d, X), 5)
+random_rows = [study.floors.random_directions(d.target.shapes, 5, 1, seed=seed).flat() for seed in fit_seeds]
 budgets = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
 SETS = {
     "random": (random_rows[:2], plots.RANDOM, "-"),
@@ -327,7 +331,7 @@ SETS = {
 figure, ax = plt.subplots(figsize=(plots.COLUMN, 2.3))
 error_by_kept = {}
 for name, (sets, color, dash) in SETS.items():
-    curves = torch.tensor([[baselines.sparse_error(G_held_out, rows, kept) for kept in budgets] for rows in sets])
+    curves = torch.tensor([[study.floors.sparse_error(G_held_out, rows, kept) for kept in budgets] for rows in sets])
     error_by_kept[name] = dict(zip(map(str, budgets), curves.mean(0).tolist(), strict=True))
     ax.plot(budgets, curves.mean(0), color=color, ls=dash, lw=1.3, label=name)
 for table, marker, name in ((main, "o", "ours, a tenth kept"), (main_denser, "s", "ours, a quarter kept")):
@@ -343,7 +347,7 @@ report.record(error_by_kept=error_by_kept)
 
 # %%
 root = hessian_root(network, alone, ed.SquaredError())
-G_alone = metrics.gradient_rows(d, alone.repeat_interleave(64, 0)).unflatten(0, (5, 64))
+G_alone = study.scores.gradient_rows(d, alone.repeat_interleave(64, 0)).unflatten(0, (5, 64))
 
 
 def floor(rows):
@@ -351,8 +355,8 @@ def floor(rows):
     named = dict(network.named_parameters())
     parts = rows.split([p.numel() for p in named.values()], 1)
     tensors = {name: part.unflatten(1, named[name].shape) for name, part in zip(named, parts, strict=True)}
-    by_impact = metrics.ownership((G_alone @ rows.T).abs().mean(1))
-    by_activation = metrics.ownership(metrics.activation_along(root, rows))
+    by_impact = study.scores.ownership((G_alone @ rows.T).abs().mean(1))
+    by_activation = study.scores.ownership(study.scores.activation_along(root, rows))
     return {
         "owned": by_impact.owned,
         "selectivity by impact": by_impact.by_feature(5).mean().item(),
@@ -421,13 +425,13 @@ compared = {(name, form): fit_all(form, **SETTINGS[name]) for name in SETTINGS f
 compared |= {(PUBLISHED_NAME, "untied"): fits, (PUBLISHED_NAME, "free"): fit_all("free", **PUBLISHED)}
 
 # %%
-yardstick = {form: metrics.gradient_rows(compared[PUBLISHED_NAME, form][0], few) for form in networks}
+yardstick = {form: study.scores.gradient_rows(compared[PUBLISHED_NAME, form][0], few) for form in networks}
 
 
 def summarise(name, form, found):
     """One row of the table: means over seeds."""
     table = scores(found, networks[form], held_out=few)
-    errors = [baselines.sparse_error(yardstick[form], d.decoder.flat().detach(), 0.5) for d in found]
+    errors = [study.floors.sparse_error(yardstick[form], d.decoder.flat().detach(), 0.5) for d in found]
     row = {"setting": name, "network": form, "seeds": len(found), "all owned": int((table["owned"] == 5).sum())}
     means = table.drop(columns=["seed", "owned", "error", "kept"]).mean().to_dict()
     return row | means | {"error at 0.5": sum(errors) / len(errors)}
@@ -451,7 +455,7 @@ settings[shown].round(3)
 figure, axes = plots.panels(1, 3, width=0.8 * plots.PAGE, height=1.85)
 for ax, (name, title) in zip(axes, zip(SETTINGS, ("draft", "draft, two sets", "published"), strict=True), strict=True):
     example = compared[name, "tied"][0]
-    mine = metrics.ownership(example.impact(alone, 64)).clearest(5)
+    mine = study.scores.ownership(example.impact(alone, 64)).clearest(5)
     draw_embedding(ax, tms.feature_vectors(tied)["W_in"], tms.hidden_vectors(example.directions())["W_in"], mine)
     ax.set_title(title)
 report.figure("settings", figure)
@@ -505,16 +509,16 @@ large_scores.set_index("seed").T.round(3)
 # %%
 d = large_fits[0]
 one_hot = tms.one_hot(40)
-by_impact = metrics.ownership(d.impact(one_hot, 64))
-G, G_large = (metrics.gradient_rows(d, x[:2000]) for x in (X_large, X_large_held_out))
+by_impact = study.scores.ownership(d.impact(one_hot, 64))
+G, G_large = (study.scores.gradient_rows(d, x[:2000]) for x in (X_large, X_large_held_out))
 kept = large_scores["kept"].mean()
-large_components = baselines.principal_directions(G, 40)
-large_random = baselines.random_directions(d.target.shapes, 40, 1, seed=0)
-random_cosine = metrics.max_cosine(large_random.dense("W_in")[:, 0], tms.feature_vectors(large)["W_in"])
+large_components = study.floors.principal_directions(G, 40)
+large_random = study.floors.random_directions(d.target.shapes, 40, 1, seed=0)
+random_cosine = study.scores.max_cosine(large_random.dense("W_in")[:, 0], tms.feature_vectors(large)["W_in"])
 large_floors = {
-    "principal components": {"error": baselines.sparse_error(G_large, large_components, kept)},
+    "principal components": {"error": study.floors.sparse_error(G_large, large_components, kept)},
     "random": {
-        "error": baselines.sparse_error(G_large, large_random.flat(), kept),
+        "error": study.floors.sparse_error(G_large, large_random.flat(), kept),
         "max cosine": random_cosine.mean().item(),
     },
 }

@@ -38,9 +38,10 @@ import pandas as pd
 import torch
 
 import eigendecomp as ed
-from eigendecomp import baselines, metrics, plots, results
+from eigendecomp import study
 from eigendecomp.curvature import hessian_root
-from eigendecomp.targets import xor
+from eigendecomp.report import plots, results
+from eigendecomp.targets.toys import xor
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 plots.style()
@@ -90,7 +91,7 @@ pd.DataFrame({"input": INPUTS, "target": xor.OUTPUTS[:, 0].int(), "output": outp
 # %%
 root = hessian_root(model, xor.INPUTS, ed.SquaredError())  # R with H = RᵀR: one row a sample here
 J = root[:, 0] / 2**0.5
-overlap = metrics.cosines(J, J)
+overlap = study.scores.cosines(J, J)
 report.record(gradient_norms=dict(zip(INPUTS, J.norm(dim=1).tolist(), strict=True)), gradient_cosines=overlap)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(0.75 * plots.PAGE, 2.0), width_ratios=[1.25, 1])
@@ -105,8 +106,8 @@ report.figure("network", figure)
 # said before any fit, and it is less than the draft's ratios:
 
 # %%
-along_gradients = metrics.activation_along(root, torch.nn.functional.normalize(J[1:], dim=1))
-limit_decoder = metrics.ownership(along_gradients).by_feature(4)[1:]
+along_gradients = study.scores.activation_along(root, torch.nn.functional.normalize(J[1:], dim=1))
+limit_decoder = study.scores.ownership(along_gradients).by_feature(4)[1:]
 report.record(ratio_along_own_gradient=dict(zip(OWNERS, limit_decoder.tolist(), strict=True)))
 print("own over next activation, along each input's own gradient:")
 print("  ".join(f"{name} {ratio:.1f}" for name, ratio in zip(OWNERS, limit_decoder.tolist(), strict=True)))
@@ -147,10 +148,10 @@ fits = {name: [decompose(model, seed, **setting) for seed in fit_seeds] for name
 main = fits["two sets, L1, constant"]
 
 # %% [markdown]
-# `metrics.encoder_rows(d)` is the decomposition with its encoder rows, at unit norm, in the place of the directions,
-# so that `activation` and `perturbed` speak of them. With one output and cotangent 1 the coefficient *is* the
-# derivative of the output along the encoder row, $z_v(x) = J(x)\,u_v$, so impact and the activation along encoder rows
-# are the same up to scale.
+# `study.scores.encoder_rows(d)` is the decomposition with its encoder rows, at unit norm, in the place of the
+# directions, so that `activation` and `perturbed` speak of them. With one output and cotangent 1 the coefficient *is*
+# the derivative of the output along the encoder row, $z_v(x) = J(x)\,u_v$, so impact and the activation along encoder
+# rows are the same up to scale.
 #
 # The draft's table, for fitting seed 0: each direction's activations, sorted.
 
@@ -159,11 +160,11 @@ main = fits["two sets, L1, constant"]
 def by_owner(d):
     """The direction that each owner has, and its activations on the four inputs."""
     strength = d.activation(xor.INPUTS)
-    order = metrics.ownership(strength).clearest(4)[1:]
+    order = study.scores.ownership(strength).clearest(4)[1:]
     return order, strength.T[order]
 
 
-SIDES = {"encoder row": metrics.encoder_rows(main[0]), "decoder row": main[0]}
+SIDES = {"encoder row": study.scores.encoder_rows(main[0]), "decoder row": main[0]}
 (_, encoder), (_, decoder) = (by_owner(d) for d in SIDES.values())
 rows = []
 for owner, read, written in zip(OWNERS, encoder, decoder, strict=True):
@@ -179,13 +180,13 @@ table.round(2)
 # avoids three gradients moves its own output by two thirds, or half, of what the gradient itself would.
 
 # %%
-components = baselines.principal_directions(J, 3)
-random = [baselines.random_directions(main[0].target.shapes, 3, 1, seed=seed).flat() for seed in fit_seeds]
+components = study.floors.principal_directions(J, 3)
+random = [study.floors.random_directions(main[0].target.shapes, 3, 1, seed=seed).flat() for seed in fit_seeds]
 maps = {
     "encoder rows": encoder,
     "decoder rows": decoder,
-    "principal components": metrics.activation_along(root, components).T,
-    "random": metrics.activation_along(root, random[0]).T,
+    "principal components": study.scores.activation_along(root, components).T,
+    "random": study.scores.activation_along(root, random[0]).T,
 }
 figure, axes = plots.panels(1, 4, height=1.65, gridspec_kw={"width_ratios": [1, 1, 1, 1]})
 for ax, (name, values) in zip(axes, maps.items(), strict=True):
@@ -235,7 +236,7 @@ STYLE = dict(zip(INPUTS, [("0.55", ":"), *((color, "-") for color in plots.COLOR
 figure, axes = plots.panels(2, 3, height=1.5, sharex=True, sharey=True)
 for k, (side, d) in enumerate(SIDES.items()):
     for ax, owner, (v, sign) in zip(axes[3 * k :], OWNERS, oriented(d), strict=False):
-        moved = metrics.responses(d, xor.INPUTS, [sign * delta for delta in deltas], [v])[0, :, :, 0] - outputs
+        moved = study.scores.responses(d, xor.INPUTS, [sign * delta for delta in deltas], [v])[0, :, :, 0] - outputs
         for name, line in zip(INPUTS, moved.T, strict=True):
             color, dash = STYLE[name]
             ax.plot(deltas, line, color=color, ls=dash, lw=2.2 if name == owner else 1.1, label=name)
@@ -259,16 +260,16 @@ report.figure("moves", figure)
 # %%
 def score(strength):
     """Ratios of the three owners, 0 where one owns nothing."""
-    return metrics.ownership(strength).by_feature(4)[1:].clamp(max=CAP)
+    return study.scores.ownership(strength).by_feature(4)[1:].clamp(max=CAP)
 
 
 ratios = {}
 for name, found in fits.items():
-    ratios[f"{name}: encoder rows"] = [score(metrics.encoder_rows(d).activation(xor.INPUTS)) for d in found]
+    ratios[f"{name}: encoder rows"] = [score(study.scores.encoder_rows(d).activation(xor.INPUTS)) for d in found]
     if not name.startswith("one set"):
         ratios[f"{name}: decoder rows"] = [score(d.activation(xor.INPUTS)) for d in found]
-ratios["principal components"] = [score(metrics.activation_along(root, components))]
-ratios["random directions"] = [score(metrics.activation_along(root, rows)) for rows in random]
+ratios["principal components"] = [score(study.scores.activation_along(root, components))]
+ratios["random directions"] = [score(study.scores.activation_along(root, rows)) for rows in random]
 ratios = {name.replace("(draft): encoder rows", "(draft)"): torch.stack(values) for name, values in ratios.items()}
 
 
@@ -333,8 +334,8 @@ for seed in range(other_networks):
     network, _ = xor.train(seed, penalty=0.0, steps=1000)
     gradients = hessian_root(network, xor.INPUTS, ed.SquaredError())[1:, 0]
     d = decompose(network, 0, **SETTINGS["two sets, L1, constant"])
-    values = score(metrics.encoder_rows(d).activation(xor.INPUTS)).tolist()
-    closest = metrics.cosines(gradients, gradients).fill_diagonal_(0).abs().max().item()
+    values = score(study.scores.encoder_rows(d).activation(xor.INPUTS)).tolist()
+    closest = study.scores.cosines(gradients, gradients).fill_diagonal_(0).abs().max().item()
     rows.append({"network": seed, "largest cosine": closest, **dict(zip(OWNERS, values, strict=True))})
 table = report.table("networks", pd.DataFrame(rows))
 report.record(

@@ -1,0 +1,1 @@
+"""Per-sample gradients as factors, never formed."""

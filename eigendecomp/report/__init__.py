@@ -1,0 +1,1 @@
+"""What the notebooks write: figures, numbers, timings."""

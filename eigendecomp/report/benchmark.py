@@ -1,0 +1,295 @@
+"""The same training step, with gradients got in several ways, and what each takes; and whole fits, in own processes."""
+
+import copy
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from eigendecomp.decomposition import decompose
+from eigendecomp.directions import Directions
+from eigendecomp.divergence import Divergence, KLDivergence
+from eigendecomp.factored.source import CapturedSource
+from eigendecomp.fit import State
+from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Source, spread
+from eigendecomp.objective import Objective
+from eigendecomp.reference import Draws, OtherSample
+from eigendecomp.sparsity import BatchTopK
+from eigendecomp.storage import Checkpoint
+from eigendecomp.support import parallel
+from eigendecomp.support.random import generator
+from eigendecomp.target import Target
+from eigendecomp.targets import sizes
+
+
+class JacobianSource:
+    """The Jacobian of the batch's losses: a backward pass through the whole batch for every sample, as published."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
+        with torch.no_grad():
+            c = spread(cotangents(self.target.call(examples)))
+        chosen = {name: p.detach() for name, p in self.target.chosen.items()}
+
+        def losses(values: Mapping[str, Tensor]) -> Tensor:
+            return (self.target.call(examples, dict(values)).unsqueeze(1) * c).sum((2, 3)).flatten()
+
+        found = torch.func.jacrev(losses, chunk_size=16)(chosen)
+        return Gradients(self.target.shapes, [Formed(self.target.shapes, _rows(found, c.shape[0] * c.shape[1]))])
+
+
+class OpacusSource:
+    """opacus's GradSampleModule: hooks with closed forms for known layers, every gradient formed."""
+
+    def __init__(self, target: Target) -> None:
+        from opacus import GradSampleModule
+
+        self.target = target
+        model = copy.deepcopy(target.model)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in target.chosen)
+        # opacus looks at modules in training mode alone; these targets behave the same in both.
+        self.model = GradSampleModule(model.train(), loss_reduction="sum")
+
+    def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
+        with torch.no_grad():
+            c = spread(cotangents(self.target.call(examples)))
+        copies, e = c.shape[1], len(c)
+        f = self.model(*[tensor.repeat_interleave(copies, 0) for tensor in examples])
+        f.backward(c.flatten(0, 1).view_as(f))
+        named = {name.removeprefix("_module."): p for name, p in self.model.named_parameters()}
+        found = {name: getattr(named[name], "grad_sample") for name in self.target.shapes}  # noqa: B009
+        rows = _rows(found, e * copies)
+        self.model.zero_grad()
+        return Gradients(self.target.shapes, [Formed(self.target.shapes, rows)])
+
+
+def _rows(found: Mapping[str, Tensor], n: int) -> Tensor:
+    return torch.cat([value.detach().reshape(n, -1) for value in found.values()], 1)
+
+
+class Step:
+    """One training step on one batch, taken again and again."""
+
+    def __init__(
+        self,
+        source: Source,
+        examples: Sequence[Tensor],
+        n_directions: int,
+        rank: int,
+        divergence: Divergence | None = None,
+    ) -> None:
+        divergence = divergence or KLDivergence()
+        target, self.source, self.examples = source.target, source, examples
+        f, reference = target.outputs(tuple(examples)), OtherSample(256)
+        pool = reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(0, "pool"))
+        self.draws = Draws.of(reference, divergence, pool, (f.shape[0], f.shape[1]), 1, generator(0, "draws"))
+        made = Directions.random(target.shapes, n_directions, rank, generator=generator(0, "directions"))
+        self.decoder = made.map(torch.nn.Parameter)
+        self.encoder = made.map(lambda factor: torch.nn.Parameter(factor.clone()))
+        weights = [*self.decoder.tensors(), *self.encoder.tensors()]
+        self.optimizer = torch.optim.Adam(weights, lr=1e-3, fused=True)
+        self.objective, self.dead = Objective(BatchTopK(0.1)), torch.zeros(n_directions, dtype=torch.bool)
+
+    def gradients(self) -> Gradients:
+        return self.source(self.examples, self.draws)
+
+    def __call__(self) -> float:
+        loss, _, _ = self.objective(self.gradients(), self.encoder, self.decoder, self.dead)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # nothing is left over for the next time, so that all its memory is seen
+        self.decoder.normalize_()
+        return loss.item()
+
+
+def sources(
+    model: nn.Module, examples: Sequence[Tensor], parameters: Sequence[str], terms: int
+) -> dict[str, Callable[[], Source]]:
+    """The four ways, made when called."""
+    target = Target(model.eval(), parameters)
+    return {
+        "factored": partial(CapturedSource, target, examples, terms=terms),
+        "vmap": partial(FunctionalSource, target),
+        "jacobian": partial(JacobianSource, target),
+        "opacus": partial(OpacusSource, target),
+    }
+
+
+def plain_pass(target: Target, examples: Sequence[Tensor]) -> Callable[[], None]:
+    """The limit: a forward and a backward pass of the batch, every example repeated once for each of its samples."""
+    positions = target.outputs(tuple(tensor[:1] for tensor in examples)).shape[1]
+    repeated = [tensor.repeat_interleave(positions, 0) for tensor in examples]
+
+    def run() -> None:
+        f = target.call(repeated)
+        torch.autograd.grad(f.square().sum(), list(target.chosen.values()))
+
+    return run
+
+
+def seconds(work: Mapping[str, Callable[[], object]], repeats: int = 5, limit: float = 4.0) -> dict[str, float]:
+    """Median CPU seconds of each piece of work; each in turn in every round, so that all meet the same machine.
+
+    The first time counts for nothing. What has taken more than ``limit`` seconds in all is not repeated.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(repeats + 1):
+        for name, call in work.items():
+            if number > 1 and sum(taken[name]) > limit:
+                continue
+            start = time.process_time()
+            call()
+            taken[name].append(time.process_time() - start)
+    return {name: statistics.median(values[1:]) for name, values in taken.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the profiler's C++ says on standard error about GPUs and memory it has not seen."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    """Bytes of all tensors made during the work and alive at once, at most; what was there before does not count.
+
+    Told by the profiler from every allocation, so it is the same on every machine. A process takes more: the
+    interpreter and torch (0.3 GB), the model and the data, and what the allocator keeps.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()  # type: ignore[attr-defined]
+        most = max(most, alive)
+    return most
+
+
+class Windows(torch.utils.data.Dataset[Tensor]):
+    """Windows of random tokens, each made when it is asked for: a dataset of any length in no memory."""
+
+    def __init__(self, examples: int, vocabulary: int, length: int = 16) -> None:
+        self.examples, self.vocabulary, self.length = examples, vocabulary, length
+
+    def __len__(self) -> int:
+        return self.examples
+
+    def __getitem__(self, number: int) -> Tensor:
+        return torch.randint(self.vocabulary, (self.length,), generator=torch.Generator().manual_seed(number))
+
+
+def fit_alone(
+    vocabulary: int,
+    width: int,
+    layers: int,
+    directions: int,
+    batch_sizes: Sequence[int],
+    steps: int,
+    *,
+    examples: int = 1000,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Fits of all parameters of a transformer on 16 positions, in as many new processes, one thread each.
+
+    Returns parameters, the median of wall seconds a step for each batch size, and the first process's peak memory in
+    bytes as the system counts it: the interpreter, torch, the model, the directions with Adam's moments, and the steps.
+    """
+    given = json.dumps([vocabulary, width, layers, directions, list(batch_sizes), steps, examples])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, "-W", "ignore", *(launcher if processes > 1 else []), "-m", __name__, given]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the fit in a process of its own failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _fits(
+    vocabulary: int, width: int, layers: int, directions: int, batch_sizes: Sequence[int], steps: int, examples: int
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model, data = sizes.Transformer(vocabulary, width, 8, layers, 16).eval(), Windows(examples, vocabulary)
+    started: list[float] = []
+    plainly = State.update
+
+    def update(state: State, *given: Tensor) -> Callable[[], list[Tensor]]:
+        started.append(time.perf_counter())
+        return plainly(state, *given)
+
+    each = []
+    for batch_size in batch_sizes:
+        started.clear()
+        # What is done once, before and after the steps, is made small.
+        with (
+            patch("eigendecomp.fit.THRESHOLD_SAMPLES", 1),
+            patch("eigendecomp.decomposition.POOL_SAMPLES", 256),
+            patch.object(State, "update", update),
+        ):
+            decompose(
+                model, data, divergence=KLDivergence(), n_directions=directions, rank=1, batch_size=batch_size,
+                steps=steps + 2, progress=False,
+            )  # fmt: skip
+        each.append(statistics.median(b - a for a, b in pairwise(started[1:])))  # the first step counts for nothing
+    return {"parameters": Target(model).size, "step_seconds": each, "process_memory": _peak_of_process()}
+
+
+def _peak_of_process() -> int:
+    """Bytes of memory that this process has held at most."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss starts from what the process that launched this one has held
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def checkpoint_writes(model: nn.Module, examples: Sequence[Tensor], n_directions: int) -> dict[str, float]:
+    """Bytes of a fit's checkpoint, seconds a write takes, and the share of a long run's time that writing it is."""
+    kept: list[Checkpoint] = []
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "fit"
+
+        def write(checkpoint: Checkpoint, state: State) -> None:
+            for _ in range(3):
+                plainly(checkpoint, state)
+            kept.append(checkpoint)
+
+        plainly = Checkpoint.write
+        with patch.object(Checkpoint, "write", write), patch("eigendecomp.fit.THRESHOLD_SAMPLES", 1):
+            decompose(
+                model, tuple(examples), divergence=KLDivergence(), n_directions=n_directions, rank=1, steps=2,
+                batch_size=16, progress=False, checkpoint=path,
+            )  # fmt: skip
+        last = kept[-1]
+        share = last.taken / last.interval()
+        return {"bytes": path.stat().st_size, "write_seconds": last.taken, "share_of_time": share}
+
+
+if __name__ == "__main__":
+    found = _fits(*json.loads(sys.argv[1]))
+    if parallel.leads():
+        print(json.dumps(found))

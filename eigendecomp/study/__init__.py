@@ -1,0 +1,27 @@
+"""Scores, floors, opponents and readings of a decomposition."""
+
+from eigendecomp.study import (
+    autoencoders,
+    concepts,
+    criteria,
+    floors,
+    jacobians,
+    maps,
+    moves,
+    positions,
+    readings,
+    scores,
+)
+
+__all__ = [
+    "autoencoders",
+    "concepts",
+    "criteria",
+    "floors",
+    "jacobians",
+    "maps",
+    "moves",
+    "positions",
+    "readings",
+    "scores",
+]

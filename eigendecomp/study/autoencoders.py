@@ -1,0 +1,135 @@
+"""Sparse autoencoders to compare with: sae-lens on activations held in memory, offline, from a seed.
+
+sae-lens is imported when it is needed (pip install "eigendecomp[comparisons]"); it takes seconds to import.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from eigendecomp.support.random import generator
+
+
+class Autoencoder:
+    """A trained SAE: what it reads from activations, what it rebuilds, and the model steered along its units."""
+
+    def __init__(self, sae: Any) -> None:
+        self.sae = sae
+
+    @property
+    def decoder(self) -> Float[Tensor, "units d"]:
+        """What each unit writes."""
+        return self.sae.W_dec.detach()
+
+    @torch.no_grad()
+    def encode(self, activations: Float[Tensor, "n d"]) -> Float[Tensor, "n units"]:
+        """Each unit's activation, zero where it is off."""
+        return self.sae.encode(activations)
+
+    @torch.no_grad()
+    def before_threshold(self, activations: Float[Tensor, "n d"]) -> Float[Tensor, "n units"]:
+        """What the encoder reads before anything is set to zero: it ranks also the samples on which a unit is off."""
+        centred = activations - self.sae.b_dec if self.sae.cfg.apply_b_dec_to_input else activations
+        return centred @ self.sae.W_enc + self.sae.b_enc
+
+    @torch.no_grad()
+    def reconstruction_error(self, activations: Float[Tensor, "n d"]) -> float:
+        """Σ‖a − â‖² / Σ‖a − ā‖²: the share of the activations' variance that is lost."""
+        left = self.sae.decode(self.sae.encode(activations)) - activations
+        return (left.square().sum() / (activations - activations.mean(0)).square().sum()).item()
+
+    @contextmanager
+    def steered(
+        self,
+        model: nn.Module,
+        module: str,
+        steps: dict[int, float],
+        *,
+        how: Literal["add", "scale"] = "add",
+        axis: int = -1,
+    ) -> Iterator[nn.Module]:
+        """Inside, the output of ``module`` has δ · (the unit's row) added to it, along ``axis`` (1 for a convolution).
+
+        ``"add"`` does so on every sample; ``"scale"`` only where the unit is on, and δ times its activation: the
+        unit's own part of the activation grows by the factor 1 + δ.
+        """
+        units = list(steps)
+        sizes = torch.tensor([float(steps[unit]) for unit in units])
+
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            rows = output.movedim(axis, -1)
+            z = self.encode(rows)[..., units] if how == "scale" else torch.ones(*rows.shape[:-1], len(units))
+            return output + ((z * sizes) @ self.decoder[units]).movedim(-1, axis)
+
+        handle = model.get_submodule(module).register_forward_hook(hook)
+        try:
+            yield model
+        finally:
+            handle.remove()
+
+
+@torch.enable_grad()
+def train(
+    activations: Float[Tensor, "n d"],
+    units: int,
+    kept: float,
+    *,
+    seed: int,
+    kind: Literal["batchtopk", "topk"] = "batchtopk",
+    steps: int = 2000,
+    batch_size: int = 1024,
+    learning_rate: float = 3e-3,
+    progress: bool = False,
+) -> Autoencoder:
+    """Train an SAE with ``kept`` units on in a sample: on average over a batch, or (``"topk"``) in every one.
+
+    Activations are scaled to a common norm for training and the scale is folded back into the weights.
+
+    Raises:
+        ValueError: if the activations are not finite rows, or no such SAE can be built.
+    """
+    if activations.ndim != 2 or not activations.isfinite().all():
+        raise ValueError(f"activations {tuple(activations.shape)} must be finite rows, one a sample")
+    if kind not in ("batchtopk", "topk"):
+        raise ValueError(f"kind={kind!r} must be 'batchtopk' or 'topk'")
+    if not 0 < kept <= units:
+        raise ValueError(f"kept={kept} must be positive and at most units={units}")
+    if kind == "topk" and kept != int(kept):
+        raise ValueError(f"kept={kept} must be whole for kind='topk', which keeps as many in every sample")
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    size = {"d_in": activations.shape[1], "d_sae": units, "normalize_activations": "expected_average_only_in"}
+    bar = partial(tqdm, disable=not progress)
+    with (
+        torch.random.fork_rng(devices=[]),
+        patch("sae_lens.training.sae_trainer.tqdm", bar),
+        patch("sae_lens.training.activation_scaler.tqdm", bar),
+    ):
+        torch.manual_seed(seed)
+        if kind == "batchtopk":
+            model = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(k=kept, **size))  # type: ignore
+        else:
+            model = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(k=int(kept), **size))  # type: ignore
+        settings = SAETrainerConfig(
+            total_training_samples=steps * batch_size, train_batch_size_samples=batch_size, lr=learning_rate,
+            lr_end=0.0, lr_decay_steps=steps // 2, dead_feature_window=100, n_batches_for_norm_estimate=10,
+        )  # fmt: skip
+        SAETrainer(settings, model, _batches(activations, batch_size, generator(seed, "sae"))).fit()
+        with TemporaryDirectory() as folder:  # the library's own way from the training form to the other
+            model.save_inference_model(folder)
+            return Autoencoder(sae_lens.SAE.load_from_disk(folder).eval())
+
+
+def _batches(activations: Tensor, size: int, draw: torch.Generator) -> Iterator[Tensor]:
+    while True:
+        yield activations[torch.randint(len(activations), (size,), generator=draw)]

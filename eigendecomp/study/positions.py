@@ -1,0 +1,209 @@
+"""Each use of a weight by itself: directions of the gradients of single positions.
+
+An output's gradient is a sum over the positions at which a weight was used, and a sum of many uses hides each. Here a
+sample is one position instead: what arrived there, and what *all* outputs (with a reference each) ask of the weights
+there. One backward pass gives the gradients of every position of an example, where those of its outputs take a pass
+each; and no gradient is longer than its factors. Directions found this way are directions in the same space, and a
+:class:`Decomposition` is made of them like any other; only its coefficients' scale, and with it the threshold, is that
+of uses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from eigendecomp.decomposition import POOL_SAMPLES, Decomposition
+from eigendecomp.directions import Factorization
+from eigendecomp.divergence import Divergence
+from eigendecomp.factored.record import Node
+from eigendecomp.factored.rules import product_sides
+from eigendecomp.factored.source import CapturedSource
+from eigendecomp.factored.terms import Factored, Side
+from eigendecomp.fit import fit
+from eigendecomp.gradients import Cotangents, Gradients
+from eigendecomp.objective import error_change
+from eigendecomp.reference import Draws, Reference
+from eigendecomp.settings import Settings
+from eigendecomp.sparsity import Sparsity
+from eigendecomp.support.examples import Feed, Inputs, Shuffled, as_examples, chunks
+from eigendecomp.support.random import generator
+from eigendecomp.target import Target, patterns
+
+CHUNK = 64  # examples at a time
+
+
+@dataclass
+class Uses:
+    """The two factors of every use: {parameter: (what arrived, what is asked)}, rows ordered example by example."""
+
+    target: Target
+    positions: int
+    rows: dict[str, tuple[int, ...]]  # the axes of the parameter that its first factor runs over
+    data_first: dict[str, bool]
+    data: dict[str, Float[Tensor, "n i"]]
+    asked: dict[str, Float[Tensor, "n o"]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.data.values())))
+
+    def gradients(self, index: Int[Tensor, " m"] | slice = slice(None)) -> Gradients:
+        """The gradients of some of the uses."""
+        parts = []
+        for name, rows in self.rows.items():
+            sides = [Side(x[index][None, :, None], x.shape[1]) for x in (self.data[name], self.asked[name])]
+            pair = (sides[0], sides[1]) if self.data_first[name] else (sides[1], sides[0])
+            parts.append(Factored(name, self.target.shapes[name], rows, [pair]))
+        return Gradients(self.target.shapes, parts)
+
+    @cached_property
+    def norms(self) -> Float[Tensor, " n"]:
+        """‖g‖ of every use, over all parameters."""
+        squares = [self.data[name].square().sum(1) * self.asked[name].square().sum(1) for name in self.rows]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def alike(self) -> "Uses":
+        """The same uses with every gradient at unit norm, so that all count alike; those of no size stay zero."""
+        scale = self.norms.clamp_min(1e-9 * self.norms.max()).reciprocal().unsqueeze(1)
+        return replace(self, asked={name: delta * scale for name, delta in self.asked.items()})
+
+    def first(self, examples: int) -> "Uses":
+        """The uses of the first examples."""
+        n = examples * self.positions
+        data, asked = ({name: x[:n] for name, x in side.items()} for side in (self.data, self.asked))
+        return replace(self, data=data, asked=asked)
+
+    def select(self, names: Sequence[str]) -> "Uses":
+        """The uses of some of the parameters alone."""
+        target = Target(self.target.model, list(names))
+        kept = [
+            {name: value[name] for name in target.names}
+            for value in (self.rows, self.data_first, self.data, self.asked)
+        ]
+        return Uses(target, self.positions, *kept)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    divergence: Divergence,
+    reference: Reference,
+    parameters: Sequence[str],
+    seed: int = 0,
+    pool: Float[Tensor, "m k"] | None = None,
+) -> tuple[Uses, Float[Tensor, "m k"]]:
+    """Every position's use of the chosen weights, with one drawn reference an output, and the pool of references.
+
+    Give the pool of a first call to a second one on other examples, so that both draw from the same outputs.
+
+    Raises:
+        ValueError: if a chosen parameter is not a weight that multiplies once at every position.
+    """
+    target, examples = Target(model, patterns(parameters)), as_examples(inputs)
+    if pool is None:
+        f = target.outputs(tuple(tensor[: POOL_SAMPLES // 32] for tensor in examples))
+        pool = reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(seed, "pool"))
+    draw = generator(seed, "references")
+    source = CapturedSource(target, tuple(tensor[:3] for tensor in examples), form=False)
+    plans = {plan.name: plan for plan in source.plans}
+    for name in target.names:
+        if name not in plans or plans[name].rows is None or sum(plan.name == name for plan in source.plans) != 1:
+            raise ValueError(f"{name!r} is not a weight that multiplies once at every position; leave it out")
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in target.names}
+    for part in chunks(examples, CHUNK):
+        shape = len(part[0]), source.outputs[0]
+        draws = Draws.of(reference, divergence, pool, shape, 1, draw)
+        for name, pair in _uses(source, part, draws).items():
+            found[name].append(pair)
+    data = {name: torch.cat([pair[0] for pair in pairs]) for name, pairs in found.items()}
+    asked = {name: torch.cat([pair[1] for pair in pairs]) for name, pairs in found.items()}
+    counts = {name: len(x) // len(examples[0]) for name, x in data.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"the weights are used at different numbers of positions: {counts}; choose some that agree")
+    first = {name: plans[name].left_is_data for name in target.names}
+    rows = {name: plans[name].rows or () for name in target.names}
+    return Uses(target, next(iter(counts.values())), rows, first, data, asked), pool
+
+
+def _uses(source: CapturedSource, part: Sequence[Tensor], cotangents: Cotangents) -> dict[str, tuple[Tensor, Tensor]]:
+    """Data and output gradients of every parameter's use, by row."""
+    count = len(part[0])
+    f, trace = source.record(part)
+    c = cotangents(f.detach())[:, :, 0]
+    found = {}
+    for use, plan, delta in zip(trace.uses, source.plans, source.pull(Node(f).settle(), trace.uses, c[None])):
+        sides = product_sides(use, plan, delta, count)
+        a, b = sides if plan.left_is_data else (sides[1], sides[0])
+        found[plan.name] = (a.full()[0].flatten(0, 1), b.full()[0].flatten(0, 1))
+    return found
+
+
+class UseBatches:
+    """Batches of uses that are held in memory."""
+
+    def __init__(self, uses: Uses, draw: torch.Generator) -> None:
+        self.uses = uses
+        self.feed: Feed = Shuffled((torch.zeros(len(uses)),), len(uses), draw)
+
+    def batch(self, size: int, generator: torch.Generator) -> Gradients:
+        assert isinstance(self.feed, Shuffled)
+        return self.uses.gradients(self.feed.indices(size))
+
+
+def decompose(
+    uses: Uses,
+    pool: Float[Tensor, "m k"],
+    *,
+    divergence: Divergence,
+    reference: Reference,
+    n_directions: int,
+    rank: int = 1,
+    factorization: Factorization = "cp",
+    tied: bool = False,
+    sparsity: Sparsity,
+    steps: int = 2000,
+    batch_size: int = 256,
+    learning_rate: float = 1e-2,
+    seed: int = 0,
+    progress: bool = False,
+) -> Decomposition:
+    """Learn directions that rebuild the gradients of uses; see :func:`eigendecomp.decompose` for the settings.
+
+    ``divergence``, ``reference`` and ``pool`` are those of :func:`collect`; the result reads new samples with them.
+    """
+    settings = Settings(
+        divergence, reference, tuple(uses.target.names), n_directions, rank, factorization, tied, sparsity, steps,
+        batch_size, learning_rate, seed,
+    )  # fmt: skip
+    batches = UseBatches(uses, generator(seed, "data"))
+    found = fit(uses.target, batches, settings, progress=progress)
+    return Decomposition(uses.target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
+
+
+@torch.no_grad()
+def coefficients(d: Decomposition, uses: Uses) -> Float[Tensor, "n v"]:
+    """⟨g, u⟩ of every use, signed."""
+    return torch.cat([uses.gradients(part).inner(d.encoder) for part in _slices(uses)])
+
+
+@torch.no_grad()
+def reconstruction_error(d: Decomposition, uses: Uses) -> tuple[float, float]:
+    """Σ‖g − ĝ‖² / Σ‖g‖² over uses of the kind that it was fitted to, and the mean number of coefficients kept."""
+    gram, left, total, kept = d.decoder.gram(), 0.0, 0.0, 0
+    for part in _slices(uses):
+        g = uses.gradients(part)
+        s = d.settings.sparsity.keep(g.inner(d.encoder), d.threshold)
+        square = g.square_norms().sum().item()
+        left += square + error_change(s, g.inner(d.decoder), gram).item()
+        total += square
+        kept += int((s != 0).sum())
+    return left / total, kept / len(uses)
+
+
+def _slices(uses: Uses, size: int = 2048) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, len(uses), size)]

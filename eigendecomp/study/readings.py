@@ -1,0 +1,135 @@
+"""Where in its input a direction is used, and what it looks for there.
+
+A weight that multiplies is used once at every position (a token, or a patch of an image), and ⟨g, u⟩ is a sum over
+these uses. Each term is a product of what arrives there, met by the direction's input-side factor, its *reader*, and
+of what is asked of the output, met by its output-side factor, its *writer*.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eigendecomp.decomposition import CHUNK, Decomposition
+from eigendecomp.directions import Directions
+from eigendecomp.factored.rules import Plan, product_sides
+from eigendecomp.factored.source import CapturedSource
+from eigendecomp.factored.terms import Factored
+from eigendecomp.reference import Draws
+from eigendecomp.support.examples import Inputs, as_examples, chunks
+from eigendecomp.support.random import generator
+
+
+def contributions(d: Decomposition, inputs: Inputs, seed: int = 0) -> dict[str, Float[Tensor, "n t v"]]:
+    """Every position's term of a sample's coefficients: {parameter: (samples, positions, directions)}, signed.
+
+    Summed over positions and parameters they are ``d.encode(inputs, seed)``. Positions are those at which the weight
+    is used: tokens in order, patches row by row.
+
+    Raises:
+        ValueError: if a chosen parameter is not a weight that multiplies (a bias, a scale), which has no such terms.
+    """
+    examples, settings, noise = as_examples(inputs), d.settings, generator(seed, "encode")
+    source = _checked(d, CapturedSource(d.target, examples, form=False))
+    pieces: dict[str, list[Tensor]] = {name: [] for name in d.encoder.shapes}
+    with torch.no_grad():
+        for part in chunks(examples, CHUNK):
+            shape = len(part[0]), source.outputs[0]
+            draws = Draws.of(settings.reference, settings.divergence, d.pool, shape, 1, noise)
+            for factored in source.gradients(part, draws).parts:
+                assert isinstance(factored, Factored)
+                pieces[factored.names[0]].append(_placed(factored.inner_by_row(d.encoder), source.outputs[0]))
+    return {name: torch.cat(rows) for name, rows in pieces.items()}
+
+
+def _placed(terms: Float[Tensor, "n t v"], positions: int) -> Float[Tensor, "n t v"]:
+    """Where outputs depend on their own position alone (the last layers), that term among zeros for the others."""
+    if terms.shape[1] > 1 or positions == 1:
+        return terms
+    own = torch.eye(positions, dtype=terms.dtype, device=terms.device)
+    return (terms.unflatten(0, (-1, positions)) * own.unsqueeze(-1)).flatten(0, 1)
+
+
+def readers(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, Float[Tensor, "v k i"]]:
+    """Each direction's input-side factors in every weight, one for each rank: what it looks for.
+
+    ``inputs`` are a few examples that show how the weights are used; ``side`` is ``"encoder"`` or ``"decoder"``.
+    """
+    plans = _plans(_source(d, inputs))
+    return {name: _pair(_rows(d, side), plan)[0] for name, plan in plans.items()}
+
+
+def writers(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, Float[Tensor, "v k o"]]:
+    """Each direction's output-side factors in every weight: where it acts. See :func:`readers`."""
+    plans = _plans(_source(d, inputs))
+    return {name: _pair(_rows(d, side), plan)[1] for name, plan in plans.items()}
+
+
+def read(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, Float[Tensor, "e t v"]]:
+    """Readers applied to what each weight meets: {parameter: (examples, positions, directions)}.
+
+    Signed at rank one; at a higher rank the norm over the rank's terms. Takes a forward pass and no reference.
+
+    Raises:
+        ValueError: if a chosen parameter is not a weight that multiplies.
+    """
+    examples, rows = as_examples(inputs), _rows(d, side)
+    source = _source(d, examples)
+    plans = _plans(source)
+    pieces: dict[str, list[Tensor]] = {name: [] for name in plans}
+    for part in chunks(examples, CHUNK):
+        # A batch of one may run through other operations than one of several.
+        count = len(part[0])
+        _, trace = source.record([torch.cat([x, x]) for x in part] if count == 1 else part)
+        found: dict[str, Tensor] = {}
+        for use, plan in zip(trace.uses, source.plans, strict=True):
+            e = max(count, 2)
+            data = product_sides(use, plan, use.output.detach().unsqueeze(0), e)[0 if plan.left_is_data else 1]
+            reader = _pair(rows, plan)[0]
+            values = data.dot(reader)[0, :count].unflatten(-1, reader.shape[:2])
+            found[plan.name] = found.get(plan.name, 0) + values
+        for name, values in found.items():
+            pieces[name].append((values.squeeze(-1) if values.shape[-1] == 1 else values.norm(dim=-1)).detach())
+    return {name: torch.cat(parts) for name, parts in pieces.items()}
+
+
+def _rows(d: Decomposition, side: str) -> Directions:
+    if side not in ("encoder", "decoder"):
+        raise ValueError(f"side={side!r} must be 'encoder' or 'decoder'")
+    return d.encoder if side == "encoder" else d.decoder
+
+
+def _pair(rows: Directions, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Input side and output side."""
+    assert plan.rows is not None
+    left, right = rows.pair(plan.name, plan.rows)
+    return (left, right) if plan.left_is_data else (right, left)
+
+
+def _plans(source: CapturedSource) -> Mapping[str, Plan]:
+    return {plan.name: plan for plan in source.plans}
+
+
+def _source(d: Decomposition, inputs: Inputs) -> CapturedSource:
+    """The decomposition's own, prepared for inputs of this shape."""
+    examples = as_examples(inputs)
+    source = d.source(examples)
+    source.prepare(examples)
+    return _checked(d, source)
+
+
+def _checked(d: Decomposition, source: CapturedSource) -> CapturedSource:
+    """The same source.
+
+    Raises:
+        ValueError: if a chosen parameter has no two factors.
+    """
+    other = [plan.name for plan in source.plans if plan.rows is None]
+    other += [name for name in d.target.names if name not in _plans(source)]
+    if other:
+        raise ValueError(
+            f"{other[0]!r} is not a weight that multiplies, so its gradient has no terms by position; decompose "
+            "weights alone with parameters=[...]"
+        )
+    return source

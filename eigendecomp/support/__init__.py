@@ -1,0 +1,1 @@
+"""What the method stands on and which knows no formula of it."""

@@ -1,0 +1,1 @@
+"""Small networks whose features are known."""

@@ -1,0 +1,88 @@
+"""Contributions sum to the coefficients; readers and writers rebuild the directions."""
+
+import pytest
+import torch
+from torch import nn
+
+import eigendecomp as ed
+from eigendecomp.study import readings
+from tests.cases import Heads
+
+
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(2, 3, 3, bias=False), nn.Linear(3 * 16, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.conv(x)).flatten(1))
+
+
+def small(model: nn.Module, x: torch.Tensor, **options) -> ed.Decomposition:
+    settings = {"parameters": ["conv.weight"] if isinstance(model, Patches) else ["W_*"], "rank": 1} | options
+    return ed.decompose(
+        model.eval(), x, divergence=ed.KLDivergence(), reference=ed.ModelSample(), n_directions=4, steps=3,
+        batch_size=16, progress=False, **settings,
+    )  # fmt: skip
+
+
+pytestmark = pytest.mark.usefixtures("in_float64")
+
+CASES = [(Heads, (70, 6, 5), 6), (Patches, (70, 2, 6, 6), 16)]
+
+
+@pytest.mark.parametrize(("make", "shape", "positions"), CASES)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_contributions_sum_to_coefficients(make, shape, positions, rank) -> None:
+    x = torch.randn(shape)
+    d = small(make(), x, rank=rank)
+    found = readings.contributions(d, x, seed=3)
+    assert all(part.shape[1] == positions for part in found.values())
+    total = torch.stack([part.sum(1) for part in found.values()]).sum(0)
+    torch.testing.assert_close(total, d.encode(x, seed=3))
+
+
+def test_later_tokens_contribute_nothing() -> None:
+    x = torch.randn(10, 6, 5)
+    found = readings.contributions(small(Heads(), x), x)["W_V"].unflatten(0, (10, 6))
+    later = torch.ones(6, 6).triu(1).bool()
+    assert found[:, later].abs().max() == 0 and found[:, ~later].abs().min() > 0
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_readers_and_writers_rebuild_directions(side) -> None:
+    x = torch.randn(8, 6, 5)
+    d = small(Heads(), x, rank=2)
+    reader, writer = readings.readers(d, x, side), readings.writers(d, x, side)
+    rows = getattr(d, side)
+    k = torch.einsum("vko,vki->voi", writer["W_K"], reader["W_K"]).unflatten(1, (3, 2)).mT
+    torch.testing.assert_close(k, rows.dense("W_K"))
+    o = torch.einsum("vki,vko->vio", reader["W_O"], writer["W_O"]).unflatten(1, (3, 2))
+    torch.testing.assert_close(o, rows.dense("W_O"))
+
+
+@pytest.mark.parametrize("count", [1, 70])
+def test_read_applies_readers_to_what_the_weight_meets(count) -> None:
+    x = torch.randn(70, 6, 5)
+    d = small(Heads(), x)
+    found = readings.read(d, x[:count])["W_K"]
+    torch.testing.assert_close(found, x[:count] @ readings.readers(d, x)["W_K"][:, 0].T)
+    higher = small(Heads(), x, rank=2)
+    values = torch.einsum("etd,vkd->etvk", x, readings.readers(higher, x)["W_V"]).norm(dim=-1)
+    torch.testing.assert_close(readings.read(higher, x)["W_V"], values)
+
+
+def test_read_meets_patches() -> None:
+    x = torch.randn(5, 2, 6, 6)
+    d = small(Patches(), x)
+    expected = nn.functional.conv2d(x, readings.readers(d, x)["conv.weight"][:, 0].unflatten(1, (2, 3, 3)))
+    torch.testing.assert_close(readings.read(d, x)["conv.weight"], expected.flatten(2).mT)
+
+
+def test_a_bias_has_no_positions() -> None:
+    x = torch.randn(8, 3)
+    d = small(nn.Sequential(nn.Linear(3, 4)), x, parameters=["*"])
+    with pytest.raises(ValueError, match=r"0\.bias.*weights alone"):
+        readings.contributions(d, x)
+    with pytest.raises(ValueError, match="side='left'"):
+        readings.read(d, x, "left")
