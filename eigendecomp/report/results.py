@@ -2,10 +2,12 @@
 
 import json
 import math
+import operator
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,11 @@ import torch
 from matplotlib.figure import Figure
 
 PACKAGES = ("torch", "numpy", "matplotlib", "eigendecomp")
+# What chooses the kernels of a matrix product, if it is set.
+KERNELS = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "ONEDNN_MAX_CPU_ISA")
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq,
+}  # fmt: skip
 
 
 def profile() -> str:
@@ -37,17 +44,65 @@ def folder() -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A statement that a number bears out.
+
+    Args:
+        name: the key under which it is kept.
+        statement: what a text says.
+        quantity: the number found.
+        comparison: one of ``<``, ``<=``, ``>``, ``>=`` and ``==``.
+        bound: the number that it is compared with.
+        spread: the standard deviation of the quantity; 0 if it has none.
+
+    Raises:
+        ValueError: for another comparison, a number that is not finite, or a negative spread.
+    """
+
+    name: str
+    statement: str
+    quantity: float
+    comparison: str
+    bound: float
+    spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.comparison not in COMPARISONS:
+            raise ValueError(f"{self.name}: comparison={self.comparison!r} must be one of {' '.join(COMPARISONS)}")
+        for key in ("quantity", "bound", "spread"):
+            if not math.isfinite(getattr(self, key)):
+                raise ValueError(f"{self.name}: {key}={getattr(self, key)} must be finite")
+        if self.spread < 0:
+            raise ValueError(f"{self.name}: spread={self.spread} must not be negative; give a standard deviation")
+
+    @property
+    def verdict(self) -> bool:
+        """Whether the number found bears the statement out."""
+        return COMPARISONS[self.comparison](self.quantity, self.bound)
+
+    @property
+    def margin(self) -> float | None:
+        """Distance to the bound in spreads, negative where the claim fails; None without a spread."""
+        if not self.spread:
+            return None
+        distance = abs(self.quantity - self.bound) / self.spread
+        return distance if self.verdict else -distance
+
+
 class Results:
     """Collects what one notebook reports and writes it to the figures folder.
 
     Args:
-        name: the notebook's name; files are ``NAME.json``, ``NAME_panel.pdf``, ``NAME_panel.png``, ``NAME_table.csv``.
+        name: the notebook's name; files are ``NAME.json``, ``NAME_panel.pdf``, ``NAME_panel.png``, ``NAME_table.csv``,
+            and ``NAME_claims.json`` if anything is claimed.
         settings: the notebook's parameters, kept beside the numbers they gave.
     """
 
     def __init__(self, name: str, **settings: Any) -> None:
         self.name, self.settings = name, settings
         self.values: dict[str, Any] = {}
+        self.claims: dict[str, Claim] = {}
         self.started = time.perf_counter()
 
     def record(self, **values: Any) -> None:
@@ -56,6 +111,15 @@ class Results:
             if key in self.values:
                 raise ValueError(f"{self.name}: {key!r} is recorded already")
             self.values[key] = plain(value)
+
+    def claim(
+        self, name: str, statement: str, quantity: float, comparison: str, bound: float, spread: float = 0.0
+    ) -> Claim:
+        """Keep a claim, true or not, under its name; a name is given once."""
+        if name in self.claims:
+            raise ValueError(f"{self.name}: {name!r} is claimed already")
+        self.claims[name] = Claim(name, statement, float(quantity), comparison, float(bound), float(spread))
+        return self.claims[name]
 
     def figure(self, panel: str, figure: Figure) -> None:
         """Write a figure as PDF and PNG, the same bytes every time."""
@@ -70,18 +134,45 @@ class Results:
         return rows
 
     def write(self) -> Path:
-        """Write NAME.json with settings, versions and wall time."""
+        """Write NAME.json with settings, versions and wall time, and NAME_claims.json beside it."""
         path = folder() / f"{self.name}.json"
         content = {
             "name": self.name,
             "profile": profile(),
             "settings": plain(self.settings),
             "results": self.values,
-            "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
+            "versions": versions(),
             "wall_seconds": round(time.perf_counter() - self.started, 1),
         }
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        claims = folder() / f"{self.name}_claims.json"
+        claims.unlink(missing_ok=True)  # an earlier run may have claimed what this one does not
+        if self.claims:
+            claims.write_text(json.dumps(plain([told(claim) for claim in self.claims.values()]), indent=1) + "\n")
         return path
+
+
+def told(claim: Claim) -> dict[str, Any]:
+    """A claim with what follows from it, as it is written."""
+    return asdict(claim) | {"verdict": claim.verdict, "margin": claim.margin}
+
+
+def versions() -> dict[str, Any]:
+    """What numbers hang on besides the code: packages, the processor's name and the kernels chosen for it."""
+    kernels = {"torch": torch.backends.cpu.get_cpu_capability()}
+    kernels |= {name: os.environ[name] for name in KERNELS if name in os.environ}
+    kernels |= {name: str(on) for name, on in (("mkl", torch.backends.mkl.is_available()),
+                                               ("onednn", torch.backends.mkldnn.is_available()))}  # fmt: skip
+    packages = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
+    return packages | {"processor": processor(), "kernels": kernels}
+
+
+def processor() -> str:
+    """The processor's name as the system tells it; its architecture where it does not."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def spread(values: Sequence[float] | torch.Tensor) -> dict[str, Any]:
