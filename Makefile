@@ -61,7 +61,7 @@ lint: $(READY) ## style, types and the floors of the package
 pairs: $(READY) ## check that every notebook's .py and executed .ipynb agree
 	@$(BIN)/python notebooks/tools/pairs.py
 
-verify: $(READY) ## compare the numbers in figures/ with the committed ones
+verify: $(READY) ## whether the results in figures/ say the same as the committed ones
 	@$(BIN)/python notebooks/tools/verify.py
 
 lab: $(READY) ## JupyterLab in the project's environment

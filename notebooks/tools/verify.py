@@ -1,11 +1,13 @@
-"""Compare the numbers of a new run, figures/*.json and *.csv, with the committed ones, and list what moved.
+"""Whether a new run says the same as the committed one: its claims, then its numbers, figures/*.json and *.csv.
 
     python notebooks/tools/verify.py [--base HEAD] [--rtol 1e-2] [--atol 1e-6]
 
-A number has moved if |new - old| > atol + rtol * |old|; text, true and false must be equal, and the same keys
-must be there. Torch promises equal results only on one version and one kind of processor, hence 1%. Entries
-that describe the run instead of the result are passed over: a key or a column that holds one of the words of RUN
-between underscores or spaces, with all that is under it, and the tables of TIMES. Exits with 1 if anything moved.
+Failures, for which it exits with 1: a claim of the paper, or of a NAME_claims.json, whose verdict changed; a file or
+a key that is gone. Warnings: a number that moved by more than its spread (the sd beside it), or more than
+atol + rtol * |old|; text, true or false that changed; a list of another length; and, where processor, kernels and
+torch are the recorded ones, any number that moved at all. One line counts the rest. Entries that describe the run
+instead of the result are passed over: a key or a column that holds one of the words of RUN between underscores or
+spaces, with all that is under it, and the tables of TIMES.
 """
 
 import argparse
@@ -14,10 +16,17 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import typst
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (
@@ -25,19 +34,57 @@ RUN = (
     "|machine|platform|device|threads"
 )
 TIMES = ("cost_steps.csv", "cost_choices.csv")
+SPREADS = ("sd", "std", "spread")
+SUMMARIES = ("mean", "median", "min", "max", "values", "quantity", *SPREADS)  # what a spread beside them is of
+SHOWN = 20
+Claims = dict[str, tuple[bool, str]]  # by what is claimed: whether it holds, and what was found
 
 
-def flatten(value: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """Every leaf of nested results with its dotted key, without what describes the run."""
+@dataclass
+class Differences:
+    """What two runs do not have in common: failures, warnings, and counts of what moved no further than it may."""
+
+    failures: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    within: int = 0
+    equal: int = 0
+
+    def add(self, other: "Differences") -> None:
+        self.failures += other.failures
+        self.warnings += other.warnings
+        self.within, self.equal = self.within + other.within, self.equal + other.equal
+
+
+# ---- numbers
+
+
+def of_run(key: object) -> bool:
+    """Whether a key describes the run instead of the result."""
+    return re.search(rf"(?:^|[_ ])(?:{RUN})(?:[_ ]|$)", str(key).lower()) is not None
+
+
+def flatten(value: object, key: str = "", spread: float = 0.0) -> Iterator[tuple[str, object, float]]:
+    """Every leaf of nested results with its dotted key and its spread, and every list's length; nothing of the run."""
     if isinstance(value, dict):
-        for name, item in value.items():
-            if not re.search(rf"(?:^|[_ ])(?:{RUN})(?:[_ ]|$)", str(name).lower()):
-                yield from flatten(item, f"{key}.{name}" if key else str(name))
+        for name in (name for name in value if not of_run(name)):
+            yield from flatten(value[name], f"{key}.{name}" if key else str(name), stated(value, str(name)))
     elif isinstance(value, list):
+        yield f"{key}[]", len(value), 0.0
         for index, item in enumerate(value):
-            yield from flatten(item, f"{key}[{index}]")
+            yield from flatten(item, f"{key}[{index}]", spread)
     else:
-        yield key, value
+        yield key, value, spread
+
+
+def stated(siblings: dict[str, Any], name: str) -> float:
+    """The spread of an entry that stands beside it: ``sd`` beside ``mean``, ``x sd`` or ``x_sd`` beside ``x``."""
+    names = [name + mark + word for word in SPREADS for mark in (" ", "_")]
+    found = [siblings.get(key) for key in [*names, *(SPREADS if name in SUMMARIES else ())]]
+    return max((float(x) for x in found if is_number(x) and math.isfinite(x)), default=0.0)
+
+
+def is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def read(text: str, name: str) -> object:
@@ -54,65 +101,175 @@ def number(entry: str) -> float | str:
         return entry
 
 
-def same(old: object, new: object, rtol: float, atol: float) -> bool:
-    """Whether one entry is what it was, within the tolerances if it is a number."""
-    numbers = [x for x in (old, new) if isinstance(x, int | float) and not isinstance(x, bool)]
-    if len(numbers) < 2:
-        return old == new
-    before, after = numbers
-    if not (math.isfinite(before) and math.isfinite(after)):
-        return before == after or (math.isnan(before) and math.isnan(after))
-    return abs(after - before) <= atol + rtol * abs(before)
+def equal(old: object, new: object) -> bool:
+    """Bit for bit, with NaN equal to itself."""
+    return old == new or (old != old and new != new)
 
 
-def moved(old: object, new: object, rtol: float = 1e-2, atol: float = 1e-6) -> list[str]:
-    """One line for each entry that is outside the tolerances, gone or new."""
-    before, after = dict(flatten(old)), dict(flatten(new))
-    lines = [f"{key}: {before[key]!r}, now missing" for key in before if key not in after]
-    lines += [f"{key}: new, {after[key]!r}" for key in after if key not in before]
-    for key in before:
-        if key in after and not same(before[key], after[key], rtol, atol):
-            lines.append(f"{key}: {before[key]!r}, now {after[key]!r}")
-    return lines
+def allowed(old: Any, new: Any, tolerance: float) -> bool:
+    """Whether a number moved no further than it may."""
+    return is_number(old) and is_number(new) and abs(new - old) <= tolerance  # never so with NaN
 
 
-def git(*arguments: str) -> str:
-    """The output of a git command in the repository."""
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+def compare(old: object, new: object, rtol: float = 1e-2, atol: float = 1e-6, exact: bool = False) -> Differences:
+    """What moved between two results; ``exact``: on the same kind of processor, where nothing has to move."""
+    before = {key: (value, spread) for key, value, spread in flatten(old)}
+    after = {key: value for key, value, _ in flatten(new)}
+    found = Differences()
+    for key, (value, spread) in before.items():
+        if key not in after:
+            if not shortened(key, after):
+                found.failures.append(f"{key}: {value!r}, now missing")
+        elif equal(value, after[key]):
+            found.equal += 1
+        elif key.endswith("[]"):
+            found.warnings.append(f"{key[:-2]}: {value} entries, now {after[key]}")
+        else:
+            size = abs(value) if is_number(value) else 0.0  # pyright: ignore[reportArgumentType]
+            within = allowed(value, after[key], max(spread, atol + rtol * size))
+            found.within += within and not exact
+            if exact or not within:
+                found.warnings.append(f"{key}: {value!r}, now {after[key]!r}")
+    found.warnings += [
+        f"{key}: new, {after[key]!r}" for key in after if key not in before and not shortened(key, before)
+    ]
+    return found
+
+
+def shortened(key: str, other: dict[str, Any]) -> bool:
+    """Whether an entry lies past the end of a list that is there: the list's length tells it already."""
+    places = re.finditer(r"\[(\d+)\]", key)
+    lengths = ((int(place[1]), other.get(f"{key[: place.start()]}[]")) for place in places)
+    return any(length is not None and index >= length for index, length in lengths)
+
+
+# ---- claims
+
+
+def of_paper(root: Path) -> Claims:
+    """The claims of the paper in a folder that holds it and its results.
+
+    Raises:
+        RuntimeError: if a file or a key that the text needs is missing.
+    """
+    main = str(root / "paper" / "main.typ")
+    found = json.loads(typst.query(main, "<claim>", root=str(root), ignore_system_fonts=True))
+    claims: Claims = {}
+    for claim in (item["value"] for item in found):
+        holds, words = claims.get(claim["name"], (True, ""))
+        if holds:  # one that is made twice holds if it does both times
+            words = f"{claim['found']!r} {claim['relation']} {claim['bound']!r}"
+        claims[claim["name"]] = holds and claim["holds"], words
+    return claims
+
+
+def of_file(content: Any) -> Claims:
+    """The claims of a NAME_claims.json."""
+    return {x["name"]: (x["verdict"], f"{x['quantity']!r} {x['comparison']} {x['bound']!r}") for x in content}
+
+
+def changed(old: Claims, new: Claims) -> list[str]:
+    """One line for each claim that is gone or whose verdict is another."""
+    words = {True: "held", False: "failed"}
+    gone = [f"no longer claimed: {name}" for name in old if name not in new]
+    return gone + [
+        f"{words[old[name][0]]} ({old[name][1]}), now {'holds' if holds else 'fails'} ({found}): {name}"
+        for name, (holds, found) in new.items()
+        if name in old and holds != old[name][0]
+    ]
+
+
+def paper(base: Path) -> Differences:
+    """The paper's claims on the committed results and on the new ones; the text is the new one both times."""
+    if not (ROOT / "paper" / "main.typ").exists():
+        return Differences()
+    shutil.copytree(ROOT / "paper", base / "paper")
+    claims: list[Claims] = []
+    for root, whose in ((base, "committed"), (ROOT, "new")):
+        try:
+            claims.append(of_paper(root))
+        except RuntimeError as error:  # of which typst.TypstError is one; a query raises its own kind
+            return Differences([f"the paper cannot be built from the {whose} results: {error}"])
+    print(f"the paper's claims: {len(claims[1])}, of which {sum(holds for holds, _ in claims[1].values())} hold")
+    return Differences([f"claim {line}" for line in changed(*claims)])
+
+
+# ---- files
+
+
+def results(folder: Path) -> dict[str, Path]:
+    """The results files and tables of a folder by name."""
+    paths = [*folder.glob("*.json"), *folder.glob("*.csv")]
+    return {path.name: path for path in sorted(paths) if path.name not in TIMES}
+
+
+def kind(folder: Path, name: str) -> tuple[Any, ...] | None:
+    """Processor, kernels and torch that a file's numbers were computed with; None if that was not recorded."""
+    path = folder / (re.split(r"[_.]", name)[0] + ".json")
+    own = folder / name
+    path = own if own.suffix == ".json" and not name.endswith("_claims.json") else path
+    content = json.loads(path.read_text()) if path.exists() else {}
+    versions = content.get("versions", {}) if isinstance(content, dict) else {}
+    found = tuple(versions.get(key) for key in ("processor", "kernels", "torch"))
+    return None if None in found else found
+
+
+def files(base: Path, new: Path, rtol: float, atol: float) -> Differences:
+    """Every results file and table of two folders of figures."""
+    committed, here, found, kinds = results(base), results(new), Differences(), set[str]()
+    for name, path in committed.items():
+        if name not in here:
+            found.failures.append(f"{name}: missing")
+            continue
+        old, now = read(path.read_text(), name), read(here[name].read_text(), name)
+        before, after = kind(base, name), kind(new, name)
+        known = before is not None and after is not None
+        kinds.add(("the recorded one" if before == after else "another") if known else "not known")
+        one = compare(old, now, rtol, atol, exact=known and before == after)
+        if name.endswith("_claims.json"):
+            one.failures = [f"claim {line}" for line in changed(of_file(old), of_file(now))]
+        found.failures += [f"{name}: {line}" for line in one.failures]
+        found.warnings += [f"{name}: {line}" for line in one.warnings]
+        found.add(Differences(within=one.within, equal=one.equal))
+    for name in sorted(here.keys() - committed.keys()):
+        found.warnings.append(f"{name}: not committed, nothing to compare it with")
+    print(f"kind of processor: {' or '.join(sorted(kinds)) or 'not known'}; files compared: {len(committed)}")
+    return found
+
+
+def extract(base: str, folder: Path) -> None:
+    """Put the committed figures of a commit in a folder."""
+    command = ["git", "archive", "--format=tar", base, "figures"]
+    archive = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
+
+
+def report(found: Differences) -> None:
+    """Failures, the first warnings, and one line on everything else."""
+    for line in found.failures:
+        print(f"FAILURE {line}")
+    for line in found.warnings[:SHOWN]:
+        print(f"warning {line}")
+    if len(found.warnings) > SHOWN:
+        print(f"warning … and {len(found.warnings) - SHOWN} more")
+    moved = f"{found.within} moved within their spreads or tolerances, " if found.within else ""
+    print(f"everything else: {moved}{found.equal} entries are the same bit for bit")
 
 
 def main() -> None:
-    """Compare every results file and table of the working tree and of the base commit."""
-    parser = argparse.ArgumentParser(description="Compare the numbers of a new run with the committed ones.")
+    """Compare the results of the working tree with those of the base commit."""
+    parser = argparse.ArgumentParser(description="Whether a new run says the same as the committed one.")
     parser.add_argument("--base", default="HEAD", help="the commit to compare with (%(default)s)")
     parser.add_argument("--rtol", type=float, default=1e-2, help="relative tolerance (%(default)s)")
     parser.add_argument("--atol", type=float, default=1e-6, help="absolute tolerance (%(default)s)")
     arguments = parser.parse_args()
-    committed = {
-        Path(path).name: path
-        for path in git("ls-tree", "-r", "--name-only", arguments.base, "figures/").splitlines()
-        if path.endswith((".json", ".csv")) and Path(path).name not in TIMES
-    }
-    found = [*(ROOT / "figures").glob("*.json"), *(ROOT / "figures").glob("*.csv")]
-    here = {path.name: path for path in found if path.name not in TIMES}
-    failures = compared = 0
-    for name in sorted({*committed, *here}):
-        if name not in committed:
-            print(f"{name}: not in {arguments.base}, nothing to compare it with")
-            continue
-        old = read(git("show", f"{arguments.base}:{committed[name]}"), name)
-        if name in here:
-            lines = moved(old, read(here[name].read_text(), name), arguments.rtol, arguments.atol)
-        else:
-            lines = ["missing"]
-        entries = len(dict(flatten(old)))
-        print("\n".join(f"{name}: {line}" for line in lines) or f"{name}: {entries} entries agree")
-        failures, compared = failures + len(lines), compared + 1
-    print(
-        f"files compared with {arguments.base}: {compared}, entries that moved: {failures} "
-        f"(relative tolerance {arguments.rtol:g}, absolute {arguments.atol:g})"
-    )
-    sys.exit(bool(failures))
+    with tempfile.TemporaryDirectory() as folder:
+        extract(arguments.base, Path(folder))
+        found = paper(Path(folder))
+        found.add(files(Path(folder) / "figures", ROOT / "figures", arguments.rtol, arguments.atol))
+    report(found)
+    sys.exit(bool(found.failures))
 
 
 if __name__ == "__main__":

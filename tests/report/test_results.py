@@ -79,7 +79,8 @@ def test_what_is_written_says_where_it_was_computed(figures: Path, monkeypatch: 
     ("quantity", "comparison", "bound", "verdict", "margin"),
     [
         (3.0, ">", 2.0, True, 2.0), (1.0, ">", 2.0, False, -2.0), (2.0, ">", 2.0, False, 0.0),
-        (2.0, ">=", 2.0, True, 0.0), (1.0, "<", 2.0, True, 2.0), (2.0, "<=", 2.0, True, 0.0), (3.0, "<=", 2.0, False, -2.0),
+        (2.0, ">=", 2.0, True, 0.0), (1.0, "<", 2.0, True, 2.0),
+        (2.0, "<=", 2.0, True, 0.0), (3.0, "<=", 2.0, False, -2.0),
         (3.0, "==", 2.0, False, -2.0),
     ],
 )  # fmt: skip

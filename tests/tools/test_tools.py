@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
@@ -15,7 +16,7 @@ from execute import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from scrub import displayed, scrub
 from tqdm import tqdm
-from verify import moved, read
+from verify import compare, read
 
 SOURCE = """\
 # ---
@@ -185,19 +186,33 @@ def test_verify_finds_what_moved_and_passes_over_the_run() -> None:
         "versions": {"torch": "2"},
     }
     new = json.loads(json.dumps(old))
-    assert moved(old, new) == []
+    found = compare(old, new)
+    assert (found.failures, found.warnings, found.within) == ([], [], 0)
     new |= {"fit_seconds": 9.0, "versions": {"torch": "3", "numpy": "2"}, "tiny": 1e-7}
     new["score"] = {"mean": 0.504, "by_seed": [1.0, 2.03]}
-    assert moved(old, new) == ["score.by_seed[1]: 2.0, now 2.03"]
-    assert moved(old, new, rtol=0.02) == []
-    new["score"] = {"mean": 0.5, "by_seed": [1.0]}
+    found = compare(old, new)
+    assert (found.failures, found.warnings, found.within) == ([], ["score.by_seed[1]: 2.0, now 2.03"], 2)
+    assert compare(old, new, rtol=0.02).warnings == []
+    assert len(compare(old, new, rtol=0.02, exact=True).warnings) == 3
+    new["score"] = {"by_seed": [1.0]}
     new |= {"name": "b", "bad": 0.0, "extra": True}
-    assert moved(old, new) == [
-        "score.by_seed[1]: 2.0, now missing",
-        "extra: new, True",
+    found = compare(old, new)
+    assert found.failures == ["score.mean: 0.5, now missing"]
+    assert found.warnings == [
+        "score.by_seed: 2 entries, now 1",
         "name: 'a', now 'b'",
         "bad: nan, now 0.0",
+        "extra: new, True",
     ]
+
+
+def test_verify_allows_what_the_spread_beside_a_number_allows() -> None:
+    old = {"a": {"mean": 1.0, "sd": 0.2, "min": 0.8, "values": [0.8, 1.2], "other": 1.0}, "b": 1.0, "b_std": 0.3}
+    new = {"a": {"mean": 1.19, "sd": 0.1, "min": 0.7, "values": [0.7, 1.5], "other": 1.1}, "b": 1.29, "b_std": 0.3}
+    found = compare(old, new)
+    assert found.warnings == ["a.values[1]: 1.2, now 1.5", "a.other: 1.0, now 1.1"]
+    assert found.within == 5
+    assert compare({"mean": 5.0, "sd": 0.0}, {"mean": 4.0, "sd": 0.0}).warnings == ["mean: 5.0, now 4.0"]
 
 
 def test_verify_reads_tables() -> None:
@@ -207,8 +222,84 @@ def test_verify_reads_tables() -> None:
         {"setting": "a, b", "score": "", "step seconds": 2.0},
     ]
     new = read('setting,score,step seconds\nplain,0.51,9\n"a, b",,9\n', "toy_table.csv")
-    assert moved(old, new) == ["[0].score: 0.5, now 0.51"]
-    assert moved(old, new[:1] if isinstance(new, list) else new, rtol=0.1) == [
-        "[1].setting: 'a, b', now missing",
-        "[1].score: '', now missing",
-    ]
+    assert compare(old, new).warnings == ["[0].score: 0.5, now 0.51"]
+    assert compare(old, new[:1] if isinstance(new, list) else new, rtol=0.1).warnings == [": 2 entries, now 1"]
+
+
+TOY = {"settings": {}, "results": {"score": {"mean": 0.5, "sd": 0.1}, "values": list(range(1, 31)), "text": "a"}}
+CLAIM = {"name": "more", "statement": "it is more", "quantity": 3.0, "comparison": ">", "bound": 2.0, "spread": 0.5,
+         "verdict": True, "margin": 2.0}  # fmt: skip
+VERSIONS = {"torch": "2", "processor": "a processor", "kernels": {"torch": "AVX2"}}
+
+
+def put(repository: Path, toy: dict[str, Any], claim: dict[str, Any] = CLAIM) -> None:
+    (repository / "figures").mkdir(exist_ok=True)
+    (repository / "figures" / "toy.json").write_text(json.dumps(toy))
+    (repository / "figures" / "toy_claims.json").write_text(json.dumps([claim]))
+
+
+def scored(mean: float, **more: Any) -> dict[str, Any]:
+    return {**TOY, "results": {**TOY["results"], "score": {"mean": mean, "sd": 0.1}}, **more}
+
+
+@pytest.fixture
+def committed(repository: Path) -> Path:
+    """A repository with a paper of one claim, and its results, committed."""
+    (repository / "paper").mkdir()
+    (repository / "paper" / "results.typ").write_text((ROOT / "paper" / "results.typ").read_text())
+    text = '#import "results.typ": *\n#claim((val("toy", "score.mean"), ">", 0.45), "scores are high")\nText.\n'
+    (repository / "paper" / "main.typ").write_text(text)
+    put(repository, {**TOY, "versions": VERSIONS})
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "results"]):
+        subprocess.run(["git", *command], cwd=repository, check=True)
+    return repository
+
+
+def verify(repository: Path) -> tuple[int, str]:
+    command = [sys.executable, repository / "notebooks" / "tools" / "verify.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+def test_verify_of_the_same_results(committed: Path) -> None:
+    code, said = verify(committed)
+    assert code == 0 and "warning" not in said and "FAILURE" not in said
+    assert "the paper's claims: 1, of which 1 hold" in said and "the recorded one" in said
+    assert re.search(r"everything else: \d+ entries are the same bit for bit\n$", said)
+
+
+def test_verify_fails_if_a_claims_verdict_changed_and_not_if_a_number_moved(committed: Path) -> None:
+    put(committed, scored(0.48, versions=VERSIONS))
+    code, said = verify(committed)
+    assert code == 0 and "warning toy.json: results.score.mean: 0.5, now 0.48" in said  # the same kind of processor
+    put(committed, scored(0.48, versions={**VERSIONS, "kernels": {"torch": "AVX512"}}))
+    code, said = verify(committed)
+    assert code == 0 and "warning" not in said and "kind of processor: another" in said
+    assert "everything else: 1 moved within their spreads or tolerances" in said
+    put(committed, scored(0.48))
+    assert "kind of processor: not known" in verify(committed)[1]
+    put(committed, scored(0.44))
+    code, said = verify(committed)
+    assert code == 1 and "FAILURE claim held (0.5 > 0.45), now fails (0.44 > 0.45): scores are high" in said
+    put(committed, TOY, {**CLAIM, "quantity": 1.0, "verdict": False})
+    code, said = verify(committed)
+    assert code == 1 and "FAILURE toy_claims.json: claim held (3.0 > 2.0), now fails (1.0 > 2.0): more" in said
+
+
+def test_verify_fails_if_a_key_or_a_file_is_gone(committed: Path) -> None:
+    put(committed, {**TOY, "results": {"text": "a", "values": TOY["results"]["values"]}})
+    code, said = verify(committed)
+    assert code == 1 and "FAILURE toy.json: results.score.mean: 0.5, now missing" in said
+    assert "FAILURE the paper cannot be built from the new results" in said
+    put(committed, TOY)
+    (committed / "figures" / "toy_claims.json").unlink()
+    code, said = verify(committed)
+    assert code == 1 and "FAILURE toy_claims.json: missing" in said
+
+
+def test_verify_shows_twenty_warnings_and_counts_the_rest(committed: Path) -> None:
+    put(committed, {**TOY, "results": {**TOY["results"], "values": list(range(101, 131)), "text": "b"}})
+    code, said = verify(committed)
+    assert code == 0 and said.count("warning toy.json") == 20 and "warning … and 11 more" in said
