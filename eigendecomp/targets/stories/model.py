@@ -31,6 +31,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from eigendecomp.support.extras import need
+
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformers import PreTrainedTokenizerFast
