@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.support.examples import Inputs
+from eigendecomp.support.extras import need
 
 
 @dataclass
@@ -55,7 +55,7 @@ def max_cosine(found: Float[Tensor, "v d"], truth: Float[Tensor, "m d"]) -> Floa
 def matched_cosine(a: Float[Tensor, "v d"], b: Float[Tensor, "w d"]) -> Float[Tensor, " m"]:
     """|cosine| of the pairs of the one-to-one matching that makes their sum largest."""
     similarity = cosines(a, b).abs()
-    rows, columns = linear_sum_assignment(-similarity.detach().numpy())
+    rows, columns = need("study", "scipy.optimize").linear_sum_assignment(-similarity.detach().numpy())
     return similarity[torch.as_tensor(rows), torch.as_tensor(columns)]
 
 

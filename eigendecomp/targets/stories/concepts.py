@@ -5,14 +5,19 @@ over the next token. Word lists are those of the shipped vocabulary, in which mo
 words that a vocabulary lacks.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 LEAST = 20  # samples of which a concept must be true, and false
 

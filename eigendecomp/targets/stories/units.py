@@ -1,11 +1,13 @@
 """Units of a story model, of whatever kind: their contexts, what they promote, and whom a push along them reaches."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from eigendecomp.study.moves import Move, Probe
 from eigendecomp.study.scores import cosines
 from eigendecomp.support.examples import as_examples
 from eigendecomp.targets.stories import model as stories
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass
