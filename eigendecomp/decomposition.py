@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigendecomp.batches import CACHE_BYTES, CachedBatches, LiveBatches
+from eigendecomp.batches import CACHE_BYTES, ZERO, CachedBatches, LiveBatches
 from eigendecomp.curvature import curvatures, push_forward
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
@@ -274,6 +274,7 @@ def decompose(
     f = target.outputs(held)
     pool = reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(seed, "pool"))
     draws = Draws.of(reference, divergence, pool, (1, 1), 1, generator(seed, "probe"))
+    check_differs(draws, f, generator(seed, "zero"))
     if cached:
         batches = CachedBatches(source, held, f, draws, generator(seed, "data"))
     else:
@@ -289,6 +290,21 @@ def decompose(
     made = Decomposition(target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
     made._source = source
     return made
+
+
+def check_differs(draws: Draws, f: Float[Tensor, "e p k"], generator: torch.Generator) -> None:
+    """Refuse references from which no output differs by more than rounding: a fit would learn the rounding.
+
+    Raises:
+        ValueError: if every cotangent is zero within 16 units of the outputs' last digit.
+    """
+    c = draws.again((f.shape[0], f.shape[1]), 1, generator)
+    for start in range(0, len(f), 256):
+        some = slice(start, start + 256)
+        scale = f[some].abs().amax() + draws.divergence.predict(f[some]).abs().amax()
+        if c[some](f[some]).abs().amax() > 16 * torch.finfo(f.dtype).eps * scale:
+            return
+    raise ValueError(f"all gradients are zero: {ZERO}")
 
 
 @torch.no_grad()
