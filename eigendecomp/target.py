@@ -176,7 +176,7 @@ class Target:
             if isinstance(output, Tensor) and output in watch.channels:
                 raise ValueError(
                     f"the model's output {tuple(output.shape)} is a convolution's, with channels on axis 1, but "
-                    "outputs are compared along the last axis; wrap the model so that it returns output.movedim(1, -1), "
+                    "outputs are compared along the last axis; let the model return output.movedim(1, -1), "
                     "where every place is a sample, or output.flatten(1), where an example is one"
                 )
             return standard(output).to(self.dtype)
