@@ -27,7 +27,7 @@ from eigendecomp.support import files, parallel
 from eigendecomp.support.checks import real, whole
 from eigendecomp.support.examples import Examples, Inputs, as_examples, chunks, count, feed, fetch, first
 from eigendecomp.support.random import generator
-from eigendecomp.target import Target, patterns
+from eigendecomp.target import LOCK, Target, patterns
 
 FORMAT = 1
 CHUNK = 64  # examples read at a time; a constant, so that nothing depends on it
@@ -56,6 +56,10 @@ class Decomposition:
         self.encoder, self.decoder, self.threshold, self.pool = encoder, decoder, threshold, pool
         self.history = history
         self._source: CapturedSource | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the source, which belongs to this process and is prepared again when it is needed."""
+        return self.__dict__ | {"_source": None}
 
     # ---- reading
 
@@ -128,14 +132,14 @@ class Decomposition:
         """Gradients of the samples, ``CHUNK`` examples at a time; references are drawn in the samples' order."""
         noise = generator(seed, "encode")
         for part in chunks(inputs, CHUNK):
-            positions = self.target.outputs(tuple(tensor[:1] for tensor in part)).shape[1]
+            positions = self.target.outputs(first(part, 1)).shape[1]
             shape = len(part[0]), positions
             s = self.settings
             yield self.source(part)(part, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
 
     def source(self, examples: Examples) -> CapturedSource:
         """Where gradients come from, prepared on the first examples that are asked about."""
-        if self._source is None:
+        if self._source is None or self.target.renewed():
             self._source = capture(self.target, examples, self.settings)
         return self._source
 
@@ -147,18 +151,20 @@ class Decomposition:
         for number, delta in steps.items():
             whole("direction", number, 0, self.decoder.n - 1)
             real(f"the step along direction {number}", delta)
-        few = self.decoder.select(list(steps))
+        few = self.decoder.select([int(number) for number in steps])
         sizes = torch.tensor(list(steps.values()), dtype=self.target.dtype, device=self.target.device)
-        kept = {name: p.detach().clone() for name, p in self.target.chosen.items()}
-        try:
-            with torch.no_grad():
-                for name, p in self.target.chosen.items():
-                    p.add_(torch.tensordot(sizes, few.dense(name), 1).view(p.shape))
-            yield self.target.model
-        finally:
-            with torch.no_grad():
-                for name, p in self.target.chosen.items():
-                    p.copy_(kept[name])
+        with LOCK:  # no other thread runs a model that is moved
+            chosen = self.target.chosen
+            kept = {name: p.detach().clone() for name, p in chosen.items()}
+            try:
+                with torch.no_grad():
+                    for name, p in chosen.items():
+                        p.add_(torch.tensordot(sizes, few.dense(name), 1).view(p.shape))
+                yield self.target.model
+            finally:
+                with torch.no_grad():
+                    for name, p in chosen.items():
+                        p.copy_(kept[name])
 
     # ---- keeping
 
