@@ -34,8 +34,6 @@ ALLOWED = {
     "factored.record.Trace": 165, "factored.record.Trace._understood": 52, "factored.source.CapturedSource": 340,
     "factored.source.CapturedSource._check": 41, "targets.stories.concepts.Rules": 149,
     "study.autoencoders.train": 51, "study.positions.collect": 41,
-    "targets.stories.concepts.Rules.prediction": 43, "targets.fashion.network.train": 52,
-    "targets.fashion.network.main": 43, "targets.fashion.concepts._measures": 48,
 }  # fmt: skip
 
 

@@ -206,12 +206,12 @@ def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: S
 
 
 @torch.no_grad()
-def continued(model: HookedTransformer, prompt: str, n: int, seed: int = 0, temperature: float = 0.7) -> str:
+def continued(model: HookedTransformer, prompt: str, n: int, seed: int = 0) -> str:
     """The prompt, at the start of a story, and up to ``n`` tokens that the model draws after it."""
     tokenizer, draw = _shipped_tokenizer(), torch.Generator().manual_seed(seed)
     ids = [END_ID, *tokenizer.encode(prompt)]
     for _ in range(n):
-        p = (model(torch.tensor([ids]))[0, -1] / temperature).softmax(-1)
+        p = (model(torch.tensor([ids]))[0, -1] / 0.7).softmax(-1)
         ids.append(int(torch.multinomial(p, 1, generator=draw)))
         if ids[-1] == END_ID:
             return str(tokenizer.decode(ids[1:-1]))

@@ -80,9 +80,9 @@ def strongest(scores: Float[Tensor, " n"], share: float) -> Bool[Tensor, " n"]:
     return on & (scores > scores.min())
 
 
-def found_again(a: Float[Tensor, "v d"], b: Float[Tensor, "w d"], least: float = 0.8) -> float:
-    """The share of the rows of ``a`` that have a row of ``b`` with |cosine| of at least ``least``."""
-    return (cosines(a, b).abs().amax(1) >= least).double().mean().item()
+def found_again(a: Float[Tensor, "v d"], b: Float[Tensor, "w d"]) -> float:
+    """The share of the rows of ``a`` that have a row of ``b`` with |cosine| of at least 0.8."""
+    return (cosines(a, b).abs().amax(1) >= 0.8).double().mean().item()
 
 
 def contexts(tokens: Int[Tensor, "n t"], scores: Float[Tensor, " n·t"], k: int) -> list[tuple[str, str, str, float]]:

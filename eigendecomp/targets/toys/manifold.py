@@ -62,11 +62,11 @@ def data(
 
 
 def around(
-    planes: Float[Tensor, "circles 2 inputs"], points: int, radius: float = 0.75
+    planes: Float[Tensor, "circles 2 inputs"], points: int
 ) -> tuple[Float[Tensor, " points"], Float[Tensor, "circles points inputs"]]:
-    """Angles, and the inputs of each circle on alone at them."""
+    """Angles, and the inputs of each circle on alone at them, with radius 0.75."""
     angle = 2 * math.pi * torch.arange(points) / points
-    return angle, torch.einsum("np,cpi->cni", point(angle, radius), planes)
+    return angle, torch.einsum("np,cpi->cni", point(angle, 0.75), planes)
 
 
 def train(

@@ -12,7 +12,7 @@ def minimise(
     steps: int,
     after: Callable[[], object] | None = None,
 ) -> None:
-    """Minimise ``loss(step)`` with a cosine schedule; ``after`` runs after each step, without a graph."""
+    """Minimise ``loss(step)``; the learning rate falls as a cosine, and ``after`` ends each step, without a graph."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         optimizer.zero_grad()
