@@ -1,10 +1,10 @@
 """What a light installation leaves out, asked for by name."""
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 
-def need(extra: str, *modules: str) -> ModuleType:
+def need(extra: str, *modules: str) -> Any:
     """The first of the modules, once all of them can be imported.
 
     Raises:
