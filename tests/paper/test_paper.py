@@ -74,7 +74,7 @@ def altered(tmp_path: Path, alter: Callable[[dict[str, Any]], None]) -> Path:
 
 def test_a_claim_that_no_longer_holds_is_marked_and_stops_only_a_strict_build(tmp_path: Path) -> None:
     root = altered(tmp_path, lambda results: results.update(most_directions=4))
-    with pytest.raises(typst.TypstError, match="the results no longer say that no circle has more than three.*: 4 == 3"):
+    with pytest.raises(typst.TypstError, match=r"no longer say that no circle has more than three.*: 4 == 3"):
         build(root)
     assert build(root, strict="").startswith(b"%PDF")
     assert build(root, strict="0").startswith(b"%PDF")
@@ -86,7 +86,7 @@ def test_a_claim_that_no_longer_holds_is_marked_and_stops_only_a_strict_build(tm
 
 def test_a_missing_key_stops_every_build(tmp_path: Path) -> None:
     root = altered(tmp_path, lambda results: results.pop("most_directions"))
-    with pytest.raises(typst.TypstError, match="figures/manifold.json, results: no key"):
+    with pytest.raises(typst.TypstError, match=r"figures/manifold.json, results: no key"):
         build(root, strict="")
 
 
