@@ -92,7 +92,7 @@ class Target:
         owners = {name: name.rpartition(".") for name in named}
         self._owners = {name: (model.get_submodule(path), leaf) for name, (path, _, leaf) in owners.items()}
         self._held: dict[str, Tensor] = {}
-        assert len(self.chosen) + len(self.frozen) == len(named)  # held from the start: a transform may be the first to ask
+        assert len(self.chosen) + len(self.frozen) == len(named)  # held before a transform can be the first to ask
 
     @property
     def chosen(self) -> dict[str, Tensor]:
