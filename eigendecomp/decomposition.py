@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigendecomp.batches import CACHE_BYTES, CachedBatches, LiveBatches
+from eigendecomp.batches import CACHE_BYTES, ZERO, CachedBatches, LiveBatches
 from eigendecomp.curvature import curvatures, push_forward
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
@@ -27,7 +27,7 @@ from eigendecomp.support import files, parallel
 from eigendecomp.support.checks import real, whole
 from eigendecomp.support.examples import Examples, Inputs, as_examples, chunks, count, feed, fetch, first
 from eigendecomp.support.random import generator
-from eigendecomp.target import Target, patterns
+from eigendecomp.target import LOCK, Target, patterns
 
 FORMAT = 1
 CHUNK = 64  # examples read at a time; a constant, so that nothing depends on it
@@ -56,6 +56,10 @@ class Decomposition:
         self.encoder, self.decoder, self.threshold, self.pool = encoder, decoder, threshold, pool
         self.history = history
         self._source: CapturedSource | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the source, which belongs to this process and is prepared again when it is needed."""
+        return self.__dict__ | {"_source": None}
 
     # ---- reading
 
@@ -102,7 +106,8 @@ class Decomposition:
 
     def _activations(self, inputs: Inputs) -> Iterator[Float[Tensor, "n v"]]:
         for part in chunks(inputs, CHUNK):
-            yield curvatures(self.target, self.settings.divergence, self.decoder, part).sqrt()
+            source = self.source(part)
+            yield curvatures(self.target, self.settings.divergence, self.decoder, part, source=source).sqrt()
 
     def _impacts(self, inputs: Inputs, references: int, seed: int) -> Iterator[Float[Tensor, "n v"]]:
         whole("references", references)
@@ -128,14 +133,14 @@ class Decomposition:
         """Gradients of the samples, ``CHUNK`` examples at a time; references are drawn in the samples' order."""
         noise = generator(seed, "encode")
         for part in chunks(inputs, CHUNK):
-            positions = self.target.outputs(tuple(tensor[:1] for tensor in part)).shape[1]
+            positions = self.target.outputs(first(part, 1)).shape[1]
             shape = len(part[0]), positions
             s = self.settings
             yield self.source(part)(part, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
 
     def source(self, examples: Examples) -> CapturedSource:
         """Where gradients come from, prepared on the first examples that are asked about."""
-        if self._source is None:
+        if self._source is None or self.target.renewed():
             self._source = capture(self.target, examples, self.settings)
         return self._source
 
@@ -147,18 +152,20 @@ class Decomposition:
         for number, delta in steps.items():
             whole("direction", number, 0, self.decoder.n - 1)
             real(f"the step along direction {number}", delta)
-        few = self.decoder.select(list(steps))
+        few = self.decoder.select([int(number) for number in steps])
         sizes = torch.tensor(list(steps.values()), dtype=self.target.dtype, device=self.target.device)
-        kept = {name: p.detach().clone() for name, p in self.target.chosen.items()}
-        try:
-            with torch.no_grad():
-                for name, p in self.target.chosen.items():
-                    p.add_(torch.tensordot(sizes, few.dense(name), 1).view(p.shape))
-            yield self.target.model
-        finally:
-            with torch.no_grad():
-                for name, p in self.target.chosen.items():
-                    p.copy_(kept[name])
+        with LOCK:  # no other thread runs a model that is moved
+            chosen = self.target.chosen
+            kept = {name: p.detach().clone() for name, p in chosen.items()}
+            try:
+                with torch.no_grad():
+                    for name, p in chosen.items():
+                        p.add_(torch.tensordot(sizes, few.dense(name), 1).view(p.shape))
+                yield self.target.model
+            finally:
+                with torch.no_grad():
+                    for name, p in chosen.items():
+                        p.copy_(kept[name])
 
     # ---- keeping
 
@@ -274,6 +281,7 @@ def decompose(
     f = target.outputs(held)
     pool = reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(seed, "pool"))
     draws = Draws.of(reference, divergence, pool, (1, 1), 1, generator(seed, "probe"))
+    check_differs(draws, f, generator(seed, "zero"))
     if cached:
         batches = CachedBatches(source, held, f, draws, generator(seed, "data"))
     else:
@@ -289,6 +297,21 @@ def decompose(
     made = Decomposition(target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
     made._source = source
     return made
+
+
+def check_differs(draws: Draws, f: Float[Tensor, "e p k"], generator: torch.Generator) -> None:
+    """Refuse references from which no output differs by more than rounding: a fit would learn the rounding.
+
+    Raises:
+        ValueError: if every cotangent is zero within 16 units of the outputs' last digit.
+    """
+    c = draws.again((f.shape[0], f.shape[1]), 1, generator)
+    for start in range(0, len(f), 256):
+        some = slice(start, start + 256)
+        scale = f[some].abs().amax() + draws.divergence.predict(f[some]).abs().amax()
+        if c[some](f[some]).abs().amax() > 16 * torch.finfo(f.dtype).eps * scale:
+            return
+    raise ValueError(f"all gradients are zero: {ZERO}")
 
 
 @torch.no_grad()

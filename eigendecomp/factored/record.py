@@ -284,7 +284,7 @@ class Trace(TorchDispatchMode):
         if func in SCALES and len(found) == 1:
             ((place, weight),) = found.items()
             other = args[1 - place]
-            if not isinstance(other, Tensor) or (place == 0 and func is aten.mul_.Tensor):
+            if not isinstance(other, Tensor) or func is aten.mul_.Tensor:  # which has overwritten its data
                 return False
             return self._add("scale", weight, weight.index.expand(out.shape), out, other.expand(out.shape))
         if func in SHIFTS and len(args) == 2 and len(found) == 1:

@@ -16,6 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -36,6 +37,14 @@ DIFFERENT = (
     "the model runs different operations for different inputs, so its gradients cannot be captured; give a model "
     "without data-dependent branches or loops over examples"
 )
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a parameter that one of its uses splits in two: those of one side, and which side that is."""
+
+    left: tuple[int, ...]  # the other side covers the rest
+    input_is_left: bool
 
 
 class CapturedSource:
@@ -375,6 +384,76 @@ class CapturedSource:
             if set(wrong) <= set(self.fallback):
                 raise ValueError(f"the gradient of {wrong[0]!r} for one example changes with the examples beside it")
             self._fall_back(dict.fromkeys(wrong, "its factored gradient is not the true one"))
+
+    # ---- uses one by one
+
+    def axes(self) -> dict[str, list[Axes]]:
+        """The sides of every use of every parameter, in the order of :meth:`factors` and :meth:`inputs`.
+
+        Raises:
+            ValueError: if a parameter is not a weight that multiplies, so that its gradient has no two factors.
+        """
+        found: dict[str, list[Axes]] = {name: [] for name in self.target.names}
+        whole = {plan.name for plan in self.plans if plan.rows is None}
+        for plan in self.plans:
+            if plan.rows is not None:
+                found[plan.name].append(Axes(plan.rows, plan.left_is_data))
+        for name, sides in found.items():
+            if name in whole or not sides:
+                raise ValueError(
+                    f"{name!r} is not a weight that multiplies, so its gradient has no terms by position; leave it "
+                    "out: choose weights alone with parameters=[...]"
+                )
+        return found
+
+    @torch.no_grad()
+    def factors(
+        self, examples: Sequence[Tensor], cotangents: Cotangents
+    ) -> dict[str, list[tuple[Float[Tensor, "e t i"], Float[Tensor, "e t o"]]]]:
+        """Every use's input and its output gradient, with respect to all outputs of an example together.
+
+        Cotangents are one for each output. Over its positions, and over its uses, the outer products of the two are
+        the parameter's gradient.
+
+        Raises:
+            ValueError: if a parameter is not a weight that multiplies, or these examples run other operations.
+        """
+        count = len(examples[0])
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.axes()}
+        f, trace = self._traced(examples)
+        c = cotangents(f.detach()[:count])[:, :, 0]
+        c = c if count == len(f) else torch.cat([c, torch.zeros_like(c)])
+        deltas = self.pull(Node(f).settle(), trace.uses, c[None])
+        for use, plan, delta in zip(trace.uses, self.plans, deltas, strict=True):
+            left, right = (side.first(count).full()[0] for side in product_sides(use, plan, delta, len(f)))
+            a, b = (left, right) if plan.left_is_data else (right, left)
+            found[plan.name].append((a.to(b.dtype), b))
+        return found
+
+    @torch.no_grad()
+    def inputs(self, examples: Sequence[Tensor]) -> dict[str, list[Side]]:
+        """What arrives at every use, as rows (1, examples, positions, input), from a forward pass alone.
+
+        Raises:
+            ValueError: if a parameter is not a weight that multiplies, or these examples run other operations.
+        """
+        found: dict[str, list[Side]] = {name: [] for name in self.axes()}
+        f, trace = self._traced(examples)
+        for use, plan in zip(trace.uses, self.plans, strict=True):
+            sides = product_sides(use, plan, use.output.detach().unsqueeze(0), len(f))
+            found[plan.name].append(sides[0 if plan.left_is_data else 1].first(len(examples[0])))
+        return found
+
+    def _traced(self, examples: Sequence[Tensor]) -> tuple[Tensor, Trace]:
+        """A recorded run in which every use is recognised; of one example, as two."""
+        self.prepare(examples)
+        f, trace = self.record(several(examples, 2) if len(examples[0]) == 1 else examples)
+        known = len(trace.uses) == len(self.plans) and all(
+            plan.recognises(use, len(f)) for use, plan in zip(trace.uses, self.plans, strict=True)
+        )
+        if not known:
+            raise ValueError(DIFFERENT)
+        return f, trace
 
 
 def signature(trace: Trace) -> list[tuple[str, str]]:

@@ -18,8 +18,6 @@ coefficient is the product ⟨Jᵀc, u⟩ = ⟨c, J u⟩ with a reference's cota
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -405,14 +403,4 @@ def render(data: Mapping[str, Any]) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write atomically: a temporary file beside ``path``, renamed over it."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode lets no one else read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    files.replace(path, text.encode())

@@ -2,13 +2,11 @@
 
 import torch
 from jaxtyping import Float, Int
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.support.examples import Inputs
+from eigendecomp.support.extras import need
 
 
 def together(d: Decomposition, inputs: Inputs, *, seed: int = 0) -> Float[Tensor, "v v"]:
@@ -21,12 +19,15 @@ def together(d: Decomposition, inputs: Inputs, *, seed: int = 0) -> Float[Tensor
 
 def blocks(matrix: Float[Tensor, "v v"], threshold: float) -> Int[Tensor, " v"]:
     """The number of each direction's group: those joined by a chain of pairs with |interaction| ≥ ``threshold``."""
-    return torch.as_tensor(connected_components((matrix.abs() >= threshold).numpy(), directed=False)[1])
+    graph = need("study", "scipy.sparse.csgraph")
+    return torch.as_tensor(graph.connected_components((matrix.abs() >= threshold).numpy(), directed=False)[1])
 
 
 def clustered(matrix: Float[Tensor, "v v"]) -> Int[Tensor, " v"]:
     """An order that puts directions that interact beside each other (average linkage on 1 − |interaction|)."""
     if len(matrix) < 3:
         return torch.arange(len(matrix))
+    hierarchy, distances = need("study", "scipy.cluster.hierarchy"), need("study", "scipy.spatial.distance")
     distance = (1 - matrix.abs()).clamp_min(0).fill_diagonal_(0)
-    return torch.as_tensor(leaves_list(linkage(squareform(distance.double().numpy(), checks=False), "average")).copy())
+    condensed = distances.squareform(distance.double().numpy(), checks=False)
+    return torch.as_tensor(hierarchy.leaves_list(hierarchy.linkage(condensed, "average")).copy())

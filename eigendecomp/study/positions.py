@@ -5,7 +5,7 @@ sample is one position instead: what arrived there, and what *all* outputs (with
 there. One backward pass gives the gradients of every position of an example, where those of its outputs take a pass
 each; and no gradient is longer than its factors. Directions found this way are directions in the same space, and a
 :class:`Decomposition` is made of them like any other; only its coefficients' scale, and with it the threshold, is that
-of uses.
+of uses: :class:`UseDecomposition` keeps it apart.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from eigendecomp.decomposition import POOL_SAMPLES, Decomposition
 from eigendecomp.directions import Factorization
 from eigendecomp.divergence import Divergence
-from eigendecomp.factored.record import Node
-from eigendecomp.factored.rules import product_sides
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.terms import Factored, Side
 from eigendecomp.fit import fit
-from eigendecomp.gradients import Cotangents, Gradients
+from eigendecomp.gradients import Gradients
 from eigendecomp.objective import error_change
 from eigendecomp.reference import Draws, Reference
 from eigendecomp.settings import Settings
@@ -110,37 +108,23 @@ def collect(
         pool = reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(seed, "pool"))
     draw = generator(seed, "references")
     source = CapturedSource(target, tuple(tensor[:3] for tensor in examples), form=False)
-    plans = {plan.name: plan for plan in source.plans}
-    for name in target.names:
-        if name not in plans or plans[name].rows is None or sum(plan.name == name for plan in source.plans) != 1:
+    axes = source.axes()
+    for name, uses in axes.items():
+        if len(uses) != 1:
             raise ValueError(f"{name!r} is not a weight that multiplies once at every position; leave it out")
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in target.names}
     for part in chunks(examples, CHUNK):
         shape = len(part[0]), source.outputs[0]
         draws = Draws.of(reference, divergence, pool, shape, 1, draw)
-        for name, pair in _uses(source, part, draws).items():
-            found[name].append(pair)
-    data = {name: torch.cat([pair[0] for pair in pairs]) for name, pairs in found.items()}
-    asked = {name: torch.cat([pair[1] for pair in pairs]) for name, pairs in found.items()}
-    counts = {name: len(x) // len(examples[0]) for name, x in data.items()}
+        for name, ((data, asked),) in source.factors(part, draws).items():
+            found[name].append((data.flatten(0, 1), asked.flatten(0, 1)))
+    met, wanted = ({name: torch.cat([pair[i] for pair in pairs]) for name, pairs in found.items()} for i in (0, 1))
+    counts = {name: len(x) // len(examples[0]) for name, x in met.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(f"the weights are used at different numbers of positions: {counts}; choose some that agree")
-    first = {name: plans[name].left_is_data for name in target.names}
-    rows = {name: plans[name].rows or () for name in target.names}
-    return Uses(target, next(iter(counts.values())), rows, first, data, asked), pool
-
-
-def _uses(source: CapturedSource, part: Sequence[Tensor], cotangents: Cotangents) -> dict[str, tuple[Tensor, Tensor]]:
-    """Data and output gradients of every parameter's use, by row."""
-    count = len(part[0])
-    f, trace = source.record(part)
-    c = cotangents(f.detach())[:, :, 0]
-    found = {}
-    for use, plan, delta in zip(trace.uses, source.plans, source.pull(Node(f).settle(), trace.uses, c[None])):
-        sides = product_sides(use, plan, delta, count)
-        a, b = sides if plan.left_is_data else (sides[1], sides[0])
-        found[plan.name] = (a.full()[0].flatten(0, 1), b.full()[0].flatten(0, 1))
-    return found
+    first = {name: use.input_is_left for name, (use,) in axes.items()}
+    rows = {name: use.left for name, (use,) in axes.items()}
+    return Uses(target, next(iter(counts.values())), rows, first, met, wanted), pool
 
 
 class UseBatches:
@@ -153,6 +137,30 @@ class UseBatches:
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
         assert isinstance(self.feed, Shuffled)
         return self.uses.gradients(self.feed.indices(size))
+
+
+class UseDecomposition(Decomposition):
+    """Directions of uses. Their threshold is of coefficients of uses, so no sparse code of a whole sample has one."""
+
+    use_threshold: float | None = None
+
+    def encode(self, inputs: Inputs, seed: int = 0, *, sparse: bool = False) -> Float[Tensor, "n v"]:
+        """⟨g, u⟩ of whole samples, as :meth:`Decomposition.encode` gives it.
+
+        Raises:
+            ValueError: for ``sparse``, as the threshold is that of single uses.
+        """
+        if sparse:
+            raise ValueError(f"sparse={sparse} needs a threshold of samples, and these directions have one of uses")
+        return super().encode(inputs, seed)
+
+    def reconstruction_error(self, inputs: Inputs, seed: int = 0) -> float:
+        """Refused.
+
+        Raises:
+            ValueError: always; uses are what these directions rebuild.
+        """
+        raise ValueError("these directions rebuild uses, not samples: call study.positions.reconstruction_error")
 
 
 def decompose(
@@ -171,7 +179,7 @@ def decompose(
     learning_rate: float = 1e-2,
     seed: int = 0,
     progress: bool = False,
-) -> Decomposition:
+) -> UseDecomposition:
     """Learn directions that rebuild the gradients of uses; see :func:`eigendecomp.decompose` for the settings.
 
     ``divergence``, ``reference`` and ``pool`` are those of :func:`collect`; the result reads new samples with them.
@@ -182,7 +190,9 @@ def decompose(
     )  # fmt: skip
     batches = UseBatches(uses, generator(seed, "data"))
     found = fit(uses.target, batches, settings, progress=progress)
-    return Decomposition(uses.target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
+    made = UseDecomposition(uses.target, settings, found.encoder, found.decoder, None, pool, found.history)
+    made.use_threshold = found.threshold
+    return made
 
 
 @torch.no_grad()
@@ -192,12 +202,12 @@ def coefficients(d: Decomposition, uses: Uses) -> Float[Tensor, "n v"]:
 
 
 @torch.no_grad()
-def reconstruction_error(d: Decomposition, uses: Uses) -> tuple[float, float]:
+def reconstruction_error(d: UseDecomposition, uses: Uses) -> tuple[float, float]:
     """Σ‖g − ĝ‖² / Σ‖g‖² over uses of the kind that it was fitted to, and the mean number of coefficients kept."""
     gram, left, total, kept = d.decoder.gram(), 0.0, 0.0, 0
     for part in _slices(uses):
         g = uses.gradients(part)
-        s = d.settings.sparsity.keep(g.inner(d.encoder), d.threshold)
+        s = d.settings.sparsity.keep(g.inner(d.encoder), d.use_threshold)
         square = g.square_norms().sum().item()
         left += square + error_change(s, g.inner(d.decoder), gram).item()
         total += square

@@ -5,16 +5,13 @@ these uses. Each term is a product of what arrives there, met by the direction's
 of what is asked of the output, met by its output-side factor, its *writer*.
 """
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from eigendecomp.decomposition import CHUNK, Decomposition
 from eigendecomp.directions import Directions
-from eigendecomp.factored.rules import Plan, product_sides
-from eigendecomp.factored.source import CapturedSource
+from eigendecomp.factored.source import Axes, CapturedSource
 from eigendecomp.factored.terms import Factored
 from eigendecomp.reference import Draws
 from eigendecomp.support.examples import Inputs, as_examples, chunks
@@ -31,7 +28,8 @@ def contributions(d: Decomposition, inputs: Inputs, seed: int = 0) -> dict[str, 
         ValueError: if a chosen parameter is not a weight that multiplies (a bias, a scale), which has no such terms.
     """
     examples, settings, noise = as_examples(inputs), d.settings, generator(seed, "encode")
-    source = _checked(d, CapturedSource(d.target, examples, form=False))
+    source = CapturedSource(d.target, examples, form=False)
+    source.axes()  # refuses what has no positions
     pieces: dict[str, list[Tensor]] = {name: [] for name in d.encoder.shapes}
     with torch.no_grad():
         for part in chunks(examples, CHUNK):
@@ -56,14 +54,14 @@ def readers(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str
 
     ``inputs`` are a few examples that show how the weights are used; ``side`` is ``"encoder"`` or ``"decoder"``.
     """
-    plans = _plans(_source(d, inputs))
-    return {name: _pair(_rows(d, side), plan)[0] for name, plan in plans.items()}
+    axes = _source(d, inputs).axes()
+    return {name: _pair(_rows(d, side), name, uses[-1])[0] for name, uses in axes.items()}
 
 
 def writers(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, Float[Tensor, "v k o"]]:
     """Each direction's output-side factors in every weight: where it acts. See :func:`readers`."""
-    plans = _plans(_source(d, inputs))
-    return {name: _pair(_rows(d, side), plan)[1] for name, plan in plans.items()}
+    axes = _source(d, inputs).axes()
+    return {name: _pair(_rows(d, side), name, uses[-1])[1] for name, uses in axes.items()}
 
 
 def read(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, Float[Tensor, "e t v"]]:
@@ -76,19 +74,14 @@ def read(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, F
     """
     examples, rows = as_examples(inputs), _rows(d, side)
     source = _source(d, examples)
-    plans = _plans(source)
-    pieces: dict[str, list[Tensor]] = {name: [] for name in plans}
+    axes = source.axes()
+    pieces: dict[str, list[Tensor]] = {name: [] for name in axes}
     for part in chunks(examples, CHUNK):
-        # A batch of one may run through other operations than one of several.
-        count = len(part[0])
-        _, trace = source.record([torch.cat([x, x]) for x in part] if count == 1 else part)
         found: dict[str, Tensor] = {}
-        for use, plan in zip(trace.uses, source.plans, strict=True):
-            e = max(count, 2)
-            data = product_sides(use, plan, use.output.detach().unsqueeze(0), e)[0 if plan.left_is_data else 1]
-            reader = _pair(rows, plan)[0]
-            values = data.dot(reader)[0, :count].unflatten(-1, reader.shape[:2])
-            found[plan.name] = found.get(plan.name, 0) + values
+        for name, sides in source.inputs(part).items():
+            for data, use in zip(sides, axes[name], strict=True):
+                reader = _pair(rows, name, use)[0]
+                found[name] = found.get(name, 0) + data.dot(reader)[0].unflatten(-1, reader.shape[:2])
         for name, values in found.items():
             pieces[name].append((values.squeeze(-1) if values.shape[-1] == 1 else values.norm(dim=-1)).detach())
     return {name: torch.cat(parts) for name, parts in pieces.items()}
@@ -100,15 +93,10 @@ def _rows(d: Decomposition, side: str) -> Directions:
     return d.encoder if side == "encoder" else d.decoder
 
 
-def _pair(rows: Directions, plan: Plan) -> tuple[Tensor, Tensor]:
+def _pair(rows: Directions, name: str, use: Axes) -> tuple[Tensor, Tensor]:
     """Input side and output side."""
-    assert plan.rows is not None
-    left, right = rows.pair(plan.name, plan.rows)
-    return (left, right) if plan.left_is_data else (right, left)
-
-
-def _plans(source: CapturedSource) -> Mapping[str, Plan]:
-    return {plan.name: plan for plan in source.plans}
+    left, right = rows.pair(name, use.left)
+    return (left, right) if use.input_is_left else (right, left)
 
 
 def _source(d: Decomposition, inputs: Inputs) -> CapturedSource:
@@ -116,20 +104,4 @@ def _source(d: Decomposition, inputs: Inputs) -> CapturedSource:
     examples = as_examples(inputs)
     source = d.source(examples)
     source.prepare(examples)
-    return _checked(d, source)
-
-
-def _checked(d: Decomposition, source: CapturedSource) -> CapturedSource:
-    """The same source.
-
-    Raises:
-        ValueError: if a chosen parameter has no two factors.
-    """
-    other = [plan.name for plan in source.plans if plan.rows is None]
-    other += [name for name in d.target.names if name not in _plans(source)]
-    if other:
-        raise ValueError(
-            f"{other[0]!r} is not a weight that multiplies, so its gradient has no terms by position; decompose "
-            "weights alone with parameters=[...]"
-        )
     return source

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from eigendecomp.decomposition import Decomposition
+from eigendecomp.sparsity import Sparsity
 from eigendecomp.support.examples import Inputs
+from eigendecomp.support.extras import need
 
 
 @dataclass
@@ -55,7 +56,7 @@ def max_cosine(found: Float[Tensor, "v d"], truth: Float[Tensor, "m d"]) -> Floa
 def matched_cosine(a: Float[Tensor, "v d"], b: Float[Tensor, "w d"]) -> Float[Tensor, " m"]:
     """|cosine| of the pairs of the one-to-one matching that makes their sum largest."""
     similarity = cosines(a, b).abs()
-    rows, columns = linear_sum_assignment(-similarity.detach().numpy())
+    rows, columns = need("study", "scipy.optimize").linear_sum_assignment(-similarity.detach().numpy())
     return similarity[torch.as_tensor(rows), torch.as_tensor(columns)]
 
 
@@ -69,14 +70,32 @@ def top_share(values: Float[Tensor, "n v"], k: int) -> Float[Tensor, " n"]:
     return values.topk(min(k, values.shape[1]), -1).values.sum(-1) / values.sum(-1).clamp_min(1e-30)
 
 
+@dataclass(frozen=True)
+class Thresholds(Sparsity):
+    """Keep what reaches its direction's own threshold."""
+
+    each: tuple[float, ...]
+
+    def keep(self, z: Float[Tensor, "n v"], threshold: float | None) -> Float[Tensor, "n v"]:
+        """s at inference; ``threshold`` is not looked at."""
+        return z * (z.abs() >= z.new_tensor(self.each))
+
+
 def encoder_rows(d: Decomposition) -> Decomposition:
     """The decomposition whose directions are the encoder's rows, at unit norm, so that one can move along them.
 
     Where gradients overlap, decoder rows are the gradients themselves and encoder rows their duals: a step along
-    one leaves the outputs of the samples that other directions stand for where they were.
+    one leaves the outputs of the samples that other directions stand for where they were. A coefficient is kept where
+    it was before: each threshold is divided, like its row, by the row's norm. There being one for every row,
+    ``threshold`` is ``None``.
     """
-    rows = d.encoder.map(lambda factor: factor.detach().clone()).normalize_()
-    return Decomposition(d.target, replace(d.settings, tied=True), rows, rows, d.threshold, d.pool, d.history)
+    rows = d.encoder.map(lambda factor: factor.detach().clone())
+    sparsity = d.settings.sparsity
+    if d.threshold is not None:
+        sparsity = Thresholds(tuple((d.threshold / rows.norms().clamp_min(1e-30)).tolist()))
+    rows = rows.normalize_()
+    settings = replace(d.settings, tied=True, sparsity=sparsity)
+    return Decomposition(d.target, settings, rows, rows, None, d.pool, d.history)
 
 
 def activation_along(root: Float[Tensor, "n k w"], rows: Float[Tensor, "v w"]) -> Float[Tensor, "n v"]:

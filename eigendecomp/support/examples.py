@@ -9,13 +9,30 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from eigendecomp.support import parallel
 
-Inputs = Tensor | Sequence[Tensor] | Dataset
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | Dataset
 Examples = tuple[Tensor, ...]
 BUFFER = 2048  # examples of an iterable dataset among which the next one is drawn
+
+
+class Named(tuple[Tensor, ...]):
+    """Examples whose tensors a model takes by keyword, in the order of the names."""
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], names: Sequence[str]) -> "Named":
+        named = cls(tensors)
+        named.names = tuple(names)
+        return named
+
+
+def alike(examples: Examples, tensors: Iterable[Tensor]) -> Examples:
+    """Tensors under the names of the examples, if these have any."""
+    return Named.of(tensors, examples.names) if isinstance(examples, Named) else tuple(tensors)
 
 
 def kind(inputs: object) -> str:
@@ -24,8 +41,12 @@ def kind(inputs: object) -> str:
     Raises:
         ValueError: for what is none of them, or can be gone through only once.
     """
-    if isinstance(inputs, (Tensor, list, tuple)):
+    if isinstance(inputs, (Tensor, list, tuple, Mapping)):
         return "tensors"
+    if isinstance(inputs, DataLoader):
+        raise ValueError("inputs is a DataLoader, which gives batches; give its dataset, loader.dataset")
+    if hasattr(inputs, "iloc"):
+        raise ValueError(f"inputs is a {type(inputs).__name__}; give torch.as_tensor(inputs.to_numpy())")
     if not isinstance(inputs, (Mapping, str, bytes)):
         if not isinstance(inputs, IterableDataset) and hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"):
             return "indexed"
@@ -44,22 +65,29 @@ def as_examples(inputs: object) -> Examples:
     """
     if kind(inputs) != "tensors":
         raise ValueError(f"inputs is a {type(inputs).__name__}; here a tensor or a tuple of tensors is needed")
-    examples = (inputs,) if isinstance(inputs, Tensor) else tuple(cast(Sequence[Tensor], inputs))
+    examples = in_order(inputs)
     if not examples:
         raise ValueError("inputs is an empty tuple; give at least one tensor")
-    for position, tensor in enumerate(examples):
+    names = examples.names if isinstance(examples, Named) else range(len(examples))
+    for position, tensor in zip(names, examples, strict=True):
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"inputs[{position}] is a {type(tensor).__name__}; give a tensor or a tuple of tensors")
+            raise ValueError(
+                f"inputs[{position!r}] is a {type(tensor).__name__}; give a tensor or a tuple of tensors, "
+                "as torch.as_tensor and torch.stack make them"
+            )
         if tensor.layout is not torch.strided or tensor.is_meta:
             raise ValueError(
-                f"inputs[{position}] is {tensor.layout} on {tensor.device}; give a dense tensor with values"
+                f"inputs[{position!r}] is {tensor.layout} on {tensor.device}; give a dense tensor with values"
             )
         if tensor.ndim == 0:
-            raise ValueError(f"inputs[{position}] is a single number; its first axis must count the examples")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            bad = (~tensor.isfinite()).reshape(len(tensor), -1).any(1)
+            raise ValueError(f"inputs[{position!r}] is a single number; its first axis must count the examples")
+        good = tensor.isfinite()
+        if isinstance(examples, Named) and "mask" in str(position):
+            good |= tensor == -torch.inf  # what a mask forbids
+        if tensor.is_floating_point() and not good.all():
+            bad = (~good).reshape(len(tensor), -1).any(1)
             raise ValueError(
-                f"inputs[{position}] holds NaN or infinity, first in example {int(bad.nonzero()[0])} "
+                f"inputs[{position!r}] holds NaN or infinity, first in example {int(bad.nonzero()[0])} "
                 f"({int(bad.sum())} of {len(tensor)}); remove or mend those examples"
             )
     sizes = {len(tensor) for tensor in examples}
@@ -67,7 +95,18 @@ def as_examples(inputs: object) -> Examples:
         raise ValueError(f"the input tensors hold {sorted(sizes)} examples; the first axes must agree")
     if sizes == {0}:
         raise ValueError("inputs hold zero examples; give at least one")
-    return examples
+    # Autograd keeps no tensor of inference mode.
+    return alike(examples, (tensor.clone() if tensor.is_inference() else tensor for tensor in examples))
+
+
+def in_order(inputs: Any) -> Examples:
+    """The tensors of inputs in memory, those of a mapping in the order of their names."""
+    if isinstance(inputs, Mapping):
+        names = sorted(inputs, key=str)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"inputs is a mapping with the keys {names}; give the names of the model's arguments")
+        return Named.of((inputs[name] for name in names), names)
+    return (inputs,) if isinstance(inputs, Tensor) else inputs if isinstance(inputs, Named) else tuple(inputs)
 
 
 def chunks(inputs: Inputs | Examples, size: int) -> Iterator[Examples]:
@@ -76,7 +115,7 @@ def chunks(inputs: Inputs | Examples, size: int) -> Iterator[Examples]:
     if which == "tensors":
         examples = as_examples(inputs)
         for start in range(0, len(examples[0]), size):
-            yield tuple(tensor[start : start + size] for tensor in examples)
+            yield alike(examples, (tensor[start : start + size] for tensor in examples))
     elif which == "iterable":
         held = []
         for item in cast(Iterable, inputs):
@@ -109,9 +148,9 @@ def count(inputs: Inputs | Examples) -> int | None:
 
 def fetch(inputs: Inputs | Examples, rows: Iterable[int]) -> Examples:
     """Chosen examples of tensors or of a map-style dataset."""
-    if isinstance(inputs, (Tensor, tuple, list)):
-        index = torch.as_tensor(list(rows))
-        return tuple(tensor[index] for tensor in ((inputs,) if isinstance(inputs, Tensor) else inputs))
+    if isinstance(inputs, (Tensor, tuple, list, Mapping)):
+        index, examples = torch.as_tensor(list(rows)), in_order(inputs)
+        return alike(examples, (tensor[index] for tensor in examples))
     return collate([cast(Any, inputs)[int(row)] for row in rows])
 
 

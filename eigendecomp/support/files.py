@@ -30,13 +30,21 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     path = writable(path)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(metadata, sort_keys=True)
-    content = save(held, {KEY: text, "sha256": checksum(held, text)})
+    replace(path, save(held, {KEY: text, "sha256": checksum(held, text)}))
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write bytes whole or not at all; a link stays one, and what it leads to is written."""
+    path = writable(path).resolve()
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode lets no one else read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -58,6 +66,10 @@ def writable(path: str | Path) -> Path:
         raise ValueError(f"the folder {str(path.parent)!r} does not exist; make it first")
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; give the path of a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} is a device or a pipe; give the path of a regular file")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"{str(path)!r} is a link into a folder that does not exist; make it first")
     return path
 
 

@@ -29,9 +29,9 @@ class Attention(nn.Module):
 class AttentionModel(nn.Module):
     """Normalisation, attention, residual, normalisation, and a layer of outputs at every position."""
 
-    def __init__(self, width: int = 256, heads: int = 8, outputs: int = 64) -> None:
+    def __init__(self, width: int = 256, outputs: int = 64) -> None:
         super().__init__()
-        self.before, self.attn, self.after = nn.LayerNorm(width), Attention(width, heads), nn.LayerNorm(width)
+        self.before, self.attn, self.after = nn.LayerNorm(width), Attention(width, 8), nn.LayerNorm(width)
         self.unembed = nn.Linear(width, outputs)
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t k"]:

@@ -145,7 +145,7 @@ def test_the_interval_between_writes_is_chosen(tmp_path: Path, monkeypatch: pyte
     writes, write = [], Checkpoint.write
     monkeypatch.setattr(Checkpoint, "write", lambda self, state: (writes.append(state.step), write(self, state)))
     for seconds, expected in ((0.0, range(2, 61)), (3600.0, [60])):
-        monkeypatch.setattr("eigendecomp.fit.WRITE_SHARE", 1e9)
+        monkeypatch.setattr("eigendecomp.storage.WRITE_SHARE", 1e9)
         ed.decompose(model(), inputs(), checkpoint=tmp_path / str(seconds), checkpoint_seconds=seconds, **SETTINGS)
         assert set(expected) <= set(writes)
         assert len(writes) <= len(expected) + 1

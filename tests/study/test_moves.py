@@ -12,6 +12,7 @@ from torch import nn
 import eigendecomp as ed
 from eigendecomp.study import moves
 from eigendecomp.study.moves import LoRA, Probe, Subspace, along, displaced
+from eigendecomp.support.examples import as_examples
 from eigendecomp.target import Target
 
 
@@ -150,7 +151,7 @@ def test_a_probe_among_samples_is_the_same_probe(model, x, d) -> None:
     probe, some = Probe(model, x, moves.probabilities), torch.arange(64) % 3 == 0
     few, move = probe.among(some), along(d, 1)
     torch.testing.assert_close(few.effect(move, 0.4), probe.effect(move, 0.4)[some])
-    assert few.unit == probe.unit and len(few.inputs[0]) == int(some.sum())
+    assert few.unit == probe.unit and len(as_examples(few.inputs)[0]) == int(some.sum())
     again = torch.arange(len(few.base)) < 3
     torch.testing.assert_close(few.among(again).moved(move, 0.4), probe.moved(move, 0.4)[some][:3])
     sequences = nn.Linear(4, 3)
@@ -159,7 +160,7 @@ def test_a_probe_among_samples_is_the_same_probe(model, x, d) -> None:
     held = torch.zeros(64, dtype=torch.bool)
     held[[3, 21, 22]] = True
     part = whole.among(held)
-    assert len(part.inputs[0]) == 2
+    assert len(as_examples(part.inputs)[0]) == 2
     torch.testing.assert_close(part.base, whole.base[held])
     torch.testing.assert_close(part.moved(change, 0.5), whole.moved(change, 0.5)[held])
 

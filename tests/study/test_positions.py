@@ -39,6 +39,27 @@ def test_the_uses_of_an_example_sum_to_its_gradient() -> None:
         torch.testing.assert_close(total, torch.stack(expected))
 
 
+def test_a_chunk_of_one_example_is_read_like_the_others() -> None:
+    model, x = Heads(), torch.randn(positions.CHUNK + 1, 6, 5)
+    found, last = gather(model, x), positions.CHUNK * 6
+    assert len(found) == len(x) * 6 and all(len(side) == len(found) for side in found.asked.values())
+    torch.testing.assert_close(found.data["W_V"][last:], x[-1])
+    assert found.norms[last:].min() > 0
+
+
+def test_the_threshold_of_uses_is_not_taken_for_one_of_samples() -> None:
+    model, x = Heads(), torch.randn(8, 6, 5)
+    found, pool = positions.collect(model, x, divergence=KL, reference=REFERENCE, parameters=["W_*"])
+    d = positions.decompose(
+        found, pool, divergence=KL, reference=REFERENCE, n_directions=3, sparsity=ed.BatchTopK(0.3), steps=2
+    )
+    assert d.encode(x).shape == (48, 3)
+    with pytest.raises(ValueError, match=r"sparse=True.*uses"):
+        d.encode(x, sparse=True)
+    with pytest.raises(ValueError, match="rebuild uses"):
+        d.reconstruction_error(x)
+
+
 def test_norms_selection_and_unit_norm() -> None:
     found = gather(Heads(), torch.randn(70, 6, 5))
     torch.testing.assert_close(found.norms, found.gradients().square_norms().sqrt())

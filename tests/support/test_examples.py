@@ -103,7 +103,8 @@ class Raises(IterableDataset):
     ("inputs", "message"),
     [
         ("text", "is a str"),
-        ({"x": X}, "is a dict"),
+        ({"x": X}, "unexpected keyword argument 'x'"),
+        ({0: X}, "the keys \\[0\\]"),
         (iter([X]), "read only once"),
         ([], "empty tuple"),
         (X[:0], "zero examples"),

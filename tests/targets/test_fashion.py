@@ -91,7 +91,7 @@ def test_data_are_found_by_argument_then_environment_then_repository(
 def test_missing_data_are_an_error_with_both_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fashion, "DOWNLOADS", tmp_path)
     monkeypatch.delenv("EIGENDECOMP_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match=r"(?s)fashion fetch.*dataset-fashion-mnist.*EIGENDECOMP_DATA"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)fashion\.images fetch.*dataset-fashion-mnist.*EIGENDECOMP_DATA"):
         fashion.load("train")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         fashion.load("train", tmp_path / "nowhere")
@@ -300,7 +300,7 @@ def test_augmentation_only_flips_and_shifts() -> None:
 
 
 def test_a_missing_or_foreign_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors.*eigendecomp\.targets\.cnn train"):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors.*eigendecomp\.targets\.fashion\.network train"):
         cnn.load_model(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="another network"):
         cnn.load_model(fashion.SUBSET)

@@ -62,19 +62,28 @@ RULES = {
 }
 
 
+def _mean(values: Float[Tensor, "n h w"], mask: Tensor) -> Float[Tensor, " n"]:
+    return (values * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+
+
+def _box(lit: Bool[Tensor, "n side"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """The first and the last place along an axis that is lit."""
+    return lit.float().argmax(1), SIDE - 1 - lit.float().flip(1).argmax(1)
+
+
+def _differences(x: Float[Tensor, "n h w"], lit: Bool[Tensor, "n h w"]) -> tuple[Tensor, Tensor]:
+    """The mean absolute differences of neighbours inside the garment, down it and across it, each (n,)."""
+    inside = -F.max_pool2d(-F.pad(lit[:, None].float(), (1,) * 4), 3, stride=1)[:, 0] > 0
+    down = _mean((x[:, 1:] - x[:, :-1]).abs(), inside[:, 1:] & inside[:, :-1])
+    across = _mean((x[:, :, 1:] - x[:, :, :-1]).abs(), inside[:, :, 1:] & inside[:, :, :-1])
+    return down, across
+
+
 def _measures(images: Float[Tensor, "n 1 28 28"]) -> dict[str, Float[Tensor, " n"]]:
     x = images[:, 0]
     lit = x > LIT
     index = torch.arange(SIDE)
-
-    def box(axis: int) -> tuple[Tensor, Tensor]:
-        along = lit.any(axis).float()
-        return along.argmax(1), SIDE - 1 - along.flip(1).argmax(1)
-
-    def mean(values: Tensor, mask: Tensor) -> Tensor:
-        return (values * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
-
-    (top, bottom), (left, right) = box(2), box(1)
+    (top, bottom), (left, right) = _box(lit.any(2)), _box(lit.any(1))
     height = bottom - top + 1
     # per row: how far down the garment, from 0 (its top) to 1; rows beyond it are in none of the bands
     level = ((index - top[:, None]) + 0.5) / height[:, None]
@@ -88,31 +97,29 @@ def _measures(images: Float[Tensor, "n 1 28 28"]) -> dict[str, Float[Tensor, " n
     holes = (silhouette & ~lit).float()
     soles = ((index >= bottom[:, None] - 1) & (index <= bottom[:, None]))[:, :, None]
     total = x.sum((1, 2)).clamp(min=1e-6)
-    brightness = mean(x, lit)
-    inside = -F.max_pool2d(-F.pad(seen[:, None].float(), (1,) * 4), 3, stride=1)[:, 0] > 0
-    down = mean((x[:, 1:] - x[:, :-1]).abs(), inside[:, 1:] & inside[:, :-1])
-    across = mean((x[:, :, 1:] - x[:, :, :-1]).abs(), inside[:, :, 1:] & inside[:, :, :-1])
+    brightness = _mean(x, lit)
+    down, across = _differences(x, lit)
     middle, beside = x[:, :, 13:15].mean(2), (x[:, :, 10:12].mean(2) + x[:, :, 16:18].mean(2)) / 2
     return {
         "width": (right - left + 1).float() * lit.any(2).any(1),
         "area": lit.float().mean((1, 2)),
         "brightness": brightness,
-        "contrast": mean((x - brightness[:, None, None]) ** 2, lit).sqrt(),
+        "contrast": _mean((x - brightness[:, None, None]) ** 2, lit).sqrt(),
         "texture": (down + across) / 2,
         "grain": (down - across) / (down + across).clamp(min=1e-6),
-        "holes": mean(holes, silhouette),
-        "holes_above": mean(holes, silhouette & band(0, 1 / 3)),
-        "holes_below": mean(holes, silhouette & band(2 / 3, 1)),
+        "holes": _mean(holes, silhouette),
+        "holes_above": _mean(holes, silhouette & band(0, 1 / 3)),
+        "holes_below": _mean(holes, silhouette & band(2 / 3, 1)),
         "arch": (holes * soles).sum((1, 2)) / 2,
         "asymmetry": (x - x.flip(2)).abs().sum((1, 2)) / (2 * total),
         "centre": (x * level[:, :, None]).sum((1, 2)) / total,
-        "shade": mean(x, lit & band(0, 0.5)) - mean(x, lit & band(0.5, 1)),
-        "sleeve_width": mean(silhouette.float(), band(0.6, 0.85)) * SIDE,
-        "front_line": mean((middle - beside)[:, :, None].expand_as(x), band(0.3, 0.9)).abs(),
+        "shade": _mean(x, lit & band(0, 0.5)) - _mean(x, lit & band(0.5, 1)),
+        "sleeve_width": _mean(silhouette.float(), band(0.6, 0.85)) * SIDE,
+        "front_line": _mean((middle - beside)[:, :, None].expand_as(x), band(0.3, 0.9)).abs(),
     }
 
 
-def measures(images: Float[Tensor, "n 1 28 28"], batch_size: int = 500) -> dict[str, Float[Tensor, " n"]]:
+def measures(images: Float[Tensor, "n 1 28 28"]) -> dict[str, Float[Tensor, " n"]]:
     """What the rules of the concepts compare with their thresholds, each one number an image.
 
     A pixel is lit if brighter than ``LIT``. The silhouette fills each row from its first to its last lit one;
@@ -147,7 +154,7 @@ def measures(images: Float[Tensor, "n 1 28 28"], batch_size: int = 500) -> dict[
             f"images must be floats in [0, 1], as load() returns them; got {images.dtype} "
             f"in [{images.min():g}, {images.max():g}]"
         )
-    parts = [_measures(batch.float()) for batch in images.split(batch_size)]
+    parts = [_measures(batch.float()) for batch in images.split(500)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

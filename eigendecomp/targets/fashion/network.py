@@ -128,6 +128,25 @@ def accuracy(model: nn.Module, images: Float[Tensor, "n c h w"], labels: Int[Ten
     return (predict(model, images).argmax(1) == labels).double().mean().item()
 
 
+def untrained(widths: tuple[int, int, int], seed: int) -> FashionCNN:
+    """A network as it is drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):  # modules only draw from the global generator
+        torch.manual_seed(seed)
+        return FashionCNN(widths)
+
+
+def optimiser(model: nn.Module, settings: Settings) -> torch.optim.SGD:
+    """Nesterov's momentum; weights decay, biases and normalisations do not."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    return torch.optim.SGD(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=True,
+    )
+
+
 def train(
     images: Float[Tensor, "n 1 28 28"],
     labels: Int[Tensor, " n"],
@@ -143,27 +162,15 @@ def train(
     settings = settings or Settings()
     kept, held = split_indices(len(images), settings.held_out, seed)
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):  # modules only draw from the global generator
-        torch.manual_seed(seed)
-        model = FashionCNN(settings.widths)
-    model = model.to(memory_format=torch.channels_last)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=True,
-    )
+    model = untrained(settings.widths, seed).to(memory_format=torch.channels_last)
+    optimizer = optimiser(model, settings)
     batches = max(1, len(kept) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.epochs * batches, pct_start=0.25
-    )
+    total_steps = settings.epochs * batches
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=0.25)
     history = []
     for epoch in range(settings.epochs):
         model.train()
-        total = 0.0
-        order = kept[torch.randperm(len(kept), generator=generator)]
+        total, order = 0.0, kept[torch.randperm(len(kept), generator=generator)]
         for index in order.split(settings.batch_size)[:batches]:
             batch = augment(images[index], settings.shift, generator)
             loss = F.cross_entropy(model(batch.contiguous(memory_format=torch.channels_last)), labels[index])
@@ -209,8 +216,8 @@ def save_model(model: FashionCNN, path: str | Path = CHECKPOINT) -> None:
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: ``train`` writes the checkpoint and its record beside it."""
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m eigendecomp.targets.fashion.network")
     parser.add_argument("command", choices=("train",))
     parser.add_argument("--seed", type=int, default=0)
@@ -218,7 +225,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--root", help="holds FashionMNIST/raw (default: EIGENDECOMP_DATA or data/downloads)")
     parser.add_argument("--threads", type=int, default=1, help="more are slower on a machine with other work")
     parser.add_argument("--output", type=Path, default=CHECKPOINT, help="training.json goes beside it")
-    chosen = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: ``train`` writes the checkpoint and its record beside it."""
+    chosen = parsed(arguments)
     torch.set_num_threads(chosen.threads)
     settings = Settings(epochs=chosen.epochs)
     try:

@@ -5,14 +5,19 @@ over the next token. Word lists are those of the shipped vocabulary, in which mo
 words that a vocabulary lacks.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 LEAST = 20  # samples of which a concept must be true, and false
 
@@ -201,15 +206,8 @@ class Rules:
         says = {f"says: {name}": value >= 0.5 for name, value in mass.items()}
         he, she = mass["he, him, his"], mass["she, her"]
         boy, girl = mass["boy's name"], mass["girl's name"]
-        known = torch.zeros_like(p, dtype=torch.bool)
-        before = p.new_zeros(p.shape[:2])
-        name_before = before.clone()
         content = self.sets["noun"] | self.sets["adjective"] | self.sets["plain verb"]
-        for t in range(tokens.shape[1]):
-            known[:, t] = known[:, t - 1] if t else False
-            known[torch.arange(len(tokens)), t, tokens[:, t]] = True
-            before[:, t] = (p[:, t] * (known[:, t] & content)).sum(-1)
-            name_before[:, t] = (p[:, t] * (known[:, t] & self.sets["name"])).sum(-1)
+        before, name_before = repeated(tokens, p, content, self.sets["name"])
         entropy = torch.special.entr(p).sum(-1)
         half = {
             "the rest of a word": p[..., self.piece].sum(-1) * (self.starts_word | self.piece)[tokens],
@@ -263,6 +261,20 @@ class Rules:
         for back, word in enumerate(reversed(words), 1):
             found &= shifted(self.tokens(lambda text, word=word: text == word)[tokens], back)
         return found
+
+
+def repeated(
+    tokens: Int[Tensor, "n t"], p: Float[Tensor, "n t k"], *members: Bool[Tensor, " k"]
+) -> list[Float[Tensor, "n t"]]:
+    """For each set of tokens, the probability that the next one is in it and was in the window before."""
+    known = torch.zeros_like(p, dtype=torch.bool)
+    mass = [p.new_zeros(p.shape[:2]) for _ in members]
+    for t in range(tokens.shape[1]):
+        known[:, t] = known[:, t - 1] if t else False
+        known[torch.arange(len(tokens)), t, tokens[:, t]] = True
+        for total, wanted in zip(mass, members, strict=True):
+            total[:, t] = (p[:, t] * (known[:, t] & wanted)).sum(-1)
+    return mass
 
 
 def shifted(found: Bool[Tensor, "n t"], by: int = 1) -> Bool[Tensor, "n t"]:

@@ -16,7 +16,6 @@ import copy
 import functools
 import gzip
 import hashlib
-import importlib
 import json
 import re
 import threading
@@ -31,6 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from eigendecomp.support.extras import need
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -86,7 +87,7 @@ def load_stories(split: Split = "test", folder: Path | None = None) -> list[str]
 
 def build_model(config: dict[str, Any], seed: int = 0) -> HookedTransformer:
     """A new ``HookedTransformer`` of this configuration, weights drawn from ``seed``, without tokenizer."""
-    lens = _imported("transformer_lens")
+    lens = need("language", "transformer_lens")
     with warnings.catch_warnings():  # that the class leaves with transformer-lens 4, which we do not use yet
         warnings.simplefilter("ignore", DeprecationWarning)
         return lens.HookedTransformer(lens.HookedTransformerConfig(**{"device": "cpu", **config}, seed=seed))
@@ -140,7 +141,7 @@ def _checked(name: str, folder: Path | None) -> Path:
 
 def _tokenizer(folder: Path | None, **options: Any) -> PreTrainedTokenizerFast:
     path = _checked("tokenizer.json", folder)
-    return _imported("transformers").PreTrainedTokenizerFast(
+    return need("language", "transformers").PreTrainedTokenizerFast(
         tokenizer_file=str(path), bos_token=END, eos_token=END, pad_token=END, name_or_path="", **options
     )
 
@@ -148,15 +149,6 @@ def _tokenizer(folder: Path | None, **options: Any) -> PreTrainedTokenizerFast:
 @functools.cache
 def _shipped_tokenizer() -> PreTrainedTokenizerFast:
     return _tokenizer(None)
-
-
-def _imported(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"the story models need {name}, which is not installed: pip install 'eigendecomp[language]'"
-        ) from error
 
 
 @torch.no_grad()
@@ -214,12 +206,12 @@ def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: S
 
 
 @torch.no_grad()
-def continued(model: HookedTransformer, prompt: str, n: int, seed: int = 0, temperature: float = 0.7) -> str:
+def continued(model: HookedTransformer, prompt: str, n: int, seed: int = 0) -> str:
     """The prompt, at the start of a story, and up to ``n`` tokens that the model draws after it."""
     tokenizer, draw = _shipped_tokenizer(), torch.Generator().manual_seed(seed)
     ids = [END_ID, *tokenizer.encode(prompt)]
     for _ in range(n):
-        p = (model(torch.tensor([ids]))[0, -1] / temperature).softmax(-1)
+        p = (model(torch.tensor([ids]))[0, -1] / 0.7).softmax(-1)
         ids.append(int(torch.multinomial(p, 1, generator=draw)))
         if ids[-1] == END_ID:
             return str(tokenizer.decode(ids[1:-1]))
@@ -328,8 +320,8 @@ def load_hub_model(name: str = "tiny-stories-1M", device: str = "cpu", **options
     unknown name and ``ConnectionError``, within two seconds, if the model is not cached and the hub is out
     of reach.
     """
-    lens = _imported("transformer_lens")
-    loading = _imported("transformer_lens.loading_from_pretrained")
+    lens = need("language", "transformer_lens")
+    loading = need("language", "transformer_lens.loading_from_pretrained")
     aliases: dict[str, str] = loading.make_model_alias_map()
     if name.lower() not in aliases:
         known = ", ".join(sorted(alias for alias in aliases if alias.startswith("tiny-stories-")))
@@ -350,7 +342,7 @@ def load_hub_stories(n: int, split: Literal["train", "validation"] = "validation
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split is {split!r}; TinyStories has train and validation")
-    datasets = _imported("datasets")
+    datasets = need("language", "datasets")
     with hub(HUB_STORIES, "dataset", [f"data/{split}-*.parquet"]) as files:
         if files:  # load_dataset with the name does not look into the hub's cache
             names = [str(file) for file in files]
@@ -369,7 +361,7 @@ def hub(repository: str, kind: Literal["model", "dataset"], needed: Sequence[str
     cached model: hence the switch, and the probe before anything is asked of the network. Raises
     ``ConnectionError`` with the remedies.
     """
-    constants = _imported("huggingface_hub.constants")
+    constants = need("language", "huggingface_hub.constants")
     home = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
     main = home / "refs" / "main"
     snapshot = home / "snapshots" / (main.read_text().strip() if main.exists() else "none")
@@ -382,7 +374,7 @@ def hub(repository: str, kind: Literal["model", "dataset"], needed: Sequence[str
             "which needs no network; or connect to the network, or set HF_ENDPOINT to a mirror within reach; "
             "or copy the hub cache of a machine that has loaded it, and set HF_HOME to the copy"
         )
-    modules = [constants] + ([_imported("datasets.config")] if kind == "dataset" else [])
+    modules = [constants] + ([need("language", "datasets.config")] if kind == "dataset" else [])
     before = [module.HF_HUB_OFFLINE for module in modules]
     try:
         for module in modules:

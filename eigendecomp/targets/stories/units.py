@@ -1,11 +1,13 @@
 """Units of a story model, of whatever kind: their contexts, what they promote, and whom a push along them reaches."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from eigendecomp.study.moves import Move, Probe
 from eigendecomp.study.scores import cosines
 from eigendecomp.support.examples import as_examples
 from eigendecomp.targets.stories import model as stories
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass
@@ -75,9 +80,9 @@ def strongest(scores: Float[Tensor, " n"], share: float) -> Bool[Tensor, " n"]:
     return on & (scores > scores.min())
 
 
-def found_again(a: Float[Tensor, "v d"], b: Float[Tensor, "w d"], least: float = 0.8) -> float:
-    """The share of the rows of ``a`` that have a row of ``b`` with |cosine| of at least ``least``."""
-    return (cosines(a, b).abs().amax(1) >= least).double().mean().item()
+def found_again(a: Float[Tensor, "v d"], b: Float[Tensor, "w d"]) -> float:
+    """The share of the rows of ``a`` that have a row of ``b`` with |cosine| of at least 0.8."""
+    return (cosines(a, b).abs().amax(1) >= 0.8).double().mean().item()
 
 
 def contexts(tokens: Int[Tensor, "n t"], scores: Float[Tensor, " n·t"], k: int) -> list[tuple[str, str, str, float]]:

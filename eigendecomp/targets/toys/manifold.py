@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eigendecomp.targets.toys.training import minimise
+
 
 class Doubler(nn.Module):
     """x ↦ out(GELU(hidden(embed(x)))), where ``embed`` is linear and narrow: the circles share its dimensions."""
@@ -60,11 +62,11 @@ def data(
 
 
 def around(
-    planes: Float[Tensor, "circles 2 inputs"], points: int, radius: float = 0.75
+    planes: Float[Tensor, "circles 2 inputs"], points: int
 ) -> tuple[Float[Tensor, " points"], Float[Tensor, "circles points inputs"]]:
-    """Angles, and the inputs of each circle on alone at them."""
+    """Angles, and the inputs of each circle on alone at them, with radius 0.75."""
     angle = 2 * math.pi * torch.arange(points) / points
-    return angle, torch.einsum("np,cpi->cni", point(angle, radius), planes)
+    return angle, torch.einsum("np,cpi->cni", point(angle, 0.75), planes)
 
 
 def train(
@@ -73,10 +75,7 @@ def train(
     hidden: int,
     *,
     seed: int,
-    active: float = 0.1,
     steps: int = 5000,
-    batch: int = 512,
-    learning_rate: float = 6e-3,
 ) -> tuple[Doubler, float, float]:
     """A trained network, its squared error on fresh data and the share of the outputs' variance it explains.
 
@@ -92,18 +91,15 @@ def train(
             weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
         for bias in (model.hidden.bias, model.out.bias):
             bias.zero_()
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        x, y = data(batch, planes, generator, active=active)
-        optimizer.zero_grad()
-        (model(x) - y).square().sum(-1).mean().backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            weights[0].copy_(same_length(weights[0], planes))
+    optimizer = torch.optim.Adam(model.parameters(), lr=6e-3, fused=True)
+
+    def loss(_: int) -> Tensor:
+        x, y = data(512, planes, generator)
+        return (model(x) - y).square().sum(-1).mean()
+
+    minimise(loss, optimizer, steps, lambda: weights[0].copy_(same_length(weights[0], planes)))
     with torch.no_grad():
-        x, y = data(20_000, planes, generator, active=active)
+        x, y = data(20_000, planes, generator)
         left = (model(x) - y).square().sum()
         return model.eval(), left.item() / len(x), 1 - (left / (y - y.mean(0)).square().sum()).item()
 

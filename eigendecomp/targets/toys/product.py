@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eigendecomp.targets.toys.training import minimise
+
 Pairs = tuple[tuple[int, int], ...]
 
 
@@ -65,9 +67,7 @@ def wiring(
     return reads.repeat_interleave(units, 0)[order], writes.repeat_interleave(units, 0)[order].T
 
 
-def train(
-    features: int, units: int, pairs: Pairs, *, seed: int, steps: int = 2000, batch: int = 512, rate: float = 1e-2
-) -> tuple[Products, float]:
+def train(features: int, units: int, pairs: Pairs, *, seed: int, steps: int = 2000) -> tuple[Products, float]:
     """A trained network and the share of the outputs' variance that it explains on fresh data."""
     generator = torch.Generator().manual_seed(seed)
     masks = wiring(features, units, pairs, seed)
@@ -78,17 +78,17 @@ def train(
             weight.copy_(mask * torch.randn(weight.shape, generator=generator) / mask.sum(1, keepdim=True) ** 0.5)
         for bias in (model.hidden.bias, model.out.bias):
             bias.zero_()
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        x, y = data(batch, features, pairs, generator)
-        optimizer.zero_grad()
-        (model(x) - y).square().sum(-1).mean().backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            for weight, mask in zip(weights, masks, strict=True):
-                weight.mul_(mask)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+
+    def loss(_: int) -> Tensor:
+        x, y = data(512, features, pairs, generator)
+        return (model(x) - y).square().sum(-1).mean()
+
+    def cut() -> None:
+        for weight, mask in zip(weights, masks, strict=True):
+            weight.mul_(mask)
+
+    minimise(loss, optimizer, steps, cut)
     with torch.no_grad():
         x, y = data(20_000, features, pairs, generator)
         return model.eval(), 1 - ((model(x) - y).square().sum() / (y - y.mean(0)).square().sum()).item()

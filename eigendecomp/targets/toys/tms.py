@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eigendecomp.targets.toys.training import minimise
+
 
 class TMS(nn.Module):
     """x ↦ ReLU(x W_in W_out + b). Tied, W_out is W_inᵀ: one parameter used twice, as in the draft."""
@@ -79,9 +81,7 @@ def train(
     *,
     tied: bool,
     seed: int,
-    active: float = 0.05,
     steps: int = 4000,
-    batch: int = 512,
     learning_rate: float = 0.005,
     weight_decay: float = 0.5,
     instances: int = 24,
@@ -97,20 +97,14 @@ def train(
     b = torch.zeros(instances, 1, features)
     weights = [tensor.requires_grad_() for tensor in ([w_in, b] if tied else [w_in, w_out, b])]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0 if tied else weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def losses(x: Tensor) -> Float[Tensor, " instances"]:
         y = torch.relu(x @ w_in @ (w_in.mT if tied else w_out) + b)
         return (y - x).square().sum(-1).mean(-1)
 
-    for _ in range(steps):
-        optimizer.zero_grad()
-        losses(data(batch, features, generator, active=active)).sum().backward()
-        optimizer.step()
-        schedule.step()
-
+    minimise(lambda _: losses(data(512, features, generator)).sum(), optimizer, steps)
     with torch.no_grad():
-        held_out = losses(data(20_000, features, generator, active=active))
+        held_out = losses(data(20_000, features, generator))
         best = int(held_out.argmin())
         model = TMS(features, hidden, tied)
         model.W_in.copy_(w_in[best])

@@ -5,8 +5,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eigendecomp.targets.toys.training import minimise
+
 INPUTS: Float[Tensor, "4 2"] = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 OUTPUTS: Float[Tensor, "4 1"] = torch.tensor([[0.0], [1.0], [1.0], [0.0]])
+STARTS = 32  # networks trained at once
 
 
 class XOR(nn.Module):
@@ -21,9 +24,7 @@ class XOR(nn.Module):
         return F.gelu(x @ self.W.T + self.b).sum(-1, keepdim=True)
 
 
-def train(
-    seed: int, *, steps: int = 3000, learning_rate: float = 0.05, starts: int = 32, penalty: float = 1e-2
-) -> tuple[XOR, float]:
+def train(seed: int, *, steps: int = 3000, penalty: float = 1e-2) -> tuple[XOR, float]:
     """Train from several starts at once and return the smallest exact network, with its squared error over the inputs.
 
     Six parameters and four inputs leave a surface of networks without error. A ``penalty`` on the squared weights
@@ -31,10 +32,9 @@ def train(
     the network returned is the one whose error happens to be lowest.
     """
     generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(starts, 2, 2, generator=generator).requires_grad_()
-    b = torch.zeros(starts, 1, 2, requires_grad=True)
-    optimizer = torch.optim.Adam([w, b], lr=learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    w = torch.randn(STARTS, 2, 2, generator=generator).requires_grad_()
+    b = torch.zeros(STARTS, 1, 2, requires_grad=True)
+    optimizer = torch.optim.Adam([w, b], lr=0.05, fused=True)
 
     def losses() -> Float[Tensor, " starts"]:
         return (F.gelu(INPUTS @ w.mT + b).sum(-1, keepdim=True) - OUTPUTS).square().sum((1, 2))
@@ -42,11 +42,7 @@ def train(
     def sizes() -> Float[Tensor, " starts"]:
         return w.square().sum((1, 2)) + b.square().sum((1, 2))
 
-    for step in range(steps):
-        optimizer.zero_grad()
-        (losses() + penalty * (1 - step / steps) ** 2 * sizes()).sum().backward()
-        optimizer.step()
-        schedule.step()
+    minimise(lambda step: (losses() + penalty * (1 - step / steps) ** 2 * sizes()).sum(), optimizer, steps)
     final = losses().detach()
     exact = final <= final.min() + 1e-6
     best = int((final if penalty == 0 else torch.where(exact, sizes().detach(), torch.inf)).argmin())
