@@ -215,6 +215,20 @@ class Decomposition:
 
         return browse(self, inputs, path, **options)
 
+    # ---- handing on
+
+    def edit(self, steps: Mapping[int, float]) -> nn.Module:
+        """A copy of the model with w + Σ δ u, to keep; see :mod:`eigendecomp.share.edits`."""
+        from eigendecomp.share.edits import edited
+
+        return edited(self, steps)
+
+    def to_lora(self, steps: Mapping[int, float], path: str | Path) -> Path:
+        """Write the edit as an adapter that peft reads; see :mod:`eigendecomp.share.lora`."""
+        from eigendecomp.share.lora import to_lora
+
+        return to_lora(self, steps, path)
+
 
 def decompose(
     model: nn.Module,
