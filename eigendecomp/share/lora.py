@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
+from eigendecomp.share.folders import folder_at
 from eigendecomp.support import files
 from eigendecomp.support.checks import real, whole
 
@@ -50,7 +51,7 @@ def to_lora(d: Decomposition, steps: Mapping[int, float], path: str | Path) -> P
     for number, delta in steps.items():
         whole("direction", number, 0, d.decoder.n - 1)
         real(f"the step along direction {number}", delta)
-    folder = made_folder(path)
+    folder = folder_at(path)
     layers = {name: layer_of(d.target.model, name) for name in d.decoder.shapes}
     few, sizes = d.decoder.select(list(steps)), torch.tensor(list(steps.values()), dtype=d.target.dtype)
     changes = [change(few, name, layer, sizes.to(d.target.device)) for name, layer in layers.items()]
@@ -59,18 +60,6 @@ def to_lora(d: Decomposition, steps: Mapping[int, float], path: str | Path) -> P
     folder.mkdir(exist_ok=True)
     files.replace(folder / "adapter_model.safetensors", content)
     files.replace(folder / "adapter_config.json", json.dumps(config(d.target.model, changes), indent=2).encode())
-    return folder
-
-
-def made_folder(path: str | Path) -> Path:
-    """A folder that can be written; ValueError if there is a file, or nothing to make it in."""
-    if not isinstance(path, (str, Path)) or not str(path):
-        raise ValueError(f"{path!r} is not the path of a folder")
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{str(path)!r} is a file; give the path of a folder")
-    if not folder.absolute().parent.is_dir():
-        raise ValueError(f"the folder {str(folder.parent)!r} does not exist; make it first")
     return folder
 
 
