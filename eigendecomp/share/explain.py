@@ -39,7 +39,8 @@ def explain(
         ValueError: if there are fewer than 4k samples, or inputs whose number nobody knows.
     """
     path = files.writable(path)
-    whole("k", k), whole("window", window), whole("seed", seed, 0)
+    for name, value, least in (("k", k, 1), ("window", window, 1), ("seed", seed, 0)):
+        whole(name, value, least)
     n = count(inputs)
     if n is None:
         raise ValueError("inputs of unknown number cannot be looked up again; give tensors or a map-style dataset")
