@@ -38,8 +38,8 @@ figures: | $(READY) ## execute the notebooks: every figure, table and number (FO
 $(NOTEBOOKS): notebooks/%.ipynb: always | $(READY)
 	@$(BIN)/python notebooks/tools/execute.py $* $(if $(FORCE),--force)
 
-paper: | $(READY) ## build paper/main.pdf from the text and the results in figures/
-	$(BIN)/python -c 'import typst; typst.compile("paper/main.typ", "paper/main.pdf", ".", ignore_system_fonts=True)'
+paper: | $(READY) ## build paper/main.pdf from the text and the results in figures/ (STRICT=1: a false claim stops it)
+	$(BIN)/python -c 'import typst; typst.compile("paper/main.typ", "paper/main.pdf", ".", ignore_system_fonts=True, sys_inputs={"strict": "$(STRICT)"})'
 
 test: $(READY) ## unit tests, then every notebook in the smoke profile (small settings; figures/ is not touched)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)

@@ -106,7 +106,8 @@ class Decomposition:
 
     def _activations(self, inputs: Inputs) -> Iterator[Float[Tensor, "n v"]]:
         for part in chunks(inputs, CHUNK):
-            yield curvatures(self.target, self.settings.divergence, self.decoder, part).sqrt()
+            source = self.source(part)
+            yield curvatures(self.target, self.settings.divergence, self.decoder, part, source=source).sqrt()
 
     def _impacts(self, inputs: Inputs, references: int, seed: int) -> Iterator[Float[Tensor, "n v"]]:
         whole("references", references)

@@ -92,6 +92,7 @@ class Target:
         owners = {name: name.rpartition(".") for name in named}
         self._owners = {name: (model.get_submodule(path), leaf) for name, (path, _, leaf) in owners.items()}
         self._held: dict[str, Tensor] = {}
+        assert len(self.chosen) + len(self.frozen) == len(named)  # held before a transform can be the first to ask
 
     @property
     def chosen(self) -> dict[str, Tensor]:
@@ -114,7 +115,10 @@ class Target:
             if name in self.shapes:
                 self._check_fits(name, p)
             self.moved |= held is not None
-            self._held[name] = p.detach().requires_grad_(name in self.shapes)
+            with torch._C._DisableFuncTorch():  # what is held must not belong to a transform that is running
+                self._held[name] = p.detach()
+            if name in self.shapes:
+                self._held[name].requires_grad_()
             return self._held[name]
 
     def _check_fits(self, name: str, p: Tensor) -> None:

@@ -57,7 +57,9 @@ def execute(name: str) -> None:
     import jupytext  # imported here: they take longer than finding out that there is nothing to do
     import nbformat
     import papermill
+    import zmq
     from scrub import scrub
+    from traitlets.config import Config
 
     source, build = ROOT / "notebooks" / f"{name}.py", ROOT / "build"
     figures, running = build / "figures" / name, build / f"{name}.running.ipynb"
@@ -65,6 +67,8 @@ def execute(name: str) -> None:
     shutil.rmtree(figures, ignore_errors=True)
     figures.mkdir(parents=True)
     os.environ.update(EIGENDECOMP_PROFILE="paper", EIGENDECOMP_FIGURES=str(figures), TQDM_MININTERVAL="5")
+    # A kernel warns of talking in plain text, even to this very process. Where it can be told to encrypt, it is.
+    encryption = "auto" if zmq.has("curve") else "disabled"
     before, stamp = read_stamp(name), {path: digest(ROOT / path) for path in input_files(name)}
     try:
         notebook = papermill.execute_notebook(
@@ -74,6 +78,7 @@ def execute(name: str) -> None:
             kernel_name="python3",
             language="python",
             progress_bar=False,
+            config=Config(KernelManager={"transport_encryption": encryption}),
         )
     except Exception as error:
         if running.exists():
@@ -120,10 +125,12 @@ def main() -> None:
         print(f"{name}: up to date")
         return
     more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
-    print(f"{name}: executing ({reasons[0]}{more})", flush=True)
-    start = time.perf_counter()
-    execute(name)
-    print(f"{name}: executed in {time.perf_counter() - start:.0f} s")
+    start, outcome = time.perf_counter(), "failed after"
+    try:
+        execute(name)
+        outcome = "executed in"
+    finally:
+        print(f"{name}: {outcome} {(time.perf_counter() - start) / 60:.1f} minutes ({reasons[0]}{more})", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import eigendecomp as ed
-from eigendecomp.curvature import curvatures, hessian_root, push_forward
+from eigendecomp.curvature import curvatures, hessian_root, jacobian, push_forward
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence
 from eigendecomp.gradients import FunctionalSource
@@ -313,3 +313,71 @@ def test_a_direction_that_moves_nothing_interacts_with_nothing() -> None:
     found = ed.interactions(d, normal(6, 2))
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
     assert not d.activation(normal(6, 2))[:, 0].any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backwards
+
+
+def one_by_one(target: Target, x: Tensor) -> Tensor:
+    """J of every sample by torch.autograd.grad, one example and output at a time."""
+    parameters = dict(target.model.named_parameters())
+    chosen, rows = [parameters[name] for name in target.names], []
+    for example in x:
+        f = target.model(example.unsqueeze(0))
+        for row in f.view(-1, f.shape[-1]):
+            grads = [torch.autograd.grad(y, chosen, retain_graph=True, materialize_grads=True) for y in row]
+            rows.append(torch.stack([torch.cat([g.flatten() for g in some]) for some in grads]))
+    return torch.stack(rows)
+
+
+@every_divergence
+@pytest.mark.parametrize("positions", [0, 2])
+def test_backwards_through_a_source_is_the_same(divergence: Divergence, positions: int) -> None:
+    model, x = mlp(), normal(6, *[positions] * (positions > 0), 2)
+    target = Target(model)
+    source, directions = FunctionalSource(target), some_directions(target, 8)
+    moved = push_forward(target, divergence, directions, (x,))
+    torch.testing.assert_close(push_forward(target, divergence, directions, (x,), source=source), moved)
+    squares = curvatures(target, divergence, directions, (x,), source=source)
+    torch.testing.assert_close(squares, moved.square().sum(-1))
+
+
+class NoForward(torch.autograd.Function):
+    """tanh, without a forward derivative and without a rule for vmap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(y := x.tanh())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return grad[0] * (1 - ctx.saved_tensors[0].square())
+
+
+BACKWARD_ONLY = {
+    "function": (Model(lambda m, x: NoForward.apply(x @ m.w) @ m.v, w=(3, 4), v=(4, 2)), normal(5, 3)),
+    "lstm": (Model(lambda m, x: m.l(x)[0][:, -1], l=nn.LSTM(3, 2, batch_first=True)), normal(5, 4, 3)),
+    "weight norm": (
+        Model(lambda m, x: m.l(x), l=nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))), normal(5, 3)
+    ),
+    "cdist": (Model(lambda m, x: torch.cdist(x, m.w), w=(4, 3)), normal(5, 1, 3)),
+}  # fmt: skip
+
+
+@every_divergence
+@pytest.mark.parametrize("name", BACKWARD_ONLY)
+def test_layers_without_a_forward_derivative_are_taken_backwards(name: str, divergence: Divergence) -> None:
+    model, x = BACKWARD_ONLY[name]
+    target = Target(model)
+    directions = some_directions(target)
+    j = one_by_one(target, x)
+    f = target.outputs((x,)).flatten(0, 1)
+    root = divergence.root(f.unsqueeze(1), j.mT).mT
+    expected = (root @ directions.flat(target.names).T).mT
+    torch.testing.assert_close(push_forward(target, divergence, directions, (x,)), expected, rtol=1e-10, atol=1e-10)
+    squares = curvatures(target, divergence, directions, (x,))
+    torch.testing.assert_close(squares, expected.square().sum(-1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(jacobian(target, (x,)), j, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(per_sample(model, x, divergence, "closed"), root.mT @ root, rtol=1e-10, atol=1e-10)
