@@ -216,6 +216,51 @@ class Decomposition:
 
         return browse(self, inputs, path, **options)
 
+    # ---- handing on
+
+    def edit(self, steps: Mapping[int, float]) -> nn.Module:
+        """A copy of the model with w + Σ δ u, to keep; see :mod:`eigendecomp.share.edits`."""
+        from eigendecomp.share.edits import edited
+
+        return edited(self, steps)
+
+    def to_lora(self, steps: Mapping[int, float], path: str | Path) -> Path:
+        """Write the edit as an adapter that peft reads; see :mod:`eigendecomp.share.lora`."""
+        from eigendecomp.share.lora import to_lora
+
+        return to_lora(self, steps, path)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write a folder with the file and a card, laid out for the hub; see :mod:`eigendecomp.share.hub`."""
+        from eigendecomp.share.hub import save_pretrained
+
+        return save_pretrained(self, folder)
+
+    def push_to_hub(self, repo: str, **options: Any) -> str:
+        """Upload such a folder to the Hugging Face hub and return its address."""
+        from eigendecomp.share.hub import push_to_hub
+
+        return push_to_hub(self, repo, **options)
+
+    @classmethod
+    def from_pretrained(cls, repo_or_folder: str | Path, model: nn.Module, **options: Any) -> "Decomposition":
+        """:meth:`load` from such a folder, here or on the hub."""
+        from eigendecomp.share.hub import find
+
+        return cls.load(find(repo_or_folder, **options), model)
+
+    def readout(self, unembedding: Float[Tensor, "vocabulary width"], k: int = 10, names: Any = None, **options: Any):
+        """The vocabulary items that factors read and write; see :mod:`eigendecomp.share.readout`."""
+        from eigendecomp.share.readout import readout
+
+        return readout(self, unembedding, k, names, **options)
+
+    def explain(self, path: str | Path, inputs: Inputs, names: Any = None, **options: Any) -> Path:
+        """Write JSON lines from which to label the directions; see :mod:`eigendecomp.share.explain`."""
+        from eigendecomp.share.explain import explain
+
+        return explain(self, path, inputs, names, **options)
+
 
 def decompose(
     model: nn.Module,
