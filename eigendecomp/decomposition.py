@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,10 +18,11 @@ from eigendecomp.directions import Directions, Factorization, check_rank
 from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.factored.guard import Mistaken
 from eigendecomp.factored.source import CapturedSource
+from eigendecomp.factored.uses import HELD_BYTES, HeldUses, UseSource
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.objective import error_change
-from eigendecomp.reference import Draws, OtherSample, Reference
+from eigendecomp.reference import Draws, Mean, OtherSample, Reference
 from eigendecomp.settings import History, Settings, settings_from
 from eigendecomp.sparsity import BatchTopK, Sparsity
 from eigendecomp.storage import Checkpoint, check_target, fingerprint, pack, pack_pool, unpack, unpack_seen
@@ -38,9 +39,11 @@ CHUNK = 64  # examples read at a time; a constant, so that nothing depends on it
 POOL_SAMPLES = 8192  # samples from whose outputs references are made, where there are more
 
 
-def capture(target: Target, examples: Examples, settings: Settings) -> CapturedSource:
-    """The gradients of a target, arranged for this many directions."""
-    return CapturedSource(target, examples, terms=settings.n_directions * settings.rank)
+def capture(target: Target, examples: Examples, settings: Settings) -> CapturedSource | UseSource:
+    """The gradients of the samples that are chosen, arranged for this many directions."""
+    whole = settings.samples == "outputs"
+    captured = CapturedSource(target, examples, terms=settings.n_directions * settings.rank, form=whole)
+    return captured if whole else UseSource(captured, examples, settings.scale == "unit")
 
 
 class Decomposition:
@@ -61,7 +64,7 @@ class Decomposition:
         self.encoder, self.decoder, self.threshold, self.pool = encoder, decoder, threshold, pool
         self.history = history
         self.seen = seen  # the examples that the pool was made from, if they are known
-        self._source: CapturedSource | None = None
+        self._source: CapturedSource | UseSource | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the source, which belongs to this process and is prepared again when it is needed."""
@@ -112,7 +115,7 @@ class Decomposition:
 
     def _activations(self, inputs: Inputs) -> Iterator[Float[Tensor, "n v"]]:
         for part in chunks(inputs, CHUNK):
-            source = self.source(part)
+            source = self.captured(part)
             yield curvatures(self.target, self.settings.divergence, self.decoder, part, source=source).sqrt()
 
     def _impacts(self, inputs: Inputs, references: int, seed: int) -> Iterator[Float[Tensor, "n v"]]:
@@ -144,8 +147,13 @@ class Decomposition:
             s = self.settings
             yield self.source(part)(part, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
 
-    def source(self, examples: Examples) -> CapturedSource:
-        """Where gradients come from, prepared on the first examples that are asked about."""
+    def captured(self, examples: Examples) -> CapturedSource:
+        """Where gradients of whole outputs come from."""
+        source = self.source(examples)
+        return source.captured if isinstance(source, UseSource) else source
+
+    def source(self, examples: Examples) -> CapturedSource | UseSource:
+        """Where the samples' gradients come from, prepared on the first examples that are asked about."""
         if self._source is None or self.target.renewed():
             self._source = capture(self.target, examples, self.settings)
         return self._source
@@ -287,6 +295,8 @@ def decompose(
     batch_size: int = 256,
     learning_rate: float = 1e-2,
     seed: int = 0,
+    samples: Literal["outputs", "uses"] = "outputs",
+    scale: Literal["unit"] | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 30.0,
@@ -297,7 +307,8 @@ def decompose(
         model: any module, in evaluation mode. Its parameters are read, never changed.
         inputs: a tensor, or a tuple of tensors passed to the model together; the first axis counts examples.
         divergence: how outputs are compared; :class:`SquaredError` by default.
-        reference: what a sample is compared with; :class:`OtherSample` by default.
+        reference: what a sample is compared with; :class:`OtherSample` by default, for uses :class:`Mean`, which under
+            KL is the same without the noise of a draw.
         parameters: glob patterns over the names in ``model.named_parameters()``.
         n_directions: size of the dictionary.
         rank: rank of each direction in each tensor.
@@ -305,6 +316,10 @@ def decompose(
         tied: one set of rows for reading and writing, instead of two.
         sparsity: :class:`BatchTopK` (10% by default) or :class:`L1`.
         batch_size: samples in a step; an example with positions counts once for each.
+        samples: whose gradients are rebuilt: each output's, over all uses of a weight (``"outputs"``), or each single
+            use's, over all outputs (``"uses"``), where a use is a position or patch at which a weight multiplies.
+            ``encode`` and the rest then count samples example by example, position by position.
+        scale: ``"unit"`` scales the gradients of uses to norm one, so that all count alike.
         checkpoint: a path that is written as the fit goes on, and resumed from where it is there.
         checkpoint_seconds: time between two writes, at least; longer where a write takes more than 1/40 of it.
 
@@ -312,9 +327,10 @@ def decompose(
         ValueError: for anything that cannot be handled, before work starts.
     """
     settings = Settings(
-        SquaredError() if divergence is None else divergence, OtherSample() if reference is None else reference,
+        SquaredError() if divergence is None else divergence,
+        (Mean() if samples == "uses" else OtherSample()) if reference is None else reference,
         patterns(parameters), n_directions, rank, factorization, tied, BatchTopK(0.1) if sparsity is None else sparsity,
-        steps, batch_size, learning_rate, seed,
+        steps, batch_size, learning_rate, seed, samples, scale,
     )  # fmt: skip
     path = None if checkpoint is None else files.writable(checkpoint)
     real("checkpoint_seconds", checkpoint_seconds, least=0)
@@ -325,7 +341,7 @@ def decompose(
     keeper = None if path is None else Checkpoint(path, identity(target, data, settings), checkpoint_seconds)
     while True:
         try:
-            found = fit(target, data.batches(target, source, settings), settings, progress=progress, checkpoint=keeper)
+            found = fit(target, data.batches(source, settings), settings, progress=progress, checkpoint=keeper)
             break
         except Mistaken:
             aside = keeper and keeper.set_aside()
@@ -371,12 +387,16 @@ class Data:
         check_differs(draws, f, generator(s.seed, "zero"))
         return cls(inputs, n, probe, seen, f, pool, draws, cached)
 
-    def batches(self, target: Target, source: CapturedSource, settings: Settings) -> Batches:
+    def batches(self, source: CapturedSource | UseSource, settings: Settings) -> Batches:
         """Batches of gradients in the order that the seed gives, from the start."""
-        order = generator(settings.seed, "data")
+        order, positions = generator(settings.seed, "data"), self.outputs.shape[1]
+        if isinstance(source, UseSource):
+            if self.count and settings.reference.fixed and source.bytes(self.count) <= HELD_BYTES:
+                return HeldUses(source, fetch(self.inputs, range(self.count)), self.draws, order)
+            return LiveBatches(source, feed(self.inputs, order), self.draws, positions, source.positions)
         if self.cached:
             return CachedBatches(source, self.seen, self.outputs, self.draws, order)
-        return LiveBatches(source, feed(self.inputs, order), self.draws, self.outputs.shape[1])
+        return LiveBatches(source, feed(self.inputs, order), self.draws, positions, positions)
 
 
 def pool_of(target: Target, seen: Examples, settings: Settings) -> tuple[Float[Tensor, "e p k"], Float[Tensor, "m k"]]:

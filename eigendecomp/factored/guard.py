@@ -2,8 +2,9 @@
 
 How the uses of a parameter are read is found from three examples. Later batches may differ from them: they are
 sorted, ragged, or reach an expert that the three did not. So captured gradients are compared with one ordinary backward
-pass of the model itself, on the calls 1, 2, 4, 8, …: Σ_i r_i g_i = ∇ Σ_i r_i ⟨c_i, f_i⟩ with random signs r_i. Without
-signs, gradients that are given to the wrong samples would not show.
+pass of the model itself, on the calls 1, 2, 4, 8, …: Σ_i r_i g_i = ∇ Σ_i r_i ⟨c_i, f_i⟩ with random weights r_i of both
+signs. Without them, gradients that are given to the wrong samples would not show; and equal examples of opposite signs
+alone would leave nothing but rounding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.gradients import Cotangents, Gradients
+from eigendecomp.gradients import Cotangents, Gradients, Part, sum_of
 from eigendecomp.support import parallel
 from eigendecomp.target import Target
 
@@ -51,18 +52,37 @@ class Guard:
         Raises:
             ValueError: if an example's output depends on the examples beside it.
         """
-        signs, totals = [], {name: torch.zeros(shape) for name, shape in self.target.shapes.items()}
+        weights, totals = [], {name: torch.zeros(shape) for name, shape in self.target.shapes.items()}
         for examples, cotangents in pieces:
             with self.target.differentiable() as chosen:
                 f = self.target.itself(examples)
                 c = cotangents(f.detach())
-                signs.append((torch.randint(2, c.shape[:3], generator=self.generator) * 2 - 1).to(c))
-                total = torch.einsum("epr,eprk->epk", signs[-1], c)
+                weights.append(torch.randn(c.shape[:3], generator=self.generator).to(c))
+                total = torch.einsum("epr,eprk->epk", weights[-1], c)
                 found = torch.autograd.grad(f, chosen, total, allow_unused=True, materialize_grads=True)
             totals = {name: totals[name].to(g) + g.view(totals[name].shape) for name, g in zip(totals, found)}
             self._check_alone(examples, f.detach())
-        captured = gradients.weighted(torch.cat([s.flatten() for s in signs]))
+        captured = gradients.weighted(torch.cat([each.flatten() for each in weights]))
         return differing(captured, totals, self.tolerance)
+
+    def check_sums(
+        self, examples: Sequence[Tensor], cotangents: Cotangents, parts: Mapping[str, Sequence[Part]]
+    ) -> None:
+        """Raises ValueError where gradients, given as parts whose sum they are, are not autograd's."""
+        with self.target.differentiable() as chosen:
+            f = self.target.itself(examples)
+            c = cotangents(f.detach())
+            weights = torch.randn(len(c), c.shape[2], generator=self.generator).to(c)
+            total = torch.einsum("er,eprk->epk", weights, c)
+            truth = torch.autograd.grad(f, chosen, total, allow_unused=True, materialize_grads=True)
+        self._check_alone(examples, f.detach())
+        sums = {n: sum_of([part.weighted(weights.flatten())[n] for part in some]) for n, some in parts.items()}
+        wrong = differing(sums, dict(zip(self.target.names, truth, strict=True)), self.tolerance)
+        if wrong:
+            raise ValueError(
+                f"the uses of {wrong[0]!r} do not add up to its gradient on these examples, so they cannot be told "
+                "apart; leave the parameter out, or take whole outputs as samples"
+            )
 
     def _check_alone(self, examples: Sequence[Tensor], f: Float[Tensor, "e p k"]) -> None:
         """Two examples give alone what they give among the others."""
@@ -124,13 +144,15 @@ class Guard:
 
 
 def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float) -> list[str]:
-    """The names under which ``a`` is not ``b``, up to a share of b's norm."""
-    norms = {name: g.norm() for name, g in b.items()}
+    """The names under which ``a`` is not ``b``, up to a share of b's norm; what is not finite in b is left aside."""
+    norms = {name: g.norm() for name, g in b.items() if g.isfinite().all()}
+    if not norms:
+        return []
     most = torch.stack(list(norms.values())).norm()
     return [
         name
         for name, g in b.items()
-        if not (a[name].reshape(g.shape) - g).norm() <= tolerance * (norms[name] + SMALL * most)
+        if name in norms and not (a[name].reshape(g.shape) - g).norm() <= tolerance * (norms[name] + SMALL * most)
     ]
 
 

@@ -436,25 +436,30 @@ class CapturedSource:
     @torch.no_grad()
     def factors(
         self, examples: Sequence[Tensor], cotangents: Cotangents
-    ) -> dict[str, list[tuple[Float[Tensor, "e t i"], Float[Tensor, "e t o"]]]]:
-        """Every use's input and its output gradient, with respect to all outputs of an example together.
+    ) -> dict[str, list[tuple[Float[Tensor, "e t i"], Float[Tensor, "r e t o"]]]]:
+        """Every use's input and, for every draw, its output gradient with respect to all outputs of an example.
 
-        Cotangents are one for each output. Over its positions, and over its uses, the outer products of the two are
-        the parameter's gradient.
+        Over its positions, and over its uses, the outer products of the two are the parameter's gradient.
 
         Raises:
-            ValueError: if a parameter is not a weight that multiplies, or these examples run other operations.
+            ValueError: if a parameter is not a weight that multiplies, or these examples run other operations, or the
+                sum over uses is not autograd's gradient.
         """
         count = len(examples[0])
         found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.axes()}
         f, trace = self._traced(examples)
-        c = cotangents(f.detach()[:count])[:, :, 0]
+        c = cotangents(f.detach()[:count])
         c = c if count == len(f) else torch.cat([c, torch.zeros_like(c)])
-        deltas = self.pull(Node(f).settle(), trace.uses, c[None])
+        deltas = self.pull(Node(f).settle(), trace.uses, c.movedim(2, 0), c.shape[0] * c.shape[1])
+        terms: dict[str, list[Factored]] = defaultdict(list)
         for use, plan, delta in zip(trace.uses, self.plans, deltas, strict=True):
-            left, right = (side.first(count).full()[0] for side in product_sides(use, plan, delta, len(f)))
+            assert plan.rows is not None
+            left, right = (side.first(count) for side in product_sides(use, plan, delta, len(f)))
+            terms[plan.name].append(Factored(plan.name, self.target.shapes[plan.name], plan.rows, [(left, right)]))
             a, b = (left, right) if plan.left_is_data else (right, left)
-            found[plan.name].append((a.to(b.dtype), b))
+            found[plan.name].append((a.full()[0].to(b.values.dtype), b.full()))
+        if self.guard.due():
+            self.guard.check_sums(examples, cotangents, terms)
         return found
 
     @torch.no_grad()
