@@ -6,14 +6,15 @@ numbers themselves. Samples are ordered example by example, position by position
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.directions import Directions, Shapes
+from eigendecomp.directions import NUMBER, Directions, Shapes
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
@@ -29,17 +30,48 @@ class Cotangents(Protocol):
         ...
 
 
+class Products(NamedTuple):
+    """What the objective needs to know of n gradients and all v directions."""
+
+    z: Float[Tensor, "n v"]  # ⟨g, u⟩ with the encoder
+    y: Float[Tensor, "n v"]  # ⟨g, u⟩ with the decoder
+    gram: Float[Tensor, "v v"]  # of the decoder
+    squares: Float[Tensor, " n"]  # ‖g‖²
+
+
 class Part(Protocol):
     """The gradients of some of the tensors, for n samples."""
 
     names: tuple[str, ...]
 
+    def __len__(self) -> int:
+        """The number of samples."""
+        ...
+
     def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
         """⟨g, u⟩ over these tensors; differentiable in the directions."""
         ...
 
+    def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
+        """⟨g, u⟩ of each sample with m directions of its own: those of the first sample come first, and so on."""
+        ...
+
     def square_norms(self) -> Float[Tensor, " n"]:
         """‖g‖² over these tensors."""
+        ...
+
+    def products(self, encoder: Directions, decoder: Directions) -> Products:
+        """All that the objective needs, over these tensors, with nothing computed twice."""
+        y = self.inner(decoder)
+        z = y if encoder is decoder else self.inner(encoder)
+        return Products(z, y, over(decoder, self.names).gram(), self.square_norms())
+
+    def operations(self, directions: Directions, v: float) -> float:
+        """Operations that :meth:`inner` takes for v directions of this kind."""
+        ...
+
+    def operations_own(self, directions: Directions, m: float) -> float:
+        """Operations that :meth:`inner_own` takes for m directions a sample; infinite where they are no choice."""
         ...
 
     def dense(self) -> dict[str, Float[Tensor, "n *shape"]]:
@@ -51,7 +83,7 @@ class Part(Protocol):
         ...
 
 
-class Formed:
+class Formed(Part):
     """Gradients as numbers, flattened tensor after tensor."""
 
     def __init__(self, shapes: Shapes, values: Float[Tensor, "n w"]) -> None:
@@ -59,11 +91,43 @@ class Formed:
         self.names = tuple(shapes)
         self.values = values
 
+    def __len__(self) -> int:
+        return len(self.values)
+
     def inner(self, directions: Directions) -> Tensor:
         return self.values @ directions.flat(self.names).T
 
+    def inner_own(self, own: Directions) -> Tensor:
+        products, n = [], len(self.values)
+        for name, g in self.dense().items():
+            left, right = own.pair(name, [0])
+            k = left.shape[1]
+            left, right = (side.reshape(n, -1, side.shape[2]) for side in (left, right))  # (n, m·k, d)
+            met = (g.reshape(n, g.shape[1], -1) @ right.mT).mT * left
+            products.append(met.sum(2).unflatten(1, (-1, k)).sum(2))
+        return sum_of(products)
+
     def square_norms(self) -> Tensor:
         return self.values.square().sum(-1)
+
+    def products(self, encoder: Directions, decoder: Directions) -> Products:
+        rows = decoder.flat(self.names)
+        y = self.values @ rows.T
+        z = y if encoder is decoder else self.inner(encoder)
+        # The directions are formed already; of more directions than samples the factors give the Gram matrix sooner.
+        gram = rows @ rows.T if decoder.n <= len(y) else over(decoder, self.names).gram()
+        return Products(z, y, gram, self.square_norms())
+
+    def operations(self, directions: Directions, v: float) -> float:
+        n, w = self.values.shape
+        return v * (2 * n * w + NUMBER * (n + w))
+
+    def operations_own(self, directions: Directions, m: float) -> float:
+        n = len(self.values)
+        return n * m * sum(
+            terms_of(directions, name) * (2 * math.prod(shape) + NUMBER * sum(shape))
+            for name, shape in self.shapes.items()
+        )
 
     def dense(self) -> dict[str, Tensor]:
         sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
@@ -81,25 +145,29 @@ class Gradients:
         self.shapes = dict(shapes)
         self.parts = list(parts)
 
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
     def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
         """⟨g_n, u_v⟩; differentiable in the directions."""
         return sum_of([part.inner(directions) for part in self.parts])
 
-    def inner_and_gram(
-        self, encoder: Directions, decoder: Directions
-    ) -> tuple[Float[Tensor, "n v"], Float[Tensor, "n v"], Float[Tensor, "v v"]]:
-        """⟨g, u⟩ for the encoder and for the decoder, and the decoder's Gram matrix, doing nothing twice."""
-        tied = encoder is decoder
-        if len(self.parts) == 1 and isinstance(self.parts[0], Formed):  # then so are the directions
-            rows = decoder.flat(self.parts[0].names)
-            y = self.parts[0].values @ rows.T
-            return y if tied else self.inner(encoder), y, rows @ rows.T
-        if not tied and any(isinstance(part, Recomputed) for part in self.parts):  # one pass over the pieces
-            z, y = self.inner(encoder.beside(decoder)).split((encoder.n, decoder.n), 1)
-        else:
-            y = self.inner(decoder)
-            z = y if tied else self.inner(encoder)
-        return z, y, decoder.gram()
+    def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
+        """⟨g_n, u_nm⟩ with m directions for each sample, given sample by sample; differentiable in them."""
+        return sum_of([part.inner_own(own) for part in self.parts])
+
+    def products(self, encoder: Directions, decoder: Directions) -> Products:
+        """⟨g, u⟩ for encoder and decoder, the decoder's Gram matrix, and ‖g‖²: in one pass over the gradients."""
+        found = [part.products(encoder, decoder) for part in self.parts]
+        return Products(*(sum_of(terms) for terms in zip(*found, strict=True)))
+
+    def operations(self, directions: Directions) -> float:
+        """Operations that :meth:`inner` takes."""
+        return sum(part.operations(directions, directions.n) for part in self.parts)
+
+    def operations_own(self, directions: Directions, m: float) -> float:
+        """Operations that :meth:`inner_own` takes for m directions of this kind a sample."""
+        return sum(part.operations_own(directions, m) for part in self.parts)
 
     def square_norms(self) -> Float[Tensor, " n"]:
         """‖g_n‖²."""
@@ -115,19 +183,46 @@ class Gradients:
         return torch.cat([value.flatten(1) for value in self.dense().values()], 1)
 
 
-class Recomputed:
+class Recomputed(Part):
     """Gradients that are too large to keep: made piece by piece, and again in the backward pass."""
 
     def __init__(self, names: Sequence[str], pieces: Sequence[Callable[[], Gradients]]) -> None:
         self.names = tuple(names)
         self.pieces = pieces
-        self.norms: list[Tensor] = []
+        self.squares: list[Tensor] = []  # ‖g‖² of every piece, once one has been made
+
+    def __len__(self) -> int:
+        return len(self.square_norms())
 
     def inner(self, directions: Directions) -> Tensor:
         return _InnerByPieces.apply(self, directions, *directions.tensors())
 
+    def inner_own(self, own: Directions) -> Tensor:
+        per_sample = own.n // len(self)
+        start, products = 0, []
+        for piece in self.pieces:
+            g = piece()
+            stop = start + len(g) * per_sample
+            products.append(g.inner_own(own.select(range(start, stop))))
+            start = stop
+        return torch.cat(products)
+
     def square_norms(self) -> Tensor:
-        return torch.cat(self.norms or [piece().square_norms() for piece in self.pieces])
+        self.squares = self.squares or [piece().square_norms() for piece in self.pieces]
+        return torch.cat(self.squares)
+
+    def products(self, encoder: Directions, decoder: Directions) -> Products:
+        if encoder is decoder:
+            z = y = self.inner(decoder)
+        else:
+            z, y = self.inner(encoder.beside(decoder)).split((encoder.n, decoder.n), 1)
+        return Products(z, y, over(decoder, self.names).gram(), self.square_norms())
+
+    def operations(self, directions: Directions, v: float) -> float:
+        return 0.0  # beside making the gradients
+
+    def operations_own(self, directions: Directions, m: float) -> float:
+        return math.inf  # they would be made once more
 
     def dense(self) -> dict[str, Tensor]:
         pieces = [piece().dense() for piece in self.pieces]
@@ -140,19 +235,19 @@ class Recomputed:
 
 
 class _InnerByPieces(torch.autograd.Function):
-    """⟨g, u⟩ of all pieces, of which none is kept."""
+    """⟨g, u⟩ of all pieces, of which none is kept; leaves their squared norms with the gradients."""
 
     @staticmethod
     def forward(ctx: Any, gradients: Recomputed, directions: Directions, *factors: Tensor) -> Tensor:
         ctx.gradients, ctx.directions = gradients, directions
         ctx.save_for_backward(*factors)
-        rows, norms = [], []
+        products, squares = [], []
         for piece in gradients.pieces:
             g = piece()
-            rows.append(g.inner(directions))
-            norms.append(g.square_norms())
-        gradients.norms, ctx.sizes = norms, [len(row) for row in rows]
-        return torch.cat(rows)
+            products.append(g.inner(directions))
+            squares.append(g.square_norms())
+        gradients.squares, ctx.sizes = squares, [len(product) for product in products]
+        return torch.cat(products)
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -160,10 +255,10 @@ class _InnerByPieces(torch.autograd.Function):
         copies = iter(leaves)
         directions = ctx.directions.map(lambda _: next(copies))
         totals = [torch.zeros_like(leaf) for leaf in leaves]
-        for piece, part in zip(ctx.gradients.pieces, grad[0].split(ctx.sizes), strict=True):
+        for piece, cotangent in zip(ctx.gradients.pieces, grad[0].split(ctx.sizes), strict=True):
             with torch.enable_grad():
                 z = piece().inner(directions)
-            for total, g in zip(totals, torch.autograd.grad(z, leaves, part, materialize_grads=True), strict=True):
+            for total, g in zip(totals, torch.autograd.grad(z, leaves, cotangent, materialize_grads=True), strict=True):
                 total += g
         return None, None, *totals
 
@@ -174,6 +269,18 @@ class Source(Protocol):
     target: Target
 
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients: ...
+
+
+def over(directions: Directions, names: Sequence[str]) -> Directions:
+    """The directions in some of their tensors alone."""
+    shapes = {name: directions.shapes[name] for name in names}
+    return Directions(shapes, directions.factorization, {name: directions.factors[name] for name in names})
+
+
+def terms_of(directions: Directions, name: str) -> int:
+    """How many terms k the two sides of :meth:`Directions.pair` have in a matrix, or at least in another tensor."""
+    ranks = directions.factors[name][0].shape[1:]
+    return ranks[0] if directions.factorization == "cp" else min(ranks[0], math.prod(ranks[1:]))
 
 
 def sum_of(terms: Sequence[Tensor]) -> Tensor:

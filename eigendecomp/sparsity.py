@@ -12,6 +12,15 @@ from eigendecomp.support.checks import real
 class Sparsity:
     """A rule that turns coefficients ``z`` into the sparse ``s``, and the term it adds to the loss."""
 
+    auxiliary: float = 0.0  # weight of a second error, in which directions not kept for a while rebuild what is left
+
+    def share(self, progress: float) -> float:
+        """The share of a batch's coefficients that :meth:`keep_batch` leaves as they are, all others being zero.
+
+        One where that is not all that it does: then no coefficient is without a derivative.
+        """
+        return 1.0
+
     def keep_batch(self, z: Float[Tensor, "n v"], progress: float) -> Float[Tensor, "n v"]:
         """s in the fit, where the rule may look at the whole batch; ``progress`` is the share of the steps done."""
         return z
@@ -51,9 +60,12 @@ class BatchTopK(Sparsity):
         real("BatchTopK: warmup (share of the steps)", self.warmup, least=0, most=1)
         real("BatchTopK: auxiliary", self.auxiliary, least=0)
 
-    def keep_batch(self, z: Tensor, progress: float) -> Tensor:
+    def share(self, progress: float) -> float:
         done = 1.0 if progress >= self.warmup else progress / self.warmup
-        fraction = self.fraction**done
+        return self.fraction**done
+
+    def keep_batch(self, z: Tensor, progress: float) -> Tensor:
+        fraction = self.share(progress)
         return z if fraction >= 1 else z * (z.abs() >= cutoff(z, fraction))
 
     def threshold(self, z: Tensor) -> float:

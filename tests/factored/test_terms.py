@@ -88,7 +88,7 @@ def _seed() -> None:
 def results(gradients: Gradients, directions: Directions) -> list[Tensor]:
     """All that the objective needs, and the derivative of it."""
     leaves = directions.map(lambda factor: factor.detach().requires_grad_())
-    z, y, _ = gradients.inner_and_gram(leaves, directions)
+    z, y, *_ = gradients.products(leaves, directions)
     loss = (z * torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view(z.shape)).sum() + y.sum()
     found = [z.detach(), y, gradients.square_norms(), gradients.flat()]
     return [*found, *torch.autograd.grad(loss, list(leaves.tensors()))]
