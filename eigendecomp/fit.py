@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from eigendecomp.batches import ZERO, Batches
 from eigendecomp.directions import Directions
+from eigendecomp.factored.kept import coefficients
 from eigendecomp.objective import Objective
 from eigendecomp.settings import History, Settings
 from eigendecomp.storage import Checkpoint
@@ -133,7 +134,7 @@ def fit(
     state = State(target, settings, batches)
     if checkpoint is not None:
         checkpoint.read(state)
-    objective, ever = Objective(settings.sparsity), torch.zeros((), device=target.device)
+    objective, ever = Objective(settings.sparsity, coefficients), torch.zeros((), device=target.device)
     bar = tqdm(
         total=settings.steps,
         initial=state.step,

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eigendecomp.directions import NUMBER, Directions
-from eigendecomp.gradients import Formed, Part, sum_of, terms_of
+from eigendecomp.gradients import OWN, Formed, Part, sum_of, terms_of
 
 PASSES = 4  # encoder and decoder, each forward and backward, to one squared norm
 FRESH = 1 << 21  # intermediate numbers at a time, where none of them stays
-OWN = 4  # how much longer the same operations take in many small products than in one large one: measured
 
 
 @dataclass
@@ -229,7 +228,8 @@ class Factored(Part):
             return self.formed.operations_own(directions, m)
         k = terms_of(directions, self.names[0])
         gathered = sum(side.size if side.index is None else len(side.index) for term in self.terms for side in term)
-        return sum(OWN * rows_cost(term, m, k) for term in self.terms) + NUMBER * len(self) * m * k * gathered
+        rows = sum(rows_cost(term, m, k) for term in self.terms)
+        return OWN * rows + 2 * NUMBER * len(self) * m * k * gathered
 
     @property
     def draws(self) -> int:

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from eigendecomp.directions import Directions
 from eigendecomp.factored import terms
+from eigendecomp.factored.pieces import Recomputed
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.terms import Factored, Side, contract, folding_cost, rows_cost
-from eigendecomp.gradients import FunctionalSource, Gradients, Recomputed
+from eigendecomp.gradients import FunctionalSource, Gradients
 from eigendecomp.target import Target
 
 EXACT = 1e-12
