@@ -1,7 +1,9 @@
 """Which coefficients of a gradient are used to rebuild it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -36,8 +38,11 @@ class Sparsity:
         """
         return 0.0
 
-    def threshold(self, z: Float[Tensor, "n v"]) -> float | None:
-        """The |z| from which a coefficient is kept at inference, from coefficients of many training samples."""
+    def threshold(self, z: Iterable[Float[Tensor, "n v"]]) -> float | None:
+        """The |z| from which a coefficient is kept at inference, from coefficients of many batches of training samples.
+
+        None where all are kept; the batches are then not even asked for.
+        """
         return None
 
 
@@ -68,8 +73,8 @@ class BatchTopK(Sparsity):
         fraction = self.share(progress)
         return z if fraction >= 1 else z * (z.abs() >= cutoff(z, fraction))
 
-    def threshold(self, z: Tensor) -> float:
-        return cutoff(z, self.fraction).item()
+    def threshold(self, z: Iterable[Tensor]) -> float:
+        return cutoff(torch.cat(list(z)), self.fraction).item()
 
 
 def cutoff(z: Tensor, fraction: float) -> Tensor:
