@@ -21,7 +21,7 @@ from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.uses import HELD_BYTES, HeldUses, UseSource
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
-from eigendecomp.objective import error_change
+from eigendecomp.objective import squared_error
 from eigendecomp.reference import Draws, Mean, OtherSample, Reference
 from eigendecomp.settings import History, Settings, settings_from
 from eigendecomp.sparsity import BatchTopK, Sparsity
@@ -130,9 +130,9 @@ class Decomposition:
         for g in self.gradients(inputs, 1, seed):
             z = g.inner(self.encoder)
             y = z if self.settings.tied else g.inner(self.decoder)
-            square = g.square_norms().sum().item()
-            left += square + error_change(self.settings.sparsity.keep(z, self.threshold), y, gram).item()
-            total += square
+            squares, s = g.square_norms(), self.settings.sparsity.keep(z, self.threshold)
+            left += squared_error(squares, s, y, gram).item()
+            total += squares.sum().item()
         if not total > 0:
             raise ValueError("every gradient is zero on these inputs, so the error is not defined")
         return left / total

@@ -118,7 +118,7 @@ class Directions:
     def select(self, index: Sequence[int] | Tensor) -> Self:
         """The chosen directions alone."""
         rows = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.long)
-        return self.map(lambda factor: factor[rows.to(factor.device)])
+        return self.map(lambda factor: factor.index_select(0, rows.to(factor.device)))
 
     def beside(self, other: "Directions") -> Self:
         """These directions and then others of the same kind, as one set."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from eigendecomp.batches import ZERO, Batches
 from eigendecomp.directions import Directions
+from eigendecomp.factored.kept import coefficients
 from eigendecomp.objective import Objective
 from eigendecomp.settings import History, Settings
 from eigendecomp.storage import Checkpoint
@@ -21,7 +22,7 @@ from eigendecomp.support.random import generator
 from eigendecomp.target import Target
 
 PATIENCE = 100  # steps without being kept after which a direction counts as dead
-THRESHOLD_SAMPLES = 8192  # from which the inference threshold is read
+THRESHOLD_SAMPLES = 8192  # from which the inference threshold is read, at most
 
 
 @dataclass
@@ -133,7 +134,7 @@ def fit(
     state = State(target, settings, batches)
     if checkpoint is not None:
         checkpoint.read(state)
-    objective, ever = Objective(settings.sparsity), torch.zeros((), device=target.device)
+    objective, ever = Objective(settings.sparsity, coefficients), torch.zeros((), device=target.device)
     bar = tqdm(
         total=settings.steps,
         initial=state.step,
@@ -183,11 +184,19 @@ def fit(
 
     decoder = state.decoder.map(lambda factor: factor.detach())
     encoder = decoder if settings.tied else state.encoder.map(lambda factor: factor.detach())
-    with torch.no_grad():
-        size = settings.batch_size * math.ceil(256 / settings.batch_size)  # small batches would take too many
-        count = math.ceil(THRESHOLD_SAMPLES / size)
-        z = torch.cat([batches.batch(size, state.draw).inner(encoder) for _ in range(count)])
-    return Fit(encoder, decoder, settings.sparsity.threshold(z), state.history)
+    return Fit(encoder, decoder, threshold(state, encoder, progress), state.history)
+
+
+@torch.no_grad()
+def threshold(state: State, encoder: Directions, progress: bool) -> float | None:
+    """The inference threshold, from coefficients of fresh samples: at most half as many as the fit has seen."""
+    batch = state.settings.batch_size
+    samples = min(THRESHOLD_SAMPLES, max(1, state.step // 2) * batch)
+    size = min(batch * math.ceil(256 / batch), batch * math.ceil(samples / batch))  # small batches would take too many
+    passes = tqdm(
+        range(math.ceil(samples / size)), disable=not (progress and parallel.leads()), desc="threshold", leave=False
+    )
+    return state.settings.sparsity.threshold(state.batches.batch(size, state.draw).inner(encoder) for _ in passes)
 
 
 def rate(share: float) -> float:

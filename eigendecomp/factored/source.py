@@ -24,10 +24,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eigendecomp.factored.guard import Guard, Mistaken, coarse, differing
+from eigendecomp.factored.pieces import Recomputed
 from eigendecomp.factored.record import Node, Trace, Use, storages
 from eigendecomp.factored.rules import Layout, NotUnderstood, Plan, find_layout, make_plan, product_sides, summed
 from eigendecomp.factored.terms import Factored, Side, Term
-from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, Recomputed, spread, sum_of
+from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, spread, sum_of
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)

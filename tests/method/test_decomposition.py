@@ -251,7 +251,7 @@ def test_top_k_comes_down_from_all_to_its_fraction(n: int, v: int, fraction: flo
     final = rule.keep_batch(z, 1.0)
     assert torch.equal(final[final != 0], z[final != 0])
     assert final[final != 0].abs().min() >= z[final == 0].abs().max() if (final == 0).any() else True
-    threshold = rule.threshold(z)
+    threshold = rule.threshold([z])
     assert torch.equal(rule.keep(z, threshold), final)
 
 
