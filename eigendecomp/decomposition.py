@@ -16,7 +16,7 @@ from eigendecomp.curvature import curvatures, push_forward
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.factored.source import CapturedSource
-from eigendecomp.fit import fit
+from eigendecomp.fit import best_fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.objective import error_change
 from eigendecomp.reference import Draws, OtherSample, Reference
@@ -198,9 +198,10 @@ class Decomposition:
             settings = settings_from(metadata["settings"])
             target = Target(model, settings.parameters)
             check_target(target, metadata, path)
-            decoder = unpack("decoder", tensors, target, settings)
-            encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings)
             history = History.read(metadata["history"])
+            n = settings.n_directions - len(history.pruned)
+            decoder = unpack("decoder", tensors, target, settings, n)
+            encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings, n)
             threshold = metadata["threshold"]
             if threshold is not None:
                 real("threshold", threshold, least=0)
@@ -278,6 +279,8 @@ def decompose(
     batch_size: int = 256,
     learning_rate: float = 1e-2,
     seed: int = 0,
+    prune: float | None = None,
+    restarts: int = 1,
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 30.0,
@@ -296,7 +299,11 @@ def decompose(
         tied: one set of rows for reading and writing, instead of two.
         sparsity: :class:`BatchTopK` (10% by default) or :class:`L1`.
         batch_size: samples in a step; an example with positions counts once for each.
-        checkpoint: a path that is written as the fit goes on, and resumed from where it is there.
+        prune: after the fit a direction is left out while the training error grows by less than this share of ‖g‖²;
+            ``history.pruned`` has their numbers. Well below 1 / n_directions where all are in use.
+        restarts: of so many fits the one with the lowest training error is kept; ``history.restarts`` has the errors.
+        checkpoint: a path that is written as the fit goes on, and resumed from where it is there; the second restart's
+            has a ``.2`` before its suffix, and so on.
         checkpoint_seconds: time between two writes, at least; longer where a write takes more than 1/40 of it.
 
     Raises:
@@ -307,7 +314,7 @@ def decompose(
     sparsity = BatchTopK(0.1) if sparsity is None else sparsity
     settings = Settings(
         divergence, reference, patterns(parameters), n_directions, rank,
-        factorization, tied, sparsity, steps, batch_size, learning_rate, seed,
+        factorization, tied, sparsity, steps, batch_size, learning_rate, seed, prune=prune, restarts=restarts,
     )  # fmt: skip
     checkpoint = None if checkpoint is None else files.writable(checkpoint)
     real("checkpoint_seconds", checkpoint_seconds, least=0)
@@ -338,7 +345,7 @@ def decompose(
         "data": files.checksum({str(number): tensor for number, tensor in enumerate(held)}, f"{n} examples"),
     }
     keeper = None if checkpoint is None else Checkpoint(checkpoint, identity, checkpoint_seconds)
-    found = fit(target, batches, settings, progress=progress, checkpoint=keeper)
+    found = best_fit(target, batches, settings, progress=progress, checkpoint=keeper)
     made = Decomposition(target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
     made._source = source
     return made

@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
 from eigendecomp.batches import ZERO, Batches
 from eigendecomp.directions import Directions
-from eigendecomp.objective import Objective
+from eigendecomp.objective import Objective, error_change
 from eigendecomp.settings import History, Settings
 from eigendecomp.storage import Checkpoint
 from eigendecomp.support import parallel
@@ -22,6 +22,7 @@ from eigendecomp.target import Target
 
 PATIENCE = 100  # steps without being kept after which a direction counts as dead
 THRESHOLD_SAMPLES = 8192  # from which the inference threshold is read
+JUDGED_SAMPLES = 4096  # of the training data, on which directions and restarts are judged
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Fit:
     decoder: Directions
     threshold: float | None
     history: History
+    whole: bool = True  # not ended early by an interrupt
 
 
 class State:
@@ -124,6 +126,7 @@ def fit(
     progress: bool = True,
     log_every: int = 50,
     checkpoint: Checkpoint | None = None,
+    name: str = "fit",
 ) -> Fit:
     """Learn the directions. An interrupt (Ctrl-C) ends the fit early with what is learned so far.
 
@@ -134,13 +137,8 @@ def fit(
     if checkpoint is not None:
         checkpoint.read(state)
     objective, ever = Objective(settings.sparsity), torch.zeros((), device=target.device)
-    bar = tqdm(
-        total=settings.steps,
-        initial=state.step,
-        disable=not (progress and parallel.leads()),
-        desc="fit",
-        mininterval=0.5,
-    )
+    hidden = not (progress and parallel.leads())
+    bar = tqdm(total=settings.steps, initial=state.step, disable=hidden, desc=name, mininterval=0.5)
     gradients = None
     try:
         while state.step < settings.steps:
@@ -184,10 +182,85 @@ def fit(
     decoder = state.decoder.map(lambda factor: factor.detach())
     encoder = decoder if settings.tied else state.encoder.map(lambda factor: factor.detach())
     with torch.no_grad():
-        size = settings.batch_size * math.ceil(256 / settings.batch_size)  # small batches would take too many
-        count = math.ceil(THRESHOLD_SAMPLES / size)
+        size, count = reading(settings, THRESHOLD_SAMPLES)
         z = torch.cat([batches.batch(size, state.draw).inner(encoder) for _ in range(count)])
-    return Fit(encoder, decoder, settings.sparsity.threshold(z), state.history)
+    return Fit(encoder, decoder, settings.sparsity.threshold(z), state.history, state.step == settings.steps)
+
+
+def reading(settings: Settings, samples: int) -> tuple[int, int]:
+    """The size and the number of the batches in which at least so many samples are read."""
+    size = settings.batch_size * math.ceil(256 / settings.batch_size)  # small batches would take too many
+    return size, math.ceil(samples / size)
+
+
+def best_fit(
+    target: Target, batches: Batches, settings: Settings, *, progress: bool = True, checkpoint: Checkpoint | None = None
+) -> Fit:
+    """Of ``settings.restarts`` fits, each pruned, the one with the lowest training error.
+
+    All see the data in the same order; they differ in where they start and in the references that are drawn. The first
+    is the fit of ``settings.seed`` itself. An interrupt ends the fit under way, and the rest are not begun.
+    """
+    begin, found = batches.feed.state(), []
+    for number in range(settings.restarts):
+        own, keeper, name = settings, checkpoint, "fit"
+        if number:
+            own = replace(settings, seed=generator(settings.seed, f"restart {number}").initial_seed() % 2**31)
+            name = f"fit {number + 1} of {settings.restarts}"
+            batches.feed.restore(begin)
+        if number and checkpoint is not None:
+            path = checkpoint.path.with_name(f"{checkpoint.path.stem}.{number + 1}{checkpoint.path.suffix}")
+            keeper = replace(checkpoint, path=path, identity=checkpoint.identity | {"restart": number + 1})
+        found.append(fit(target, batches, own, progress=progress, checkpoint=keeper, name=name))
+        if not found[-1].whole:
+            break
+    if settings.prune is None and settings.restarts == 1:
+        return found[0]
+    judged = []
+    for one in found:
+        batches.feed.restore(begin)
+        judged.append(pruned(one, batches, settings))
+    errors = [error for _, error in judged]
+    best = judged[errors.index(min(errors))][0]
+    best.history.restarts = errors
+    return best
+
+
+@torch.no_grad()
+def pruned(found: Fit, batches: Batches, settings: Settings) -> tuple[Fit, float]:
+    """The fit without the directions that do not earn their place, and its error on training samples.
+
+    E(S) = Σ‖g − ĝ‖² / Σ‖g‖² is the error with the directions S alone, which share as many coefficients as all had. The
+    direction v that costs least while the others' coefficients stay is left out if E(S∖v) − E(S) < ``prune``; then the
+    next, until one is worth more.
+    """
+    draw, (size, count) = generator(settings.seed, "judged"), reading(settings, JUDGED_SAMPLES)
+    rows = [(g.inner(found.encoder), g.inner(found.decoder), g.square_norms().sum())
+            for g in (batches.batch(size, draw) for _ in range(count))]  # fmt: skip
+    z, y, total = torch.cat([z for z, _, _ in rows]), torch.cat([y for _, y, _ in rows]), sum(n for *_, n in rows)
+    gram = found.decoder.gram()
+
+    def judge(live: Tensor) -> tuple[Float[Tensor, " v"], float]:
+        s = settings.sparsity.keep_batch(z * live, 1.0)
+        cost = (s * (2 * (y - s @ gram) + s)).sum(0)  # ‖e + s u‖² − ‖e‖² with e = g − ĝ and unit u
+        cost, change, whole = parallel.sums(cost, error_change(s, y, gram), total)()
+        return cost, (1 + change / whole).item()
+
+    cost, error = judge(live := torch.ones_like(z[0]))
+    if settings.prune is not None:
+        live = (cost != 0).to(z.dtype)  # those that are never used cost nothing
+    while settings.prune is not None and live.sum() > 1:
+        rest = live.index_fill(0, cost.masked_fill(live == 0, math.inf).argmin(), 0)
+        next_cost, left = judge(rest)
+        if left - error >= settings.prune:
+            break
+        live, cost, error = rest, next_cost, left
+    keep = live.nonzero()[:, 0]
+    decoder = found.decoder.select(keep)
+    encoder = decoder if settings.tied else found.encoder.select(keep)
+    threshold = settings.sparsity.threshold(z * live) if len(keep) < len(live) else found.threshold
+    found.history.pruned = (live == 0).nonzero()[:, 0].tolist()
+    return Fit(encoder, decoder, threshold, found.history, found.whole), error
 
 
 def rate(share: float) -> float:
