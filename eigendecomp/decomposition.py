@@ -16,7 +16,7 @@ from eigendecomp.curvature import curvatures, push_forward
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.factored.source import CapturedSource
-from eigendecomp.fit import best_fit
+from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.objective import error_change
 from eigendecomp.reference import Draws, OtherSample, Reference
@@ -301,9 +301,9 @@ def decompose(
         batch_size: samples in a step; an example with positions counts once for each.
         prune: after the fit a direction is left out while the training error grows by less than this share of ‖g‖²;
             ``history.pruned`` has their numbers. Well below 1 / n_directions where all are in use.
-        restarts: of so many fits the one with the lowest training error is kept; ``history.restarts`` has the errors.
-        checkpoint: a path that is written as the fit goes on, and resumed from where it is there; the second restart's
-            has a ``.2`` before its suffix, and so on.
+        restarts: of so many fits, run at once on the same gradients from starts of their own, the one with the lowest
+            training error is kept; ``history.restarts`` has the errors of all.
+        checkpoint: a path that is written as the fit goes on, and resumed from where it is there.
         checkpoint_seconds: time between two writes, at least; longer where a write takes more than 1/40 of it.
 
     Raises:
@@ -345,7 +345,7 @@ def decompose(
         "data": files.checksum({str(number): tensor for number, tensor in enumerate(held)}, f"{n} examples"),
     }
     keeper = None if checkpoint is None else Checkpoint(checkpoint, identity, checkpoint_seconds)
-    found = best_fit(target, batches, settings, progress=progress, checkpoint=keeper)
+    found = fit(target, batches, settings, progress=progress, checkpoint=keeper)
     made = Decomposition(target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
     made._source = source
     return made

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from eigendecomp.batches import ZERO, Batches
 from eigendecomp.directions import Directions
+from eigendecomp.gradients import Gradients
 from eigendecomp.objective import Objective, error_change
 from eigendecomp.settings import History, Settings
 from eigendecomp.storage import Checkpoint
@@ -22,7 +24,6 @@ from eigendecomp.target import Target
 
 PATIENCE = 100  # steps without being kept after which a direction counts as dead
 THRESHOLD_SAMPLES = 8192  # from which the inference threshold is read
-JUDGED_SAMPLES = 4096  # of the training data, on which directions and restarts are judged
 
 
 @dataclass
@@ -33,37 +34,71 @@ class Fit:
     decoder: Directions
     threshold: float | None
     history: History
-    whole: bool = True  # not ended early by an interrupt
+
+
+class Read(Gradients):
+    """Gradients as one restart sees them: their inner products with its own directions, out of those of all."""
+
+    def __init__(self, norms: Tensor, products: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.norms, self.products = norms, products
+
+    def inner_and_gram(self, encoder: Directions, decoder: Directions) -> tuple[Tensor, Tensor, Tensor]:
+        return self.products
+
+    def square_norms(self) -> Tensor:
+        return self.norms
 
 
 class State:
-    """Everything that the next step of a fit depends on."""
+    """Everything that the next step of a fit depends on.
+
+    Restarts are fitted at once, on the same gradients: theirs is one set of directions, in as many blocks of
+    ``n_directions``, and one optimiser, which treats every number apart.
+    """
 
     def __init__(self, target: Target, settings: Settings, batches: Batches) -> None:
-        self.settings, self.batches = settings, batches
-        shapes, n, rank = target.shapes, settings.n_directions, settings.rank
-        self.decoder = Directions.random(
-            shapes,
-            n,
-            rank,
-            settings.factorization,
-            generator=generator(settings.seed, "directions"),
-            dtype=target.dtype,
-            device=target.device,
-        ).map(torch.nn.Parameter)
+        self.settings, self.batches, self.objective = settings, batches, Objective(settings.sparsity)
+        n, like = settings.n_directions, {"dtype": target.dtype, "device": target.device}
+        self.blocks = [slice(i * n, (i + 1) * n) for i in range(settings.restarts)]
+        starts = [generator(settings.seed, f"directions {i}" if i else "directions") for i in range(len(self.blocks))]
+        self.decoder = reduce(Directions.beside, (
+            Directions.random(target.shapes, n, settings.rank, settings.factorization, generator=start, **like)
+            for start in starts
+        )).map(torch.nn.Parameter)  # fmt: skip
         self.encoder = self.decoder
         if not settings.tied:
             self.encoder = self.decoder.map(lambda factor: torch.nn.Parameter(factor.detach().clone()))
         self.weights = [*self.decoder.tensors(), *([] if settings.tied else self.encoder.tensors())]
         self.optimizer = torch.optim.Adam(self.weights, lr=settings.learning_rate, fused=True)
         self.draw = generator(settings.seed, "references")
-        self.last_kept = torch.zeros(n, dtype=torch.long, device=target.device)
-        self.history = History()
+        self.last_kept = torch.zeros(self.decoder.n, dtype=torch.long, device=target.device)
+        self.histories = [History() for _ in self.blocks]
         self.step = 0
 
     def dead(self) -> Bool[Tensor, " v"]:
         """Directions that no sample has used for a while."""
         return self.step - self.last_kept > PATIENCE
+
+    def objectives(self, gradients: Gradients) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"], Float[Tensor, "n v"]]:
+        """Loss and error of every restart, and the sparse coefficients of all."""
+        done, dead = self.step / self.settings.steps, self.dead()
+        if len(self.blocks) == 1:
+            loss, error, s = self.objective(gradients, self.encoder, self.decoder, dead, done)
+            return loss[None], error[None], s
+        norms, (z, y, gram) = gradients.square_norms(), gradients.inner_and_gram(self.encoder, self.decoder)
+        found = []
+        for b in self.blocks:
+            read, own = Read(norms, (z[:, b], y[:, b], gram[b, b])), self.decoder.map(lambda factor, b=b: factor[b])
+            found.append(self.objective(read, own, own, dead[b], done))  # the encoder's products are there
+        losses, errors, s = zip(*found)
+        return torch.stack(losses), torch.stack(errors), torch.cat(s, 1)
+
+    def log(self, losses: Tensor, errors: Tensor, kept: Tensor, samples: int) -> None:
+        """Add what this step found to every restart's history."""
+        dead, n = self.dead().double().view(len(self.blocks), -1).mean(1), self.settings.n_directions
+        each = kept.view(-1, n).sum(1) / samples
+        for history, *values in zip(self.histories, losses, errors, each, dead, strict=True):
+            history.add(self.step, *(value.item() for value in values))
 
     def update(self, loss: Tensor, *others: Tensor) -> Callable[[], list[Tensor]]:
         """Start one step of the optimiser; what is returned ends it, back on unit norm.
@@ -97,7 +132,7 @@ class State:
         )
 
     def numbers(self) -> dict[str, Any]:
-        return {"step": self.step, "history": asdict(self.history)}
+        return {"step": self.step, "histories": [asdict(history) for history in self.histories]}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         whole("step", numbers["step"], 0, self.settings.steps)
@@ -114,7 +149,7 @@ class State:
         data = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         self.batches.feed.restore(data)
         self.last_kept = tensors["last_kept"]
-        self.step, self.history = numbers["step"], History.read(numbers["history"])
+        self.step, self.histories = numbers["step"], [History.read(history) for history in numbers["histories"]]
 
 
 @torch.enable_grad()
@@ -126,9 +161,10 @@ def fit(
     progress: bool = True,
     log_every: int = 50,
     checkpoint: Checkpoint | None = None,
-    name: str = "fit",
 ) -> Fit:
-    """Learn the directions. An interrupt (Ctrl-C) ends the fit early with what is learned so far.
+    """Learn the directions: of all restarts, pruned, those with the lowest training error.
+
+    An interrupt (Ctrl-C) ends the fit early with what is learned so far.
 
     Raises:
         ValueError: if gradients are zero or not finite, or the checkpoint is of another fit.
@@ -136,41 +172,37 @@ def fit(
     state = State(target, settings, batches)
     if checkpoint is not None:
         checkpoint.read(state)
-    objective, ever = Objective(settings.sparsity), torch.zeros((), device=target.device)
-    hidden = not (progress and parallel.leads())
-    bar = tqdm(total=settings.steps, initial=state.step, disable=hidden, desc=name, mininterval=0.5)
+    ever, hidden = torch.zeros((), device=target.device), not (progress and parallel.leads())
+    bar = tqdm(total=settings.steps, initial=state.step, disable=hidden, desc="fit", mininterval=0.5)
     gradients = None
     try:
         while state.step < settings.steps:
             if gradients is None:
                 gradients = batches.batch(settings.batch_size, state.draw)
-            loss, error, s = objective(
-                gradients, state.encoder, state.decoder, state.dead(), state.step / settings.steps
-            )
+            loss, error, s = state.objectives(gradients)
             last = state.step == settings.steps - 1
             log = state.step % log_every == 0 or last
-            if log and not math.isfinite(loss.item()):
+            if log and not loss.isfinite().all():
                 raise ValueError(
-                    f"the loss is {loss.item()} at step {state.step}: the gradients are infinite or NaN, or "
+                    f"the loss is {loss.sum().item()} at step {state.step}: the gradients are infinite or NaN, or "
                     f"learning_rate={settings.learning_rate} is too high"
                 )
             write = checkpoint is not None and parallel.leads() and (checkpoint.due() or last)
             samples = len(s) * parallel.processes()
-            update = state.update(loss, loss, error, (s.detach() != 0).sum(0).to(error.dtype))
+            update = state.update(loss.sum(), loss, error, (s.detach() != 0).sum(0).to(error.dtype))
             del gradients, loss, error, s  # what a batch takes is free again before the next one is there
             # The next gradients need no direction, so they need not wait for the other processes; but what a checkpoint
             # keeps must not be a batch ahead.
             gradients = None if write or last else batches.batch(settings.batch_size, state.draw)
             loss, error, kept = update()
             ever += kept.sum()
-            if log and (state.step > 0 or settings.steps == 1) and not (ever or any(state.history.kept)):
+            if log and (state.step > 0 or settings.steps == 1) and not (ever or any(state.histories[0].kept)):
                 raise ValueError(f"all gradients are zero in the first {state.step + 1} steps: {ZERO}")
             state.last_kept[kept > 0] = state.step
             if log:
-                dead = state.dead().double().mean().item()
-                each = kept.sum().item() / samples
-                state.history.add(state.step, loss.item(), error.item(), each, dead)
-                bar.set_postfix(error=f"{error.item():.3f}", dead=f"{dead:.2f}", refresh=False)
+                state.log(loss, error, kept, samples)
+                dead = state.histories[0].dead[-1]
+                bar.set_postfix(error=f"{error.min().item():.3f}", dead=f"{dead:.2f}", refresh=False)
             state.step += 1
             bar.update()
             if checkpoint is not None and write:
@@ -179,74 +211,55 @@ def fit(
         bar.write(f"interrupted: returning the directions of step {state.step}")
     bar.close()
 
+    with torch.no_grad():
+        return chosen(state)
+
+
+def chosen(state: State) -> Fit:
+    """What a state comes to: its directions with the threshold, those of the best restart where there are several."""
+    settings = state.settings
     decoder = state.decoder.map(lambda factor: factor.detach())
     encoder = decoder if settings.tied else state.encoder.map(lambda factor: factor.detach())
-    with torch.no_grad():
-        size, count = reading(settings, THRESHOLD_SAMPLES)
-        z = torch.cat([batches.batch(size, state.draw).inner(encoder) for _ in range(count)])
-    return Fit(encoder, decoder, settings.sparsity.threshold(z), state.history, state.step == settings.steps)
-
-
-def reading(settings: Settings, samples: int) -> tuple[int, int]:
-    """The size and the number of the batches in which at least so many samples are read."""
+    judged = settings.prune is not None or settings.restarts > 1
     size = settings.batch_size * math.ceil(256 / settings.batch_size)  # small batches would take too many
-    return size, math.ceil(samples / size)
+    batches = (state.batches.batch(size, state.draw) for _ in range(math.ceil(THRESHOLD_SAMPLES / size)))
+    rows = [(g.inner(encoder), g.inner(decoder), g.square_norms().sum()) if judged else (g.inner(encoder),)
+            for g in batches]  # fmt: skip
+    z, *others = (torch.stack(column) if column[0].ndim == 0 else torch.cat(column) for column in zip(*rows))
+    if not judged:
+        return Fit(encoder, decoder, settings.sparsity.threshold(z), state.histories[0])
+    found = []
+    for block in state.blocks:
+        gram = decoder.map(lambda factor, b=block: factor[b]).gram()
+        found.append(earning(z[:, block], others[0][:, block], gram, others[1].sum(), settings))
+    errors = [error for _, error in found]
+    best = errors.index(min(errors))
+    live, block, history = found[best][0], state.blocks[best], state.histories[best]
+    history.restarts, history.pruned = errors, (live == 0).nonzero()[:, 0].tolist()
+    keep = block.start + live.nonzero()[:, 0]
+    decoder = decoder.select(keep)
+    encoder = decoder if settings.tied else encoder.select(keep)
+    return Fit(encoder, decoder, settings.sparsity.threshold(z[:, block] * live), history)
 
 
-def best_fit(
-    target: Target, batches: Batches, settings: Settings, *, progress: bool = True, checkpoint: Checkpoint | None = None
-) -> Fit:
-    """Of ``settings.restarts`` fits, each pruned, the one with the lowest training error.
-
-    All see the data in the same order; they differ in where they start and in the references that are drawn. The first
-    is the fit of ``settings.seed`` itself. An interrupt ends the fit under way, and the rest are not begun.
-    """
-    begin, found = batches.feed.state(), []
-    for number in range(settings.restarts):
-        own, keeper, name = settings, checkpoint, "fit"
-        if number:
-            own = replace(settings, seed=generator(settings.seed, f"restart {number}").initial_seed() % 2**31)
-            name = f"fit {number + 1} of {settings.restarts}"
-            batches.feed.restore(begin)
-        if number and checkpoint is not None:
-            path = checkpoint.path.with_name(f"{checkpoint.path.stem}.{number + 1}{checkpoint.path.suffix}")
-            keeper = replace(checkpoint, path=path, identity=checkpoint.identity | {"restart": number + 1})
-        found.append(fit(target, batches, own, progress=progress, checkpoint=keeper, name=name))
-        if not found[-1].whole:
-            break
-    if settings.prune is None and settings.restarts == 1:
-        return found[0]
-    judged = []
-    for one in found:
-        batches.feed.restore(begin)
-        judged.append(pruned(one, batches, settings))
-    errors = [error for _, error in judged]
-    best = judged[errors.index(min(errors))][0]
-    best.history.restarts = errors
-    return best
-
-
-@torch.no_grad()
-def pruned(found: Fit, batches: Batches, settings: Settings) -> tuple[Fit, float]:
-    """The fit without the directions that do not earn their place, and its error on training samples.
+def earning(
+    z: Float[Tensor, "n v"], y: Float[Tensor, "n v"], gram: Float[Tensor, "v v"], total: Tensor, settings: Settings
+) -> tuple[Float[Tensor, " v"], float]:
+    """One for the directions that earn their place and zero for the others; the training error with the former.
 
     E(S) = Σ‖g − ĝ‖² / Σ‖g‖² is the error with the directions S alone, which share as many coefficients as all had. The
     direction v that costs least while the others' coefficients stay is left out if E(S∖v) − E(S) < ``prune``; then the
     next, until one is worth more.
     """
-    draw, (size, count) = generator(settings.seed, "judged"), reading(settings, JUDGED_SAMPLES)
-    rows = [(g.inner(found.encoder), g.inner(found.decoder), g.square_norms().sum())
-            for g in (batches.batch(size, draw) for _ in range(count))]  # fmt: skip
-    z, y, total = torch.cat([z for z, _, _ in rows]), torch.cat([y for _, y, _ in rows]), sum(n for *_, n in rows)
-    gram = found.decoder.gram()
 
-    def judge(live: Tensor) -> tuple[Float[Tensor, " v"], float]:
+    def judge(live: Tensor) -> tuple[Tensor, float]:
         s = settings.sparsity.keep_batch(z * live, 1.0)
         cost = (s * (2 * (y - s @ gram) + s)).sum(0)  # ‖e + s u‖² − ‖e‖² with e = g − ĝ and unit u
-        cost, change, whole = parallel.sums(cost, error_change(s, y, gram), total)()
-        return cost, (1 + change / whole).item()
+        cost, change, squares = parallel.sums(cost, error_change(s, y, gram), total)()
+        return cost, (1 + change / squares).item()
 
-    cost, error = judge(live := torch.ones_like(z[0]))
+    live = torch.ones_like(z[0])
+    cost, error = judge(live)
     if settings.prune is not None:
         live = (cost != 0).to(z.dtype)  # those that are never used cost nothing
     while settings.prune is not None and live.sum() > 1:
@@ -255,12 +268,7 @@ def pruned(found: Fit, batches: Batches, settings: Settings) -> tuple[Fit, float
         if left - error >= settings.prune:
             break
         live, cost, error = rest, next_cost, left
-    keep = live.nonzero()[:, 0]
-    decoder = found.decoder.select(keep)
-    encoder = decoder if settings.tied else found.encoder.select(keep)
-    threshold = settings.sparsity.threshold(z * live) if len(keep) < len(live) else found.threshold
-    found.history.pruned = (live == 0).nonzero()[:, 0].tolist()
-    return Fit(encoder, decoder, threshold, found.history, found.whole), error
+    return live, error
 
 
 def rate(share: float) -> float:
