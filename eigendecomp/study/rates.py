@@ -22,9 +22,10 @@ def wilson(successes: int, fits: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def told(successes: int, fits: int) -> dict[str, float]:
-    """A rate as notebooks record it: how many of how many, and the ends of its interval."""
+    """A rate as notebooks record it: how many of how many, the ends of its interval, and a standard error from them."""
     least, most = wilson(successes, fits)
-    return {"successes": successes, "fits": fits, "rate": successes / fits, "least": least, "most": most}
+    ends = {"least": least, "most": most, "error": (most - least) / (2 * 1.96)}
+    return {"successes": successes, "fits": fits, "rate": successes / fits, **ends}
 
 
 def in_use(used: Float[Tensor, "n v"], least: float = 0.002) -> Bool[Tensor, " v"]:

@@ -35,7 +35,7 @@ COLUMNS = (
 ONE = {"restarts": 1, "prune": None}
 CIRCLES = {"pruned, best of four": {"rows": 24, "steps": 400, "restarts": 4, "prune": 0.004},
            "one fit": {"rows": 24, "steps": 1200, **ONE}}  # fmt: skip
-FIVE = {"pruned, best of three": {"rows": 5, "steps": 333, "restarts": 3, "prune": 0.004},
+FIVE = {"best of three": {"rows": 5, "steps": 1000, "restarts": 3, "prune": None},
         "one fit": {"rows": 5, "steps": 1000, **ONE}}  # fmt: skip
 TARGETS = {"circles": CIRCLES, "five in two": FIVE, "five in two, free": FIVE}
 Fit = Callable[[int, dict[str, Any]], dict[str, Any]]  # from a seed and a setting to what was found
