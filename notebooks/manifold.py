@@ -35,6 +35,7 @@ target_seed = 0
 fit_seeds = [0, 1, 2]  # settings were chosen on 100 to 104 and 200 to 203
 sae_seeds = [0]
 sizes = [24, 48, 96]
+task_rows = 36  # of the dictionary where tasks are compared: six a circle
 kept = 1.6  # coefficients a sample, ours and the autoencoder's
 kept_range = [0.8, 1.6, 3.2]
 samples, steps, sae_steps = 4096, 400, 2000
@@ -62,7 +63,7 @@ if results.profile() == "smoke":
 report = results.Results(
     "manifold", circles=circles, inputs=inputs, width=width, hidden=hidden, target_seed=target_seed,
     fit_seeds=fit_seeds, sae_seeds=sae_seeds, sizes=sizes, kept=kept, samples=samples, steps=steps, sae_steps=sae_steps,
-    restarts=restarts, prune=prune,
+    restarts=restarts, prune=prune, task_rows=task_rows,
 )  # fmt: skip
 
 # %% [markdown]
@@ -381,7 +382,7 @@ for task, predicted in ((task, PREDICTED[task]) for task in PREDICTED if task in
         row = {"task": task, "reference": name, "predicted": number, "dimensions": study.scores.fewest(energy)}
         row["inside"] = energy[:, :number].sum(1).mean().item()
         for seed in fit_seeds[:2]:
-            d = decompose(train_x, sizes[0], seed, network=networks[task], reference=reference)
+            d = decompose(train_x, task_rows, seed, network=networks[task], reference=reference)
             rows.append(row | {"seed": seed, **score(d)})
 tasks = pd.DataFrame(rows)
 tasks["dimensions"] = [value.double().mean().item() for value in tasks["dimensions"]]

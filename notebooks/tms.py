@@ -13,7 +13,7 @@
 # each feature is known, so a decomposition of the parameter space can be checked. Five features in two dimensions, and
 # forty in ten. What comes out:
 #
-# - With five directions, **every feature owns one**, at the rate over seeds and processors' kernels given below, and the
+# - With five directions, **every feature owns one**, at the rate over seeds and kernels given below, and the
 #   direction's hidden vectors are parallel to the feature's own.
 # - A direction's impact is about ten times as large for its own feature as for the next. Its activation is twice as
 #   large: a neighbour's output is barely open and yet as sensitive as any.
@@ -618,7 +618,7 @@ report.claim("tilt", "a second set separates features three times as well as one
 report.claim("few", "the published loss rebuilds better with few coefficients than the draft's with two sets",
              of[PUBLISHED_NAME, "tied"]["error at 0.5"], "<", of[names[1], "tied"]["error at 0.5"])  # fmt: skip
 free, best = (of[name, "free"] for name in (PUBLISHED_NAME, "published, best of restarts"))
-report.claim("free", "the best of several fits of the free network finds all features as often as a single one, or more",
+report.claim("free", "on the free network the best of several fits finds all features at least as often as one",
              best["all owned"], ">=", free["all owned"])  # fmt: skip
 if len(runs):
     share = runs[runs["setting"].str.contains("best") & (runs["target"] == "five in two")]["found"]
