@@ -102,11 +102,17 @@ def five(free: bool) -> Fit:
 
 
 def done() -> set[tuple[str, ...]]:
-    """Target, setting, kernels and seed of the rows that are there."""
+    """Target, setting, kernels and seed of the rows that are there; those of other settings are refused."""
     if not TABLE.exists():
         return set()
     with TABLE.open() as file:
-        return {tuple(row[key] for key in COLUMNS[:4]) for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        options = TARGETS.get(row["target"], {}).get(row["setting"], {})
+        there = {key: row[key] for key in ("rows", "steps", "restarts", "prune")}
+        if {key: "" if value is None else str(value) for key, value in options.items()} != there:
+            sys.exit(f"{TABLE.name}: {row['target']}, {row['setting']} was fitted with {there}; move the file away")
+    return {tuple(row[key] for key in COLUMNS[:4]) for row in rows}
 
 
 def asked(kernels: str, targets: list[str], settings: str, seeds: int) -> Iterator[tuple[str, str, int]]:
