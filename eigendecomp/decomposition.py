@@ -213,9 +213,10 @@ class Decomposition:
             settings = settings_from(metadata["settings"])
             target = Target(model, settings.parameters)
             check_target(target, metadata, path)
-            decoder = unpack("decoder", tensors, target, settings)
-            encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings)
             history = History.read(metadata["history"])
+            n = settings.n_directions - len(history.pruned)
+            decoder = unpack("decoder", tensors, target, settings, n)
+            encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings, n)
             threshold = metadata["threshold"]
             if threshold is not None:
                 real("threshold", threshold, least=0)
@@ -297,6 +298,8 @@ def decompose(
     seed: int = 0,
     samples: Literal["outputs", "uses"] = "outputs",
     scale: Literal["unit"] | None = None,
+    prune: float | None = None,
+    restarts: int = 1,
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 30.0,
@@ -320,6 +323,10 @@ def decompose(
             use's, over all outputs (``"uses"``), where a use is a position or patch at which a weight multiplies.
             ``encode`` and the rest then count samples example by example, position by position.
         scale: ``"unit"`` scales the gradients of uses to norm one, so that all count alike.
+        prune: after the fit a direction is left out while the training error grows by less than this share of ‖g‖²;
+            ``history.pruned`` has their numbers. Well below 1 / n_directions where all are in use.
+        restarts: of so many fits, run at once on the same gradients from starts of their own, the one with the lowest
+            training error is kept; ``history.restarts`` has the errors of all.
         checkpoint: a path that is written as the fit goes on, and resumed from where it is there.
         checkpoint_seconds: time between two writes, at least; longer where a write takes more than 1/40 of it.
 
@@ -331,6 +338,7 @@ def decompose(
         (Mean() if samples == "uses" else OtherSample()) if reference is None else reference,
         patterns(parameters), n_directions, rank, factorization, tied, BatchTopK(0.1) if sparsity is None else sparsity,
         steps, batch_size, learning_rate, seed, samples, scale,
+        prune=prune, restarts=restarts,
     )  # fmt: skip
     path = None if checkpoint is None else files.writable(checkpoint)
     real("checkpoint_seconds", checkpoint_seconds, least=0)
