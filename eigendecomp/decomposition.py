@@ -28,9 +28,11 @@ from eigendecomp.sparsity import BatchTopK, Sparsity
 from eigendecomp.storage import Checkpoint, check_target, fingerprint, pack, pack_pool, unpack, unpack_seen
 from eigendecomp.support import files, parallel
 from eigendecomp.support.checks import real, whole
+from eigendecomp.support.doors import Doors
 from eigendecomp.support.examples import Examples, Inputs, Named, as_examples, chunks, count, feed, fetch, first
+from eigendecomp.support.models import LOCK
 from eigendecomp.support.random import generator
-from eigendecomp.target import LOCK, Target, patterns
+from eigendecomp.target import Target, patterns
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def capture(target: Target, examples: Examples, settings: Settings) -> CapturedS
     return captured if whole else UseSource(captured, examples, settings.scale == "unit")
 
 
-class Decomposition:
+class Decomposition(Doors):
     """Directions learned for a target, with all that is needed to read new samples along them."""
 
     def __init__(
@@ -225,59 +227,6 @@ class Decomposition:
             return cls(target, settings, encoder, decoder, threshold, pool, history, seen)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None
-
-    # ---- showing
-
-    def browse(self, inputs: Inputs, path: str | Path, **options: Any) -> Path:
-        """Write one HTML file to look at the directions on these inputs; see :mod:`eigendecomp.page`."""
-        from eigendecomp.page.collect import browse  # which knows this module
-
-        return browse(self, inputs, path, **options)
-
-    # ---- handing on
-
-    def edit(self, steps: Mapping[int, float]) -> nn.Module:
-        """A copy of the model with w + Σ δ u, to keep; see :mod:`eigendecomp.share.edits`."""
-        from eigendecomp.share.edits import edited
-
-        return edited(self, steps)
-
-    def to_lora(self, steps: Mapping[int, float], path: str | Path) -> Path:
-        """Write the edit as an adapter that peft reads; see :mod:`eigendecomp.share.lora`."""
-        from eigendecomp.share.lora import to_lora
-
-        return to_lora(self, steps, path)
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write a folder with the file and a card, laid out for the hub; see :mod:`eigendecomp.share.hub`."""
-        from eigendecomp.share.hub import save_pretrained
-
-        return save_pretrained(self, folder)
-
-    def push_to_hub(self, repo: str, **options: Any) -> str:
-        """Upload such a folder to the Hugging Face hub and return its address."""
-        from eigendecomp.share.hub import push_to_hub
-
-        return push_to_hub(self, repo, **options)
-
-    @classmethod
-    def from_pretrained(cls, repo_or_folder: str | Path, model: nn.Module, **options: Any) -> "Decomposition":
-        """:meth:`load` from such a folder, here or on the hub."""
-        from eigendecomp.share.hub import find
-
-        return cls.load(find(repo_or_folder, **options), model)
-
-    def readout(self, unembedding: Float[Tensor, "vocabulary width"], k: int = 10, names: Any = None, **options: Any):
-        """The vocabulary items that factors read and write; see :mod:`eigendecomp.share.readout`."""
-        from eigendecomp.share.readout import readout
-
-        return readout(self, unembedding, k, names, **options)
-
-    def explain(self, path: str | Path, inputs: Inputs, names: Any = None, **options: Any) -> Path:
-        """Write JSON lines from which to label the directions; see :mod:`eigendecomp.share.explain`."""
-        from eigendecomp.share.explain import explain
-
-        return explain(self, path, inputs, names, **options)
 
 
 def decompose(
