@@ -204,7 +204,7 @@ class Decomposition:
             threshold = metadata["threshold"]
             if threshold is not None:
                 real("threshold", threshold, least=0)
-            return cls(target, settings, encoder, decoder, threshold, tensors["pool"], history)
+            return cls(target, settings, encoder, decoder, threshold, tensors["pool"].to(target.device), history)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None
 

@@ -102,7 +102,11 @@ class State:
         whole("step", numbers["step"], 0, self.settings.steps)
         for i, weight in enumerate(self.weights):
             prefix = f"adam/{i}/"
-            moments = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            moments = {
+                name.removeprefix(prefix): value.to(weight.device)
+                for name, value in tensors.items()
+                if name.startswith(prefix)
+            }
             for value in (tensors[f"weight/{i}"], moments["exp_avg"], moments["exp_avg_sq"]):
                 if value.shape != weight.shape:
                     raise ValueError(f"a factor's shape there is {tuple(value.shape)}, here {tuple(weight.shape)}")
@@ -112,7 +116,7 @@ class State:
         prefix = "data/"
         data = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         self.batches.feed.restore(data)
-        self.last_kept = tensors["last_kept"]
+        self.last_kept = tensors["last_kept"].to(self.last_kept.device)
         self.step, self.history = numbers["step"], History.read(numbers["history"])
 
 

@@ -154,9 +154,9 @@ class Target:
         """What the model itself returns."""
         self._learn_names(examples)
         values = {**self.frozen, **(self.chosen if chosen is None else chosen)}
-        positional, named = tuple(examples), {}
+        positional, named = tuple(tensor.to(self.device) for tensor in examples), {}
         if self.keywords:
-            positional, named = (), dict(zip(self.keywords, examples, strict=True))
+            positional, named = (), dict(zip(self.keywords, positional, strict=True))
         mixed = parallel.precision()
         coarse = torch.autocast(self.device.type, mixed) if mixed else nullcontext()
         with LOCK, plain_operations(self.onednn), coarse:

@@ -79,7 +79,8 @@ class CapturedSource:
         """The gradients of the examples' samples, in factored form where that is cheaper."""
         self.prepare(examples)
         e, (p, k) = len(examples[0]), self.outputs
-        draws = cotangents[slice(0, 1)](torch.zeros(1, p, k, dtype=self.target.dtype)).shape[2]
+        none = torch.zeros(1, p, k, dtype=self.target.dtype, device=self.target.device)
+        draws = cotangents[slice(0, 1)](none).shape[2]
         chunks = math.ceil(e * (self.bytes_per_example + draws * self.bytes_per_draw) / self.budget)
         if chunks <= 1 or e <= 2:
             return self.gradients(examples, cotangents)

@@ -85,8 +85,7 @@ def browse(
     images: Float[Tensor, "e c h w"] | None = None, features: Sequence[str] | None = None,
     by: Literal["impact", "activation"] = "impact", top: int = 12, middle: int = 8,
     steps: Sequence[float] | None = None, threshold: float | None = None, references: int = 16, seed: int = 0,
-    progress: bool = True,
-) -> Path:  # fmt: skip
+    progress: bool = True) -> Path:  # fmt: skip
     """Write a page to look at directions, one HTML file that needs nothing else, and return its path.
 
     Args:
