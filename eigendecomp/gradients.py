@@ -84,6 +84,10 @@ class Part(Protocol):
         """The gradient of one sample alone."""
         ...
 
+    def weighted(self, weights: Float[Tensor, " n"]) -> dict[str, Float[Tensor, "*shape"]]:
+        """Σ_n weight_n g_n."""
+        ...
+
 
 class Formed(Part):
     """Gradients as numbers, flattened tensor after tensor."""
@@ -139,6 +143,10 @@ class Formed(Part):
     def sample(self, n: int) -> "Formed":
         return Formed(self.shapes, self.values[n : n + 1])
 
+    def weighted(self, weights: Tensor) -> dict[str, Tensor]:
+        total = Formed(self.shapes, (weights @ self.values)[None])
+        return {name: value[0] for name, value in total.dense().items()}
+
 
 class Gradients:
     """The gradients of n samples over all chosen tensors."""
@@ -174,6 +182,10 @@ class Gradients:
     def square_norms(self) -> Float[Tensor, " n"]:
         """‖g_n‖²."""
         return sum_of([part.square_norms() for part in self.parts])
+
+    def weighted(self, weights: Float[Tensor, " n"]) -> dict[str, Float[Tensor, "*shape"]]:
+        """Σ_n weight_n g_n, tensor by tensor."""
+        return {name: value for part in self.parts for name, value in part.weighted(weights).items()}
 
     def dense(self) -> dict[str, Float[Tensor, "n *shape"]]:
         """{parameter: (n, *shape)}: small problems only."""
@@ -259,7 +271,8 @@ class FunctionalSource:
         if not self.loop:
             try:
                 formed = torch.func.vmap(one, chunk_size=self.chunk)(c, *examples)
-                return torch.cat([value.reshape(c.shape[0] * c.shape[1], -1) for value in formed.values()], 1)
+                sizes = {name: p.numel() for name, p in chosen.items()}  # which vmap gets wrong for PReLU
+                return torch.cat([g.reshape(c.shape[0] * c.shape[1], sizes[name]) for name, g in formed.items()], 1)
             except RuntimeError as error:
                 log.warning("torch.func.vmap cannot run this model, so examples are taken one by one: %s", error)
                 self.loop = True

@@ -56,6 +56,14 @@ class Recomputed(Part):
         pieces = [piece().dense() for piece in self.pieces]
         return {name: torch.cat([dense[name] for dense in pieces]) for name in self.names}
 
+    def weighted(self, weights: Tensor) -> dict[str, Tensor]:
+        totals: dict[str, Tensor] = {}
+        for piece in self.pieces:
+            g = piece()
+            own, weights = weights[: len(g)], weights[len(g) :]
+            totals = {name: totals.get(name, 0) + value for name, value in g.weighted(own).items()}
+        return totals
+
     def sample(self, n: int) -> Formed:
         g = {name: value[n : n + 1] for name, value in self.dense().items()}
         shapes = {name: tuple(value.shape[1:]) for name, value in g.items()}
