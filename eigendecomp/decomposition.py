@@ -223,7 +223,7 @@ class Decomposition(Doors):
             if threshold is not None:
                 real("threshold", threshold, least=0)
             seen = unpack_seen(tensors, metadata.get("arguments"))
-            pool = pool_of(target, seen, settings)[1] if seen else tensors["pool"]
+            pool = pool_of(target, seen, settings)[1] if seen else tensors["pool"].to(target.device)
             return cls(target, settings, encoder, decoder, threshold, pool, history, seen)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None

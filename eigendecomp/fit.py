@@ -61,6 +61,7 @@ class State:
         self.optimizer = torch.optim.Adam(self.weights, lr=settings.learning_rate, fused=True)
         self.draw = generator(settings.seed, "references")
         self.last_kept = torch.zeros(self.decoder.n, dtype=torch.long, device=target.device)
+        self.ever = torch.zeros((), device=target.device)  # coefficients kept so far
         self.histories = [History() for _ in self.blocks]
         self.step = 0
 
@@ -127,7 +128,11 @@ class State:
         whole("step", numbers["step"], 0, self.settings.steps)
         for i, weight in enumerate(self.weights):
             prefix = f"adam/{i}/"
-            moments = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            moments = {
+                name.removeprefix(prefix): value.to(weight.device)
+                for name, value in tensors.items()
+                if name.startswith(prefix)
+            }
             for value in (tensors[f"weight/{i}"], moments["exp_avg"], moments["exp_avg_sq"]):
                 if value.shape != weight.shape:
                     raise ValueError(f"a factor's shape there is {tuple(value.shape)}, here {tuple(weight.shape)}")
@@ -137,7 +142,7 @@ class State:
         prefix = "data/"
         data = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         self.batches.feed.restore(data)
-        self.last_kept = tensors["last_kept"]
+        self.last_kept = tensors["last_kept"].to(self.last_kept.device)
         self.step, self.histories = numbers["step"], [History.read(history) for history in numbers["histories"]]
 
 
@@ -168,47 +173,49 @@ def fit(
     state = State(target, settings, batches)
     if checkpoint is not None:
         checkpoint.read(state)
-    ever, hidden = torch.zeros((), device=target.device), not (progress and parallel.leads())
+    hidden, gradients = not (progress and parallel.leads()), None
     bar = tqdm(total=settings.steps, initial=state.step, disable=hidden, desc="fit", mininterval=0.5)
-    gradients = None
     try:
         while state.step < settings.steps:
-            if gradients is None:
-                gradients = batches.batch(settings.batch_size, state.draw)
-            loss, error, s = state.objectives(gradients)
             last = state.step == settings.steps - 1
-            log = state.step % log_every == 0 or last
-            if log and not loss.isfinite().all():
-                raise ValueError(
-                    f"the loss is {loss.sum().item()} at step {state.step}: the gradients are infinite or NaN, or "
-                    f"learning_rate={settings.learning_rate} is too high"
-                )
             write = checkpoint is not None and parallel.leads() and (checkpoint.due() or last)
-            samples = len(s) * parallel.processes()
-            update = state.update(loss.sum(), loss, error, (s.detach() != 0).sum(0).to(error.dtype))
-            del gradients, loss, error, s  # what a batch takes is free again before the next one is there
-            # The next gradients need no direction, so they need not wait for the other processes; but what a checkpoint
-            # keeps must not be a batch ahead.
-            gradients = None if write or last else batches.batch(settings.batch_size, state.draw)
-            loss, error, kept = update()
-            ever += kept.sum()
-            if log and (state.step > 0 or settings.steps == 1) and not (ever or any(state.histories[0].kept)):
-                raise ValueError(f"all gradients are zero in the first {state.step + 1} steps: {ZERO}")
-            state.last_kept[kept > 0] = state.step
-            if log:
-                state.log(loss, error, kept, samples)
-                dead = state.histories[0].dead[-1]
-                bar.set_postfix(error=f"{error.min().item():.3f}", dead=f"{dead:.2f}", refresh=False)
+            # What a checkpoint keeps must not be a batch ahead.
+            gradients = step(state, gradients, ahead=not (write or last), log=state.step % log_every == 0 or last)
             state.step += 1
+            bar.set_postfix(error=f"{min(h.error[-1] for h in state.histories):.3f}", refresh=False)
             bar.update()
             if checkpoint is not None and write:
                 checkpoint.write(state)
     except KeyboardInterrupt:
         bar.write(f"interrupted: returning the directions of step {state.step}")
     bar.close()
-
     with torch.no_grad():
         return chosen(state, progress)
+
+
+def step(state: State, gradients: Gradients | None, *, ahead: bool, log: bool) -> Gradients | None:
+    """One step on a batch, which is drawn where none is given; returns the next batch, where it is drawn ahead."""
+    settings, batches = state.settings, state.batches
+    gradients = gradients or batches.batch(settings.batch_size, state.draw)
+    loss, error, s = state.objectives(gradients)
+    if log and not loss.isfinite().all():
+        raise ValueError(
+            f"the loss is {loss.sum().item()} at step {state.step}: the gradients are infinite or NaN, or "
+            f"learning_rate={settings.learning_rate} is too high"
+        )
+    samples = len(s) * parallel.processes()
+    update = state.update(loss.sum(), loss, error, (s.detach() != 0).sum(0).to(error.dtype))
+    del gradients, loss, error, s  # what a batch takes is free again before the next one is there
+    # The next gradients need no direction, so they need not wait for the other processes.
+    following = batches.batch(settings.batch_size, state.draw) if ahead else None
+    loss, error, kept = update()
+    state.ever += kept.sum()
+    if log and (state.step > 0 or settings.steps == 1) and not state.ever and not any(state.histories[0].kept):
+        raise ValueError(f"all gradients are zero in the first {state.step + 1} steps: {ZERO}")
+    state.last_kept[kept > 0] = state.step
+    if log:
+        state.log(loss, error, kept, samples)
+    return following
 
 
 def chosen(state: State, progress: bool) -> Fit:

@@ -118,7 +118,7 @@ def unpack(prefix: str, tensors: Mapping[str, Tensor], target: Target, settings:
     """The ``n`` directions that :func:`pack` took apart."""
     like = Directions.random(target.shapes, 1, settings.rank, settings.factorization)
     factors = {
-        name: [tensors[f"{prefix}/{name}/{number}"] for number in range(len(expected))]
+        name: [tensors[f"{prefix}/{name}/{number}"].to(target.device) for number in range(len(expected))]
         for name, expected in like.factors.items()
     }
     for name, expected in like.factors.items():

@@ -124,9 +124,8 @@ class Target:
 
     def _arguments(self, examples: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         self._learn_names(examples)
-        if self.keywords:
-            return (), dict(zip(self.keywords, examples, strict=True))
-        return tuple(examples), {}
+        here = tuple(tensor.to(self.device) for tensor in examples)
+        return ((), dict(zip(self.keywords, here, strict=True))) if self.keywords else (here, {})
 
     def _learn_names(self, examples: Sequence[Tensor]) -> None:
         names = examples.names if isinstance(examples, Named) else ()

@@ -161,6 +161,13 @@ def rows_cost(term: Term, v: float, k: int) -> float:
     return v * k * (products + NUMBER * max(side.rows for side in term))
 
 
+def own_cost(term: Term, m: float, k: int) -> float:
+    """Operations of inner products with m directions of rank k that each sample has to itself, and must be given."""
+    samples = max(math.prod(side.values.shape[:2]) for side in term)
+    given = sum(side.size if side.index is None else len(side.index) for side in term)
+    return OWN * rows_cost(term, m, k) + 2 * NUMBER * samples * m * k * given
+
+
 def by_folding(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:
     """The side that an example's cotangents share meets the directions first, once for all of them."""
     (a, b), (v, k) = term, left.shape[:2]
@@ -226,10 +233,7 @@ class Factored(Part):
     def operations_own(self, directions: Directions, m: float) -> float:
         if self.formed is not None:
             return self.formed.operations_own(directions, m)
-        k = terms_of(directions, self.names[0])
-        gathered = sum(side.size if side.index is None else len(side.index) for term in self.terms for side in term)
-        rows = sum(rows_cost(term, m, k) for term in self.terms)
-        return OWN * rows + 2 * NUMBER * len(self) * m * k * gathered
+        return sum(own_cost(term, m, terms_of(directions, self.names[0])) for term in self.terms)
 
     @property
     def draws(self) -> int:
