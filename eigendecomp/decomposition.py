@@ -32,6 +32,7 @@ from eigendecomp.support.doors import Doors
 from eigendecomp.support.examples import Examples, Inputs, Named, as_examples, chunks, count, feed, fetch, first
 from eigendecomp.support.models import LOCK
 from eigendecomp.support.random import generator
+from eigendecomp.support.show import Shown
 from eigendecomp.target import Target, patterns
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def capture(target: Target, examples: Examples, settings: Settings) -> CapturedS
     return captured if whole else UseSource(captured, examples, settings.scale == "unit")
 
 
-class Decomposition(Doors):
+class Decomposition(Shown, Doors):
     """Directions learned for a target, with all that is needed to read new samples along them."""
 
     def __init__(
@@ -71,6 +72,15 @@ class Decomposition(Doors):
     def __getstate__(self) -> dict[str, Any]:
         """All but the source, which belongs to this process and is prepared again when it is needed."""
         return self.__dict__ | {"_source": None}
+
+    def summary(self) -> list[tuple[str, str]]:
+        """The shapes, what the fit was asked for, and what became of it."""
+        s, shapes = self.settings, ", ".join(f"{name} {shape}" for name, shape in self.decoder.shapes.items())
+        asked = f"{s.divergence}, {s.reference}, samples={s.samples!r}, {s.sparsity}"
+        return [
+            ("directions", f"{self.decoder.n} of rank {s.rank} ({s.factorization}{', tied' if s.tied else ''})"),
+            ("parameters", shapes), ("rebuilding", asked), *self.history.summary(),
+        ]  # fmt: skip
 
     # ---- reading
 
@@ -213,7 +223,7 @@ class Decomposition(Doors):
             raise ValueError(f"{str(path)!r} is not a decomposition that this version reads (format {FORMAT})")
         try:
             settings = settings_from(metadata["settings"])
-            target = Target(model, settings.parameters)
+            target = Target(model, settings.parameters, settings.group)
             check_target(target, metadata, path)
             history = History.read(metadata["history"])
             n = settings.n_directions - len(history.pruned)
@@ -247,6 +257,7 @@ def decompose(
     seed: int = 0,
     samples: Literal["outputs", "uses"] = "outputs",
     scale: Literal["unit"] | None = None,
+    group: Mapping[str, str] | None = None,
     prune: float | None = None,
     restarts: int = 1,
     progress: bool = True,
@@ -272,6 +283,8 @@ def decompose(
             use's, over all outputs (``"uses"``), where a use is a position or patch at which a weight multiplies.
             ``encode`` and the rest then count samples example by example, position by position.
         scale: ``"unit"`` scales the gradients of uses to norm one, so that all count alike.
+        group: axes of a tensor that share one factor, by pattern, as einops writes them:
+            ``{"*.W_[QKV]": "head d_model d_head -> (head d_head) d_model"}`` lets rank one mean a matrix of rank one.
         prune: after the fit a direction is left out while the training error grows by less than this share of ‖g‖²;
             ``history.pruned`` has their numbers. Well below 1 / n_directions where all are in use.
         restarts: of so many fits, run at once on the same gradients from starts of their own, the one with the lowest
@@ -287,11 +300,11 @@ def decompose(
         (Mean() if samples == "uses" else OtherSample()) if reference is None else reference,
         patterns(parameters), n_directions, rank, factorization, tied, BatchTopK(0.1) if sparsity is None else sparsity,
         steps, batch_size, learning_rate, seed, samples, scale,
-        prune=prune, restarts=restarts,
+        group=group, prune=prune, restarts=restarts,
     )  # fmt: skip
     path = None if checkpoint is None else files.writable(checkpoint)
     real("checkpoint_seconds", checkpoint_seconds, least=0)
-    target = Target(model, settings.parameters)
+    target = Target(model, settings.parameters, settings.group)
     check_rank(target.shapes, rank, factorization)
     data = Data.read(target, inputs, settings)
     source = capture(target, data.probe, settings)

@@ -106,10 +106,12 @@ class Formed(Part):
     def inner_own(self, own: Directions) -> Tensor:
         products, n = [], len(self.values)
         for name, g in self.dense().items():
-            left, right = own.pair(name, [0])
+            rows = own.first(name)
+            left, right = own.pair(name, rows)
             k = left.shape[1]
             left, right = (side.reshape(n, -1, side.shape[2]) for side in (left, right))  # (n, m·k, d)
-            met = (g.reshape(n, g.shape[1], -1) @ right.mT).mT * left
+            g = g.movedim([1 + axis for axis in rows], list(range(1, 1 + len(rows))))
+            met = (g.reshape(n, left.shape[2], -1) @ right.mT).mT * left
             products.append(met.sum(2).unflatten(1, (-1, k)).sum(2))
         return sum_of(products)
 

@@ -12,6 +12,7 @@ from eigendecomp.divergence import Divergence
 from eigendecomp.reference import Reference
 from eigendecomp.sparsity import Sparsity
 from eigendecomp.support.checks import real, whole
+from eigendecomp.support.show import Shown
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Settings:
     seed: int
     samples: Literal["outputs", "uses"] = "outputs"  # whose gradients are rebuilt
     scale: Literal["unit"] | None = None  # whether uses count alike, whatever the size of their gradients
+    group: Mapping[str, str] | None = None  # axes that share a factor, by pattern
     interference: float | None = None  # weight of the direct method's second loss; None for a fit of gradients
     prune: float | None = None  # a direction is left out while the training error grows by less; None keeps all
     restarts: int = 1  # fits, of which that with the lowest training error is kept
@@ -68,8 +70,8 @@ class Settings:
         return plain | {"parameters": list(self.parameters)}
 
 
-@dataclass
-class History:
+@dataclass(repr=False)
+class History(Shown):
     """What happened, by step: loss, normalised error, coefficients kept a sample, share of dead directions.
 
     And after it: ``pruned``, the numbers of the directions that were left out, and ``restarts``, the training error of
@@ -92,6 +94,18 @@ class History:
         """What is new at a step, in the order of :meth:`by_step`."""
         for held, value in zip(self.by_step().values(), values, strict=True):
             held.append(value)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Where the fit ended."""
+        if not self.step:
+            return [("steps", "none logged")]
+        last = f"{self.error[-1]:.3f} of the squared gradients left after {self.step[-1] + 1} steps"
+        found = [
+            ("error", last),
+            ("kept", f"{self.kept[-1]:.2f} coefficients a sample"),
+            ("dead", f"{self.dead[-1]:.0%}"),
+        ]
+        return found + ([("pruned", f"{len(self.pruned)} directions")] if self.pruned else [])
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> Self:

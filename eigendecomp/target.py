@@ -1,6 +1,6 @@
 """The target: a trained model, the parameters chosen of it, and its outputs as samples."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eigendecomp.directions import grouped
 from eigendecomp.support import parallel
 from eigendecomp.support.examples import Examples, Inputs, Named, chunks
 from eigendecomp.support.models import (
@@ -31,13 +32,16 @@ class Target:
     Args:
         model: any module; a module that returns an object with ``logits`` is read through them.
         parameters: glob patterns over ``model.named_parameters()``.
+        group: by pattern, axes that share one factor of a direction: ``{"*.W_V": "head model d -> (head d) model"}``.
 
     Raises:
         ValueError: if a pattern matches nothing, a chosen parameter is not real-valued and finite, or the model is in
             training mode with layers that then depend on chance or on the batch.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[str] = ("*",)) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[str] = ("*",), group: Mapping[str, str] | None = None
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; give a torch.nn.Module")
         self.model = model
@@ -52,7 +56,7 @@ class Target:
         check_parameters({name: named[name] for name in self.names})
         check_mode(model)
         # A scalar parameter is a vector of one number to the directions.
-        self.shapes = {name: tuple(named[name].shape) or (1,) for name in self.names}
+        self.shapes = grouped({name: tuple(named[name].shape) or (1,) for name in self.names}, group)
         self.dtype = named[self.names[0]].dtype
         self.device = named[self.names[0]].device
         # oneDNN runs an LSTM as one opaque operation, which has no forward derivative and cannot be looked into.

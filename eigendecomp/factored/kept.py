@@ -98,7 +98,7 @@ def gram_within(mine: Directions, others: Directions, n: int) -> Float[Tensor, "
     """Inner products between the directions of each of n samples, which are given sample by sample."""
     grams = []
     for name in mine.shapes:
-        sides = list(zip(mine.pair(name, [0]), others.pair(name, [0]), strict=True))
+        sides = list(zip(mine.pair(name, mine.first(name)), others.pair(name, mine.first(name)), strict=True))
         left, right = (a.reshape(n, -1, a.shape[2]) @ b.reshape(n, -1, b.shape[2]).mT for a, b in sides)
         a, b = sides[0]
         grams.append((left * right).unflatten(2, (-1, b.shape[1])).unflatten(1, (-1, a.shape[1])).sum((2, 4)))

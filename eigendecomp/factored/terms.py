@@ -209,15 +209,20 @@ class Factored(Part):
 
     def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
         """Eq. 10."""
-        left, right = directions.pair(self.names[0], self.rows)
-        if self.formed is None and self.better_formed(*left.shape[:2]):
+        if self.formed is None and (
+            not directions.splits(self.names[0], self.rows)
+            or self.better_formed(directions.n, terms_of(directions, self.names[0]))
+        ):
             self.form()
         if self.formed is not None:
             return self.formed.inner(directions)
+        left, right = directions.pair(self.names[0], self.rows)
         return sum_of([contract(term, left, right) for term in self.terms]).transpose(0, 1).flatten(0, 1)
 
     def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
         """Eq. 10 with directions that each sample has to itself."""
+        if self.formed is None and not own.splits(self.names[0], self.rows):
+            self.form()
         if self.formed is not None:
             return self.formed.inner_own(own)
         left, right = own.pair(self.names[0], self.rows)
