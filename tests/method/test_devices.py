@@ -85,6 +85,7 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses(gpu: Pretended) -> None
     assert there.device.type == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case, reference, cached",
     [("text", ed.OtherSample(), False), ("images", ed.ModelSample(), True), ("images", ed.Mean(), False)],
@@ -112,6 +113,7 @@ def test_everything_runs_on_a_gpu(
         torch.testing.assert_close(d.encode(place), again.encode(place))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["map-style", "iterable", "tensors"])
 def test_a_fit_goes_on_from_its_checkpoint_on_a_gpu(
     kind: str, tmp_path: Path, gpu: Pretended, monkeypatch: pytest.MonkeyPatch
@@ -139,6 +141,7 @@ def test_a_fit_goes_on_from_its_checkpoint_on_a_gpu(
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_a_step_fetches_nothing_large(gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool of references stays on the device while the fit goes on."""
     monkeypatch.setattr("eigendecomp.decomposition.CACHE_BYTES", 0)
