@@ -56,8 +56,9 @@ class Pretended:
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the device."""
         with torch._C.DisableTorchFunction():
-            while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-                tensor = torch._C._functorch.get_unwrapped(tensor)
+            functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 (which has no stubs)
+            while functorch.is_functorch_wrapped_tensor(tensor):
+                tensor = functorch.get_unwrapped(tensor)
             kept = self.memory.get(tensor.untyped_storage()._cdata)
             return kept is not None and not kept.expired()
 
@@ -138,7 +139,8 @@ class _Called(TorchFunctionMode):
                     place = GPU if self.device.holds(leaf) else CPU
                 else:
                     place = torch.device(leaf)
-            args, kwargs = tree_map(_real, (args, kwargs))
+            args = tree_map(_real, args)
+            kwargs = dict(tree_map(_real, kwargs))
             moved = self.device.moved(args[0], place)
             return moved if name == "cpu" else func(moved, *args[1:], **kwargs)
         wanted = kwargs.get("device")
