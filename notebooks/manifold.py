@@ -394,14 +394,18 @@ report.table("tasks", tasks).round(2)
 
 # %%
 figure, axes = plots.panels(1, 2, width=0.8 * plots.PAGE, height=2.2, sharey=True)
+shown = [task for task in PREDICTED if task in networks]
+place = torch.arange(len(shown))
 for ax, name in zip(axes, REFERENCES, strict=True):
-    part = tasks[tasks["reference"] == name].groupby("task", sort=False)[["predicted", "dimensions", "units"]].mean()
-    place = torch.arange(len(part))
-    ax.hlines(part["predicted"], place - 0.35, place + 0.35, color="black", lw=1.2)
-    ax.plot(place - 0.12, part["dimensions"], "s", color=plots.PCA, ms=5)
-    ax.plot(place + 0.12, part["units"], "o", color=plots.OURS, ms=5)
-    ax.set(xticks=place, ylim=(1, 6), title=f"references: {name}", xlim=(-0.6, len(part) - 0.4))
-    ax.set_xticklabels(part.index, rotation=20)
+    means = {
+        key: [tasks.loc[tasks["case"] == f"{task}, {name}", key].mean() for task in shown]
+        for key in ("predicted", "dimensions", "units")
+    }
+    ax.hlines(means["predicted"], place - 0.35, place + 0.35, color="black", lw=1.2)
+    ax.plot(place - 0.12, means["dimensions"], "s", color=plots.PCA, ms=5)
+    ax.plot(place + 0.12, means["units"], "o", color=plots.OURS, ms=5)
+    ax.set(xticks=place, ylim=(1, 6), title=f"references: {name}", xlim=(-0.6, len(shown) - 0.4))
+    ax.set_xticklabels(shown, rotation=20)
 axes[0].set_ylabel("a circle")
 for y, color, words in ((5.6, "black", "— predicted"), (5.1, plots.PCA, "■ dimensions of gradients"),
                         (4.6, plots.OURS, "● directions found")):  # fmt: skip
@@ -456,9 +460,8 @@ report.table("settings", settings).round(3)
 # Each with the number found, its bound, and how many of its own standard errors lie between them.
 
 # %%
-error_of = results.error_of_mean
-inside, (best,) = spectra[:, :3].sum(1), [name for name in runs["setting"].unique() if "best" in name]
-rate = rates[best]
+error_of, inside = results.error_of_mean, spectra[:, :3].sum(1)
+rate = rates["pruned, best of four"]
 report.claim("three_dimensions", "a circle's gradients lie in three dimensions",
              inside.mean().item(), ">", 0.97, error_of(inside))  # fmt: skip
 report.claim("found", "three directions for every circle and no row of several, in more than nine fits of ten",
@@ -478,9 +481,9 @@ for case, part in tasks.groupby("case", sort=False):
 counts = theirs.groupby(["layer", "rows"])["units"].mean()
 report.claim("autoencoder_arcs", "an autoencoder spends more units on a circle than we spend directions",
              counts.min() - ours["units"].mean(), ">", 0.0, error_of(theirs["units"].tolist()))  # fmt: skip
-several, alike = (settings.set_index("setting")["share"][name] for name in ("several circles on", "as above"))
-report.claim("several", "with several circles on some row is shared by circles", several, "<", 0.5)
-report.claim("as_above", "with one circle on none is", alike, ">", 0.9)
+shared = {name: settings.loc[settings["setting"] == name, "share"].item() for name in others}
+report.claim("several", "with several circles on some row is shared by circles", shared["several circles on"], "<", 0.5)
+report.claim("as_above", "with one circle on none is", shared["as above"], ">", 0.9)
 pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
 
 # %%
