@@ -226,9 +226,8 @@ class Decomposition(Shown, Doors):
             target = Target(model, settings.parameters, settings.group)
             check_target(target, metadata, path)
             history = History.read(metadata["history"])
-            n = settings.n_directions - len(history.pruned)
-            decoder = unpack("decoder", tensors, target, settings, n)
-            encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings, n)
+            decoder = unpack("decoder", tensors, target, settings, history)
+            encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings, history)
             threshold = metadata["threshold"]
             if threshold is not None:
                 real("threshold", threshold, least=0)

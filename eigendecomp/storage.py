@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from eigendecomp.directions import Directions
-from eigendecomp.settings import Settings
+from eigendecomp.settings import History, Settings
 from eigendecomp.support import files, parallel
 from eigendecomp.support.examples import Examples, Named
 from eigendecomp.target import Target
@@ -114,8 +114,10 @@ def unpack_seen(tensors: Mapping[str, Tensor], arguments: Sequence[str] | None) 
     return seen if arguments is None or not seen else Named.of(seen, arguments)
 
 
-def unpack(prefix: str, tensors: Mapping[str, Tensor], target: Target, settings: Settings, n: int) -> Directions:
-    """The ``n`` directions that :func:`pack` took apart."""
+def unpack(
+    prefix: str, tensors: Mapping[str, Tensor], target: Target, settings: Settings, history: History
+) -> Directions:
+    """The directions that :func:`pack` took apart."""
     like = Directions.random(target.shapes, 1, settings.rank, settings.factorization)
     factors = {
         name: [tensors[f"{prefix}/{name}/{number}"].to(target.device) for number in range(len(expected))]
@@ -123,7 +125,7 @@ def unpack(prefix: str, tensors: Mapping[str, Tensor], target: Target, settings:
     }
     for name, expected in like.factors.items():
         for factor, one in zip(factors[name], expected, strict=True):
-            if factor.shape != (n, *one.shape[1:]):
+            if factor.shape != (settings.n_directions - len(history.pruned), *one.shape[1:]):
                 raise ValueError(
                     f"the factors of {name!r} have shape {tuple(factor.shape)}, which fits no direction of it"
                 )

@@ -193,12 +193,12 @@ pd.DataFrame(ours.drop(columns="seed").groupby("rows").mean()).round(3)
 
 # %%
 runs = pd.read_csv("../data/runs/machines.csv").query("target == 'circles'")
-groups = [("all", runs.groupby(["setting"])), ("each", runs.groupby(["setting", "kernels"]))]
+cases = pd.concat([runs.assign(case=runs["setting"]), runs.assign(case=runs["setting"] + ", " + runs["kernels"])])
 rates = {
-    ", ".join(key): study.rates.told(int(part["found"].sum()), len(part)) | {
+    str(case): study.rates.told(int(part["found"].sum()), len(part)) | {
         "least share": part["share"].min(), "cpu_seconds": part["seconds"].mean(),
     }
-    for _, group in groups for key, part in group
+    for case, part in cases.groupby("case", sort=False)
 }  # fmt: skip
 report.record(rates=rates)
 report.table("rates", pd.DataFrame(rates).T.reset_index(names="setting")).round(3)
@@ -379,13 +379,13 @@ rows = []
 for task, predicted in ((task, PREDICTED[task]) for task in PREDICTED if task in networks):
     for (name, reference), number in zip(REFERENCES.items(), predicted, strict=True):
         energy = dimensions(networks[task], reference)
-        row = {"task": task, "reference": name, "predicted": number, "dimensions": study.scores.fewest(energy)}
+        row = {"case": f"{task}, {name}", "task": task, "reference": name, "predicted": number}
+        row["dimensions"] = study.scores.fewest(energy).double().mean().item()
         row["inside"] = energy[:, :number].sum(1).mean().item()
         for seed in fit_seeds[:2]:
             d = decompose(train_x, task_rows, seed, network=networks[task], reference=reference)
             rows.append(row | {"seed": seed, **score(d)})
 tasks = pd.DataFrame(rows)
-tasks["dimensions"] = [value.double().mean().item() for value in tasks["dimensions"]]
 report.table("tasks", tasks).round(2)
 
 # %% [markdown]
@@ -394,14 +394,18 @@ report.table("tasks", tasks).round(2)
 
 # %%
 figure, axes = plots.panels(1, 2, width=0.8 * plots.PAGE, height=2.2, sharey=True)
+shown = [task for task in PREDICTED if task in networks]
+place = torch.arange(len(shown))
 for ax, name in zip(axes, REFERENCES, strict=True):
-    part = tasks[tasks["reference"] == name].groupby("task", sort=False)[["predicted", "dimensions", "units"]].mean()
-    place = torch.arange(len(part))
-    ax.hlines(part["predicted"], place - 0.35, place + 0.35, color="black", lw=1.2)
-    ax.plot(place - 0.12, part["dimensions"], "s", color=plots.PCA, ms=5)
-    ax.plot(place + 0.12, part["units"], "o", color=plots.OURS, ms=5)
-    ax.set(xticks=place, ylim=(1, 6), title=f"references: {name}", xlim=(-0.6, len(part) - 0.4))
-    ax.set_xticklabels(part.index, rotation=20)
+    means = {
+        key: [tasks.loc[tasks["case"] == f"{task}, {name}", key].mean() for task in shown]
+        for key in ("predicted", "dimensions", "units")
+    }
+    ax.hlines(means["predicted"], place - 0.35, place + 0.35, color="black", lw=1.2)
+    ax.plot(place - 0.12, means["dimensions"], "s", color=plots.PCA, ms=5)
+    ax.plot(place + 0.12, means["units"], "o", color=plots.OURS, ms=5)
+    ax.set(xticks=place, ylim=(1, 6), title=f"references: {name}", xlim=(-0.6, len(shown) - 0.4))
+    ax.set_xticklabels(shown, rotation=20)
 axes[0].set_ylabel("a circle")
 for y, color, words in ((5.6, "black", "— predicted"), (5.1, plots.PCA, "■ dimensions of gradients"),
                         (4.6, plots.OURS, "● directions found")):  # fmt: skip
@@ -409,13 +413,12 @@ for y, color, words in ((5.6, "black", "— predicted"), (5.1, plots.PCA, "■ d
 report.figure("tasks", figure)
 
 # %%
-off = (tasks["units"] - tasks["predicted"]).abs()
 report.record(tasks={
-    f"{task}, {name}": {
+    str(case): {
         "predicted": int(part["predicted"].iloc[0]), "dimensions": part["dimensions"].mean(),
         "inside": part["inside"].mean(), "units": results.spread(part["units"].tolist()), "share": part["share"].min(),
     }
-    for (task, name), part in tasks.groupby(["task", "reference"], sort=False)
+    for case, part in tasks.groupby("case", sort=False)
 })  # fmt: skip
 
 # %% [markdown]
@@ -457,9 +460,8 @@ report.table("settings", settings).round(3)
 # Each with the number found, its bound, and how many of its own standard errors lie between them.
 
 # %%
-error_of = results.error_of_mean
-inside, (best,) = spectra[:, :3].sum(1), [name for name in runs["setting"].unique() if "best" in name]
-rate = rates[best]
+error_of, inside = results.error_of_mean, spectra[:, :3].sum(1)
+rate = rates["pruned, best of four"]
 report.claim("three_dimensions", "a circle's gradients lie in three dimensions",
              inside.mean().item(), ">", 0.97, error_of(inside))  # fmt: skip
 report.claim("found", "three directions for every circle and no row of several, in more than nine fits of ten",
@@ -470,18 +472,18 @@ for name in sizes:
     units = ours[ours["rows"] == name]["units"]
     report.claim(f"three_of_{name}", f"with {name} rows a circle has three directions, within a fifth",
                  (units - 3).abs().mean(), "<", 0.2, error_of((units - 3).abs().tolist()))  # fmt: skip
-for (task, name), part in tasks.groupby(["task", "reference"], sort=False):
+for case, part in tasks.groupby("case", sort=False):
     number, distance = int(part["predicted"].iloc[0]), (part["units"] - part["predicted"]).abs()
-    report.claim(f"{task}_{name}", f"{task}, references {name}: {number} directions a circle, within a half",
+    report.claim(str(case), f"{case} references: {number} directions a circle, within a half",
                  distance.mean(), "<", 0.5, error_of(distance.tolist()))  # fmt: skip
 
 # %%
 counts = theirs.groupby(["layer", "rows"])["units"].mean()
 report.claim("autoencoder_arcs", "an autoencoder spends more units on a circle than we spend directions",
              counts.min() - ours["units"].mean(), ">", 0.0, error_of(theirs["units"].tolist()))  # fmt: skip
-several, alike = (settings.set_index("setting")["share"][name] for name in ("several circles on", "as above"))
-report.claim("several", "with several circles on some row is shared by circles", several, "<", 0.5)
-report.claim("as_above", "with one circle on none is", alike, ">", 0.9)
+shared = {name: settings.loc[settings["setting"] == name, "share"].item() for name in others}
+report.claim("several", "with several circles on some row is shared by circles", shared["several circles on"], "<", 0.5)
+report.claim("as_above", "with one circle on none is", shared["as above"], ">", 0.9)
 pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
 
 # %%
