@@ -27,7 +27,7 @@ tokens = stories.token_windows(stories.load_stories("train"), 2000, 16, at_start
 d = ed.decompose(
     model, tokens, divergence=ed.KLDivergence(), reference=ed.Mean(), parameters=["blocks.7.mlp.W_in"],
     n_directions=100, sparsity=ed.BatchTopK(0.02), steps=300, batch_size=128,
-)
+)  # fmt: skip
 new = stories.token_windows(stories.load_stories("test"), 128, 16, at_start=0)
 impact = d.impact(new)  # (tokens, directions): how much of each output runs along each direction
 own = impact.topk(40, 0).values.sum(0) / impact.sum(0)  # of a direction's impact, how much its 40 strongest tokens have
@@ -54,7 +54,6 @@ warnings.filterwarnings("ignore")  # of libraries
 
 import pandas as pd
 import torch
-from IPython.display import Markdown, display
 
 from eigendecomp import study
 from eigendecomp.report import plots, results
@@ -197,10 +196,14 @@ rows = torch.cat([row.flatten(1) for row in d.directions().values()], 1)
 alike = (rows @ rows.T).abs().fill_diagonal_(0).amax(1)
 picked = [score.topk(40, 0).indices for score in (impact, reading)]
 agree = torch.tensor([torch.isin(*(one[:, i] for one in picked)).double().mean() for i in range(d.decoder.n)])
-failures = {"dead": (on == 0).sum(), "on at more than a tenth": (on > 0.1).sum(), "twins (|cosine| > 0.9)": (alike > 0.9).sum(),
-            "reader and impact share under a tenth": (agree < 0.1).sum()}  # fmt: skip
+failures = {
+    "dead": (on == 0).sum().item(),
+    "on at more than a tenth": (on > 0.1).sum().item(),
+    "twins (|cosine| > 0.9)": (alike > 0.9).sum().item(),
+    "reader and impact share under a tenth": (agree < 0.1).sum().item(),
+}
 report.record(failures=failures, reader_and_impact_share=agree.median(), of_the_named=agree[v])
-pd.Series({name: int(count) for name, count in failures.items()})
+pd.Series(failures)
 
 # %% [markdown]
 # ## Choose size, rank and reference
@@ -238,13 +241,13 @@ figure, (left, right) = plots.panels(1, 2, width=5.4, height=2.1)
 lines = {"directions": choices["error"][: len(sizes)].tolist()} | floors
 for (name, values), color in zip(lines.items(), (plots.OURS, plots.PCA, plots.RANDOM), strict=True):
     left.plot(sizes, values, "o-", color=color, ms=3)
-    left.annotate(name, (sizes[-1], values[-1]), (-4, 4), textcoords="offset points", ha="right", color=color, size=7)
+    left.annotate(name, (sizes[-1], values[-1]), (5, 0), textcoords="offset points", va="center", color=color, size=7)
 left.set(xscale="log", xticks=sizes, xticklabels=sizes, xlabel="directions, two on a token", ylabel="error, new tokens")
 left.minorticks_off()
 edits = sorted(course.items(), key=lambda item: abs(item[0]))
-right.plot([damage for _, (_, damage) in edits], [share for _, (share, _) in edits], "o-", color=plots.OURS, ms=3)
+right.plot([1e3 * damage for _, (_, damage) in edits], [share for _, (share, _) in edits], "o-", color=plots.OURS, ms=3)
 right.axhline(halved, color="0.7", lw=0.8, zorder=0)
-right.set(xlabel="KL elsewhere (nats a token)", ylabel='"named" left where it was said', ylim=(0, 1.05))
+right.set(xlabel="KL elsewhere (1/1000 nats a token)", ylabel='"named" that is left', ylim=(0, 1.05))
 report.record(floors=floors)
 report.figure("summary", figure)
 
@@ -272,16 +275,16 @@ except ValueError as error:
 #
 # | what you see | likely cause | what to do |
 # |---|---|---|
-# | error above PCA's | too few steps, or a learning rate that is too high | twice the steps; `learning_rate` a third |
-# | many dead directions | more directions than the data has things; rate too high | fewer directions; lower rate |
-# | twins | one thing split, dictionary too large | fewer directions, or name the pair once |
-# | directions on at a tenth of all samples | too many coefficients kept; a sample is a sum over many positions | `ed.BatchTopK(2 / n_directions)`; `study.positions`, which takes every use by itself |
-# | every direction is the story's beginning | windows that all begin alike | inputs drawn from everywhere (`at_start=0`) |
-# | contexts by impact and by reader differ | the model's certainty leaks into the impact | read by `study.readings.read`; name by that |
-# | the top contexts have nothing in common | the wrong weight, or a prediction that the weight does not make | MLP input weights and $W_V$ read best here; `ed.Mean()` in the place of `ed.OtherSample()` |
-# | an edit breaks everything | the step left the local picture | a smaller step; several directions; see the notebook `edits` |
-# | `ValueError: … an adapter cannot change` | weights stored by head or bare parameters | `d.edit(steps)`, which edits every parameter |
-# | a step takes seconds | early layers: each output's gradient is a pass of its own | later layers, shorter windows, `study.positions` |
+# | error above PCA's | too few steps, or too high a rate | twice the steps; a third of `learning_rate` |
+# | dead directions | more than the data has things | fewer directions; a lower rate |
+# | twins | one thing was split | fewer directions, or one name for the pair |
+# | on at a tenth of all samples | too many kept; samples sum over positions | `BatchTopK(2 / n)`; `study.positions` |
+# | all are of a story's beginning | inputs that begin alike | inputs from everywhere (`at_start=0`) |
+# | impact and reader differ | the model's certainty leaks | read by `study.readings.read` |
+# | contexts have nothing in common | another weight does it | `*.W_in`, `*.W_V`, later blocks; `ed.Mean()` |
+# | an edit breaks everything | the step is not small | smaller; several directions (notebook `edits`) |
+# | "… an adapter cannot change" | weights by head, bare parameters | `d.edit(steps)` |
+# | a step takes seconds | early layers: a pass for every output | later layers, shorter windows, `study.positions` |
 
 # %%
 report.write().name
