@@ -2,7 +2,7 @@
 
     python notebooks/tools/long/edits.py [--layer 7] [--minutes M]
 
-Settings are chosen first, on seed 100 and two behaviours that are not scored, and written to data/runs/edits_tuning.csv.
+Settings are chosen first, on seed 100 and two behaviours that are not scored, and go to data/runs/edits_tuning.csv.
 Rows are written to data/runs/edits.csv as they come; those that are there already are not made again, so that the
 command may be stopped and given again. All of it is about a quarter of an hour of one core.
 """
