@@ -158,12 +158,17 @@ def learned(
     learning_rate: float = 1e-2,
     steps: int = 200,
     seed: int = 0,
+    writer: Float[Tensor, " out"] | None = None,
 ) -> Tuned:
     """LoRA on the examples, with a penalty λ Σ F Δ² where a diagonal Fisher matrix is given (EWC).
 
     The penalty is in units of the mean of F. It stops when the loss, penalty and all, is ``until`` or at the last step.
+    ``writer`` is what the first rank starts with in the place of a random row.
     """
     change = LoRA(target, rank, seed)
+    if writer is not None:
+        with torch.no_grad():
+            change.free[1][0] = writer
 
     def penalised(f: Float[Tensor, "n k"]) -> Tensor:
         if fisher is None:

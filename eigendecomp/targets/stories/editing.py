@@ -29,18 +29,21 @@ CHOICES = 3  # rows of a dictionary that are tried on validation stories
 DICTIONARIES = {"directions": "one direction", "autoencoder": "SAE unit, folded", "random": "one random row"}
 # What is tried for each method on the tuning behaviours.
 GRID: dict[str, list[dict[str, float]]] = {
-    "several directions": [{"k": 3}, {"k": 10}, {"k": 30}],
-    "span of directions": [{"ridge": 1e-2}, {"ridge": 1e-1}, {"ridge": 1.0}],
-    "ROME-like": [{"ridge": 1e-3}, {"ridge": 1e-2}, {"ridge": 1e-1}, {"ridge": 1.0}],
-    "K-FAC step": [{"ridge": 1e-2}, {"ridge": 1e-1}, {"ridge": 1.0}],
+    "several directions": [{"k": k} for k in (3, 10, 30, 100)],
+    "span of directions": [{"ridge": ridge} for ridge in (1e-2, 1e-1, 1.0, 10.0, 100.0)],
+    "ROME-like": [{"ridge": ridge} for ridge in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)],
+    "K-FAC step": [{"ridge": ridge} for ridge in (1e-2, 1e-1, 1.0, 10.0, 100.0)],
     "gradient step": [{}],
     "gradient, rank 1": [{}],
-    "LoRA, rank 1": [{"learning_rate": 1e-2}, {"learning_rate": 3e-2}, {"learning_rate": 1e-1}],
-    "LoRA, rank 1, Fisher": [
-        {"learning_rate": 3e-2, "penalty": 0.1}, {"learning_rate": 3e-2, "penalty": 1.0},
-        {"learning_rate": 3e-2, "penalty": 10.0},
+    "LoRA, rank 1": [
+        *({"learning_rate": rate} for rate in (1e-2, 3e-2, 1e-1)),
+        *({"learning_rate": rate, "aligned": 1.0} for rate in (1e-2, 3e-2, 1e-1)),
     ],
-}  # fmt: skip
+    "LoRA, rank 1, Fisher": [
+        *({"learning_rate": 3e-2, "penalty": penalty} for penalty in (0.1, 1.0, 10.0)),
+        *({"learning_rate": 3e-2, "penalty": penalty, "aligned": 1.0} for penalty in (0.01, 0.1, 1.0)),
+    ],
+}
 
 
 # ---- edits
@@ -63,19 +66,21 @@ def changed(
         "K-FAC step": lambda: editors.whitened(g, shop.site, setting["ridge"]),
         "gradient step": lambda: -g,
         "gradient, rank 1": lambda: editors.rank_one(g),
-        "LoRA, rank 1": lambda: learned(shop, examples, **setting),
-        "LoRA, rank 1, Fisher": lambda: learned(shop, examples, fisher=shop.site.diagonal, **setting),
+        "LoRA, rank 1": lambda: learned(shop, g, examples, **setting),
+        "LoRA, rank 1, Fisher": lambda: learned(shop, g, examples, fisher=shop.site.diagonal, **setting),
     }
     return ways[method]()
 
 
-def learned(shop: Workshop, examples: Examples, **setting: Any) -> Float[Tensor, "in out"]:
-    """LoRA until the examples' mass is halved."""
+def learned(
+    shop: Workshop, g: Float[Tensor, "in out"], examples: Examples, *, aligned: float = 0.0, **setting: Any
+) -> Float[Tensor, "in out"]:
+    """LoRA until the examples' mass is halved; ``aligned`` starts it with the gradient's own writer (LoRA-GA)."""
     with torch.no_grad():
         start = examples.loss(shop.tail(examples.entering).flatten(0, 1)).item()
     tuned = editors.learned(
         Target(shop.tail, [shop.parameter]), examples.entering, examples.loss, until=start + math.log(0.5),
-        steps=40, seed=shop.seed, **setting,
+        steps=40, seed=shop.seed, writer=torch.linalg.svd(g).Vh[0] if aligned else None, **setting,
     )  # fmt: skip
     return tuned.change[shop.parameter]
 
