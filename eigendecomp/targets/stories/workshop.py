@@ -109,16 +109,7 @@ class Workshop:
         self.parameter = f"inner.{self.weight}"
         with torch.no_grad():
             self.entering = {k: cast(Any, self.model)(t, stop_at_layer=self.layer) for k, t in self.tokens.items()}
-        self.held = {split: self._held(split) for split in ("validation", "test")}
-
-    @torch.no_grad()
-    def _held(self, split: str) -> Held:
-        tokens, x = self.tokens[split], self.entering[split]
-        probe = TailProbe(self.tail, x, log_probabilities)
-        told = self.rules(tokens, probe.base.unflatten(0, tokens.shape))
-        named = behaviours.SCORED | behaviours.TUNING
-        found = behaviours.behaviours(self.rules, probe.base, named)
-        return Held(Bench(probe, tokens.flatten(), told.truth), {one.name: one for one in found})
+        self.held = {split: held_out(self, split) for split in ("validation", "test")}
 
     def reseeded(self, seed: int, units: Sequence[int]) -> Workshop:
         """The same model and stories, with fits of another seed and of these sizes."""
@@ -150,7 +141,7 @@ class Workshop:
     @cached_property
     def rows(self) -> dict[str, dict[int, editors.Rows]]:
         """Dictionaries of changes of rank one, by kind and size."""
-        kinds = {"directions": self._directions, "autoencoder": self._folded, "random": self._random}
+        kinds = {"directions": self._directions, "autoencoder": self._folded, "random": lambda n: random_rows(self, n)}
         found = {}
         for kind, make in kinds.items():
             start = time.process_time()
@@ -171,11 +162,6 @@ class Workshop:
     def _folded(self, n: int) -> editors.Rows:
         sae, weight = self.autoencoder(n), self.model.get_parameter(self.weight).detach()
         return editors.folded(sae.sae.W_enc.detach().mT, sae.decoder, weight)
-
-    def _random(self, n: int) -> editors.Rows:
-        draw = generator(self.seed, "random rows")
-        reader, writer = (torch.randn(n, k, generator=draw) for k in self.model.get_parameter(self.weight).shape)
-        return editors.Rows(reader, writer)
 
     def autoencoder(self, n: int) -> autoencoders.Autoencoder:
         """An autoencoder of what arrives at the weight."""
@@ -211,3 +197,20 @@ class Workshop:
         members = self.held["validation"].scored[name].members
         samples = torch.arange(len(index)) * self.length + position
         return Examples(self.entering["train"][window], samples, members, self.site.x[index])
+
+
+@torch.no_grad()
+def held_out(shop: Workshop, split: str) -> Held:
+    """The bench of a split's stories."""
+    tokens = shop.tokens[split]
+    probe = TailProbe(shop.tail, shop.entering[split], log_probabilities)
+    told = shop.rules(tokens, probe.base.unflatten(0, tokens.shape))
+    found = behaviours.behaviours(shop.rules, probe.base, behaviours.SCORED | behaviours.TUNING)
+    return Held(Bench(probe, tokens.flatten(), told.truth), {one.name: one for one in found})
+
+
+def random_rows(shop: Workshop, n: int) -> editors.Rows:
+    """Rows of rank one that nothing was learned from."""
+    draw = generator(shop.seed, "random rows")
+    reader, writer = (torch.randn(n, k, generator=draw) for k in shop.model.get_parameter(shop.weight).shape)
+    return editors.Rows(reader, writer)
