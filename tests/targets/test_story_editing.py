@@ -54,6 +54,6 @@ def test_every_method_makes_an_edit_that_is_scored_at_equal_success(shop: Worksh
 
 
 def test_another_seed_shares_the_stories_and_not_the_fits(shop: Workshop) -> None:
-    other = shop.reseeded(1, [8])
+    other = shop.reseeded(1, dict.fromkeys(editing.DICTIONARIES, 8))
     assert other.held is shop.held
     assert not torch.equal(other.rows["random"][8].readers, shop.rows["random"][8].readers)

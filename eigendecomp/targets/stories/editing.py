@@ -157,7 +157,7 @@ def tuned(shop: Workshop, n: int, tuning: Sequence[str] = tuple(behaviours.TUNIN
     for kind, method in DICTIONARIES.items():
         costs = {
             u: cost(method, {"units": u}, {name: unit(shop, kind, u, gradients[name], name) for name in tuning})
-            for u in shop.units
+            for u in shop.sizes[kind]
         }
         sizes[kind] = min(costs, key=lambda u: costs[u])
     settings: dict[str, dict[str, float]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -21,6 +21,8 @@ from eigendecomp.support.examples import as_examples
 from eigendecomp.support.random import generator
 from eigendecomp.targets.stories import behaviours, concepts
 from eigendecomp.targets.stories import model as stories
+
+KINDS = ("directions", "autoencoder", "random")  # of dictionaries
 
 
 class Tail(nn.Module):
@@ -94,6 +96,7 @@ class Workshop:
     seconds: dict[str, float] = field(default_factory=dict)  # of the fits that many edits share
 
     def __post_init__(self) -> None:
+        self.sizes: dict[str, Sequence[int]] = dict.fromkeys(KINDS, self.units)
         shipped = stories.load_model()
         self.rules = concepts.Rules(stories.load_tokenizer())
         counts: dict[stories.Split, int] = {
@@ -111,12 +114,13 @@ class Workshop:
             self.entering = {k: cast(Any, self.model)(t, stop_at_layer=self.layer) for k, t in self.tokens.items()}
         self.held = {split: held_out(self, split) for split in ("validation", "test")}
 
-    def reseeded(self, seed: int, units: Sequence[int]) -> Workshop:
-        """The same model and stories, with fits of another seed and of these sizes."""
+    def reseeded(self, seed: int, sizes: Mapping[str, int]) -> Workshop:
+        """The same model and stories, with fits of another seed, of one size for each kind of dictionary."""
+        _ = self.site, self._uses, self.shown  # made once, for all seeds
         other = copy.copy(self)
         for name in ("rows", "fishers", "_autoencoders"):
             other.__dict__.pop(name, None)
-        other.seed, other.units, other.seconds = seed, units, {}
+        other.seed, other.sizes, other.seconds = seed, {kind: [n] for kind, n in sizes.items()}, {}
         return other
 
     # ---- what edits share
@@ -145,7 +149,7 @@ class Workshop:
         found = {}
         for kind, make in kinds.items():
             start = time.process_time()
-            found[kind] = {n: make(n) for n in self.units}
+            found[kind] = {n: make(n) for n in self.sizes[kind]}
             self.seconds[kind] = time.process_time() - start
         return found
 

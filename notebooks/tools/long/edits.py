@@ -57,7 +57,7 @@ def main() -> None:
                 continue
             if time.monotonic() > end:
                 sys.exit("stopped: the minutes are over; the same command goes on")
-            shop = shops.setdefault(seed, tuning.reseeded(seed, sorted(set(choice.sizes.values()))))
+            shop = shops.setdefault(seed, tuning.reseeded(seed, choice.sizes))
             rows = pd.concat([rows, pd.DataFrame(editing.compare(shop, choice, [name], n))])
             rows.to_csv(path, index=False, float_format="%.5g")
             print(seed, n, name, flush=True)
