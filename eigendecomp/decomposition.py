@@ -21,16 +21,19 @@ from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.uses import HELD_BYTES, HeldUses, UseSource
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
-from eigendecomp.objective import error_change
+from eigendecomp.objective import squared_error
 from eigendecomp.reference import Draws, Mean, OtherSample, Reference
 from eigendecomp.settings import History, Settings, settings_from
 from eigendecomp.sparsity import BatchTopK, Sparsity
 from eigendecomp.storage import Checkpoint, check_target, fingerprint, pack, pack_pool, unpack, unpack_seen
 from eigendecomp.support import files, parallel
 from eigendecomp.support.checks import real, whole
+from eigendecomp.support.doors import Doors
 from eigendecomp.support.examples import Examples, Inputs, Named, as_examples, chunks, count, feed, fetch, first
+from eigendecomp.support.models import LOCK
 from eigendecomp.support.random import generator
-from eigendecomp.target import LOCK, Target, patterns
+from eigendecomp.support.show import Shown
+from eigendecomp.target import Target, patterns
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ def capture(target: Target, examples: Examples, settings: Settings) -> CapturedS
     return captured if whole else UseSource(captured, examples, settings.scale == "unit")
 
 
-class Decomposition:
+class Decomposition(Shown, Doors):
     """Directions learned for a target, with all that is needed to read new samples along them."""
 
     def __init__(
@@ -69,6 +72,15 @@ class Decomposition:
     def __getstate__(self) -> dict[str, Any]:
         """All but the source, which belongs to this process and is prepared again when it is needed."""
         return self.__dict__ | {"_source": None}
+
+    def summary(self) -> list[tuple[str, str]]:
+        """The shapes, what the fit was asked for, and what became of it."""
+        s, shapes = self.settings, ", ".join(f"{name} {shape}" for name, shape in self.decoder.shapes.items())
+        asked = f"{s.divergence}, {s.reference}, samples={s.samples!r}, {s.sparsity}"
+        return [
+            ("directions", f"{self.decoder.n} of rank {s.rank} ({s.factorization}{', tied' if s.tied else ''})"),
+            ("parameters", shapes), ("rebuilding", asked), *self.history.summary(),
+        ]  # fmt: skip
 
     # ---- reading
 
@@ -130,9 +142,9 @@ class Decomposition:
         for g in self.gradients(inputs, 1, seed):
             z = g.inner(self.encoder)
             y = z if self.settings.tied else g.inner(self.decoder)
-            square = g.square_norms().sum().item()
-            left += square + error_change(self.settings.sparsity.keep(z, self.threshold), y, gram).item()
-            total += square
+            squares, s = g.square_norms(), self.settings.sparsity.keep(z, self.threshold)
+            left += squared_error(squares, s, y, gram).item()
+            total += squares.sum().item()
         if not total > 0:
             raise ValueError("every gradient is zero on these inputs, so the error is not defined")
         return left / total
@@ -211,72 +223,20 @@ class Decomposition:
             raise ValueError(f"{str(path)!r} is not a decomposition that this version reads (format {FORMAT})")
         try:
             settings = settings_from(metadata["settings"])
-            target = Target(model, settings.parameters)
+            target = Target(model, settings.parameters, settings.group)
             check_target(target, metadata, path)
-            decoder = unpack("decoder", tensors, target, settings)
-            encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings)
             history = History.read(metadata["history"])
+            n = settings.n_directions - len(history.pruned)
+            decoder = unpack("decoder", tensors, target, settings, n)
+            encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings, n)
             threshold = metadata["threshold"]
             if threshold is not None:
                 real("threshold", threshold, least=0)
             seen = unpack_seen(tensors, metadata.get("arguments"))
-            pool = pool_of(target, seen, settings)[1] if seen else tensors["pool"]
+            pool = pool_of(target, seen, settings)[1] if seen else tensors["pool"].to(target.device)
             return cls(target, settings, encoder, decoder, threshold, pool, history, seen)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None
-
-    # ---- showing
-
-    def browse(self, inputs: Inputs, path: str | Path, **options: Any) -> Path:
-        """Write one HTML file to look at the directions on these inputs; see :mod:`eigendecomp.page`."""
-        from eigendecomp.page.collect import browse  # which knows this module
-
-        return browse(self, inputs, path, **options)
-
-    # ---- handing on
-
-    def edit(self, steps: Mapping[int, float]) -> nn.Module:
-        """A copy of the model with w + Σ δ u, to keep; see :mod:`eigendecomp.share.edits`."""
-        from eigendecomp.share.edits import edited
-
-        return edited(self, steps)
-
-    def to_lora(self, steps: Mapping[int, float], path: str | Path) -> Path:
-        """Write the edit as an adapter that peft reads; see :mod:`eigendecomp.share.lora`."""
-        from eigendecomp.share.lora import to_lora
-
-        return to_lora(self, steps, path)
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write a folder with the file and a card, laid out for the hub; see :mod:`eigendecomp.share.hub`."""
-        from eigendecomp.share.hub import save_pretrained
-
-        return save_pretrained(self, folder)
-
-    def push_to_hub(self, repo: str, **options: Any) -> str:
-        """Upload such a folder to the Hugging Face hub and return its address."""
-        from eigendecomp.share.hub import push_to_hub
-
-        return push_to_hub(self, repo, **options)
-
-    @classmethod
-    def from_pretrained(cls, repo_or_folder: str | Path, model: nn.Module, **options: Any) -> "Decomposition":
-        """:meth:`load` from such a folder, here or on the hub."""
-        from eigendecomp.share.hub import find
-
-        return cls.load(find(repo_or_folder, **options), model)
-
-    def readout(self, unembedding: Float[Tensor, "vocabulary width"], k: int = 10, names: Any = None, **options: Any):
-        """The vocabulary items that factors read and write; see :mod:`eigendecomp.share.readout`."""
-        from eigendecomp.share.readout import readout
-
-        return readout(self, unembedding, k, names, **options)
-
-    def explain(self, path: str | Path, inputs: Inputs, names: Any = None, **options: Any) -> Path:
-        """Write JSON lines from which to label the directions; see :mod:`eigendecomp.share.explain`."""
-        from eigendecomp.share.explain import explain
-
-        return explain(self, path, inputs, names, **options)
 
 
 def decompose(
@@ -297,6 +257,9 @@ def decompose(
     seed: int = 0,
     samples: Literal["outputs", "uses"] = "outputs",
     scale: Literal["unit"] | None = None,
+    group: Mapping[str, str] | None = None,
+    prune: float | None = None,
+    restarts: int = 1,
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 30.0,
@@ -320,6 +283,12 @@ def decompose(
             use's, over all outputs (``"uses"``), where a use is a position or patch at which a weight multiplies.
             ``encode`` and the rest then count samples example by example, position by position.
         scale: ``"unit"`` scales the gradients of uses to norm one, so that all count alike.
+        group: axes of a tensor that share one factor, by pattern, as einops writes them:
+            ``{"*.W_[QKV]": "head d_model d_head -> (head d_head) d_model"}`` lets rank one mean a matrix of rank one.
+        prune: after the fit a direction is left out while the training error grows by less than this share of ‖g‖²;
+            ``history.pruned`` has their numbers. Well below 1 / n_directions where all are in use.
+        restarts: of so many fits, run at once on the same gradients from starts of their own, the one with the lowest
+            training error is kept; ``history.restarts`` has the errors of all.
         checkpoint: a path that is written as the fit goes on, and resumed from where it is there.
         checkpoint_seconds: time between two writes, at least; longer where a write takes more than 1/40 of it.
 
@@ -331,10 +300,11 @@ def decompose(
         (Mean() if samples == "uses" else OtherSample()) if reference is None else reference,
         patterns(parameters), n_directions, rank, factorization, tied, BatchTopK(0.1) if sparsity is None else sparsity,
         steps, batch_size, learning_rate, seed, samples, scale,
+        group=group, prune=prune, restarts=restarts,
     )  # fmt: skip
     path = None if checkpoint is None else files.writable(checkpoint)
     real("checkpoint_seconds", checkpoint_seconds, least=0)
-    target = Target(model, settings.parameters)
+    target = Target(model, settings.parameters, settings.group)
     check_rank(target.shapes, rank, factorization)
     data = Data.read(target, inputs, settings)
     source = capture(target, data.probe, settings)

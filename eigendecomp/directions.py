@@ -7,11 +7,14 @@ forms a direction unless it is asked to: inner products between directions come 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from eigendecomp.support.axes import axes_in
 
 Factorization = Literal["cp", "tucker"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -19,8 +22,47 @@ Shapes = Mapping[str, tuple[int, ...]]
 NUMBER = 100  # what an intermediate number costs beside its arithmetic, in operations: measured, see notebooks/cost
 
 
+class Grouped(tuple[int, ...]):
+    """A tensor's shape some of whose axes share one factor: rank one of (head, d_model, d_head) may mean a matrix's."""
+
+    groups: tuple[tuple[int, ...], ...]  # the axes of every factor
+
+    @classmethod
+    def of(cls, shape: Sequence[int], groups: Sequence[Sequence[int]]) -> "Grouped":
+        made = cls(shape)
+        made.groups = tuple(tuple(group) for group in groups)
+        return made
+
+
+def grouped(shapes: Shapes, group: Mapping[str, str] | None) -> dict[str, tuple[int, ...]]:
+    """The shapes, those whose names a pattern of ``group`` matches with axes grouped as it says.
+
+    Raises:
+        ValueError: if a pattern matches no tensor, or its text does not name each axis of one on both sides.
+    """
+    found = dict(shapes)
+    for pattern, text in (group or {}).items():
+        names = [name for name in shapes if fnmatchcase(name, pattern)]
+        if not names:
+            raise ValueError(f"group={pattern!r} matches none of the chosen parameters {list(shapes)}")
+        for name in names:
+            found[name] = Grouped.of(shapes[name], axes_in(text, len(shapes[name]), name))
+    return found
+
+
+def groups_of(shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The axes of every factor of a tensor: one each, if nothing else is said."""
+    return shape.groups if isinstance(shape, Grouped) else tuple((axis,) for axis in range(len(shape)))
+
+
+def sizes_of(shape: Sequence[int]) -> list[int]:
+    """The length of every factor."""
+    return [math.prod(shape[axis] for axis in group) for group in groups_of(shape)]
+
+
 def largest_rank(shape: Sequence[int], factorization: Factorization) -> int:
     """The rank from which a tensor of this shape gains nothing more."""
+    shape = sizes_of(shape)
     if factorization == "tucker":
         return max(shape)
     return math.prod(shape) // max(shape)
@@ -86,11 +128,11 @@ class Directions:
         for name, shape in shapes.items():
             if factorization == "cp":
                 k = min(rank, largest_rank(shape, "cp"))
-                factors[name] = [gauss(n, k, d) for d in shape]
+                factors[name] = [gauss(n, k, d) for d in sizes_of(shape)]
             else:
-                ranks = [min(rank, d) for d in shape]
+                ranks = [min(rank, d) for d in sizes_of(shape)]
                 # Rows of about unit norm, so that a step of the optimiser is as large for them as for the core.
-                matrices = [gauss(n, r, d) / d**0.5 for r, d in zip(ranks, shape, strict=True)]
+                matrices = [gauss(n, r, d) / d**0.5 for r, d in zip(ranks, sizes_of(shape), strict=True)]
                 factors[name] = [gauss(n, *ranks), *matrices]
         made = cls(shapes, factorization, factors)
         for name, square in made._square_norms().items():
@@ -118,52 +160,80 @@ class Directions:
     def select(self, index: Sequence[int] | Tensor) -> Self:
         """The chosen directions alone."""
         rows = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.long)
-        return self.map(lambda factor: factor[rows.to(factor.device)])
+        return self.map(lambda factor: factor.index_select(0, rows.to(factor.device)))
 
     def beside(self, other: "Directions") -> Self:
         """These directions and then others of the same kind, as one set."""
         rest = iter(other.tensors())
         return self.map(lambda factor: torch.cat([factor, next(rest)]))
 
+    def splits(self, name: str, rows: Sequence[int]) -> bool:
+        """Whether the axes ``rows`` are those of some factors, so that the others are those of the rest."""
+        return all(set(group) <= set(rows) or not set(group) & set(rows) for group in groups_of(self.shapes[name]))
+
+    def first(self, name: str) -> list[int]:
+        """The axes of a tensor's first factor, in order: a split that is always there."""
+        return sorted(groups_of(self.shapes[name])[0])
+
     def pair(self, name: str, rows: Sequence[int]) -> tuple[Float[Tensor, "v k r"], Float[Tensor, "v k c"]]:
         """Factors L, R with u = Σ_k L_k ⊗ R_k once the axes ``rows`` are flattened into rows and the rest into columns.
 
         With no axis on a side, that side is a single one.
+
+        Raises:
+            ValueError: if axes that share a factor are on both sides.
         """
-        columns = [axis for axis in range(len(self.shapes[name])) if axis not in rows]
+        if not self.splits(name, rows):
+            raise ValueError(f"axes of {name!r} that are grouped stand on two sides of its use; group others")
+        groups = groups_of(self.shapes[name])
+        mine = [number for number, group in enumerate(groups) if group[0] in rows]
+        others = [number for number in range(len(groups)) if number not in mine]
         if self.factorization == "cp":
             factors = self.factors[name]
             ones = factors[0].new_ones(*factors[0].shape[:2], 1)
-            left = khatri_rao([factors[axis] for axis in rows]) if rows else ones
-            right = khatri_rao([factors[axis] for axis in columns]) if columns else ones
-            return left, right
+            left, right = (khatri_rao([factors[i] for i in side]) if side else ones for side in (mine, others))
+            return self._in_order(name, left, mine, rows), self._in_order(name, right, others)
         core, *factors = self.factors[name]
 
-        def kron(axes: Sequence[int]) -> Tensor:  # (v, Π r_a, Π d_a)
+        def kron(side: Sequence[int]) -> Tensor:  # (v, Π r_a, Π d_a)
             product = core.new_ones(core.shape[0], 1, 1)
-            for axis in axes:
-                product = torch.einsum("vrd,vse->vrsde", product, factors[axis]).flatten(3).flatten(1, 2)
-            return product
+            for i in side:
+                product = torch.einsum("vrd,vse->vrsde", product, factors[i]).flatten(3).flatten(1, 2)
+            return self._in_order(name, product, side, rows if side is mine else None)
 
         # The side of smaller rank stays bare and the core joins the other, so k is the smaller of the two ranks.
-        left, right = kron(rows), kron(columns)
-        matrix = core.permute(0, *(axis + 1 for axis in (*rows, *columns))).reshape(
+        left, right = kron(mine), kron(others)
+        matrix = core.permute(0, *(i + 1 for i in (*mine, *others))).reshape(
             core.shape[0], left.shape[1], right.shape[1]
         )
         if left.shape[1] <= right.shape[1]:
             return left, matrix @ right
         return matrix.mT @ left, right
 
+    def _in_order(
+        self, name: str, x: Float[Tensor, "v k d"], side: Sequence[int], wanted: Sequence[int] | None = None
+    ) -> Float[Tensor, "v k d"]:
+        """Some factors' flattened product with its entries in the order of the axes that are wanted, or of all axes."""
+        axes = [axis for number in side for axis in groups_of(self.shapes[name])[number]]
+        wanted = sorted(axes) if wanted is None else list(wanted)
+        if axes == wanted:
+            return x
+        order = [2 + axes.index(axis) for axis in wanted]
+        return x.unflatten(2, [self.shapes[name][axis] for axis in axes]).permute(0, 1, *order).flatten(2)
+
     def _canonical(self, name: str) -> Sequence[Float[Tensor, "v k _"]]:
-        """Factors of a sum of outer products: an axis each for CP, first axis and rest for Tucker."""
-        return self.factors[name] if self.factorization == "cp" else self.pair(name, [0])
+        """Factors of a sum of outer products: a factor each for CP, the first one and the rest for Tucker."""
+        return self.factors[name] if self.factorization == "cp" else self.pair(name, self.first(name))
 
     def dense(self, name: str) -> Float[Tensor, "v *shape"]:
         """One tensor of every direction, formed."""
-        factors = self._canonical(name)
-        if len(factors) == 1:
-            return factors[0].sum(1)
-        return (factors[0].mT @ khatri_rao(factors[1:])).reshape(-1, *self.shapes[name])
+        shape, rows = self.shapes[name], self.first(name)
+        left, right = self.pair(name, rows)
+        if len(rows) == len(shape):
+            return (left * right).sum(1).unflatten(1, shape)
+        order = [*rows, *(axis for axis in range(len(shape)) if axis not in rows)]
+        formed = (left.mT @ right).reshape(-1, *(shape[axis] for axis in order))
+        return formed.permute(0, *(1 + order.index(axis) for axis in range(len(shape))))
 
     def flat(self, names: Iterable[str] | None = None) -> Float[Tensor, "v w"]:
         """The directions as rows over the flattened tensors ``names`` (all, in order)."""
@@ -177,9 +247,10 @@ class Directions:
         total: Tensor | None = None
         for name in self.shapes:
             mine, others = self._canonical(name), other._canonical(name)
-            if len(mine) != len(others):
-                mine, others = self.pair(name, [0]), other.pair(name, [0])
-            if _better_formed([a.shape for a in mine], [b.shape for b in others]):
+            alike = groups_of(self.shapes[name]) == groups_of(other.shapes[name])
+            if len(mine) != len(others) and alike:
+                mine, others = (d.pair(name, self.first(name)) for d in (self, other))
+            if not alike or _better_formed([a.shape for a in mine], [b.shape for b in others]):
                 mine, others = ([d.dense(name).reshape(d.n, 1, -1)] for d in (self, other))
             product: Tensor | None = None
             for a, b in zip(mine, others, strict=True):

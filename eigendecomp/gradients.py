@@ -6,17 +6,20 @@ numbers themselves. Samples are ordered example by example, position by position
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.directions import Directions, Shapes
+from eigendecomp.directions import NUMBER, Directions, Shapes
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
+
+OWN = 8  # how much longer the same operations take in many small products than in one large one: measured
 
 
 class Cotangents(Protocol):
@@ -27,6 +30,15 @@ class Cotangents(Protocol):
     def __getitem__(self, rows: slice) -> "Cotangents":
         """The same for some of the examples."""
         ...
+
+
+class Products(NamedTuple):
+    """What the objective needs to know of n gradients and all v directions."""
+
+    z: Float[Tensor, "n v"]  # ⟨g, u⟩ with the encoder
+    y: Float[Tensor, "n v"]  # ⟨g, u⟩ with the decoder
+    gram: Float[Tensor, "v v"]  # of the decoder
+    squares: Float[Tensor, " n"]  # ‖g‖²
 
 
 class Part(Protocol):
@@ -42,8 +54,26 @@ class Part(Protocol):
         """⟨g, u⟩ over these tensors; differentiable in the directions."""
         ...
 
+    def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
+        """⟨g, u⟩ of each sample with m directions of its own: those of the first sample come first, and so on."""
+        ...
+
     def square_norms(self) -> Float[Tensor, " n"]:
         """‖g‖² over these tensors."""
+        ...
+
+    def products(self, encoder: Directions, decoder: Directions) -> Products:
+        """All that the objective needs, over these tensors, with nothing computed twice."""
+        y = self.inner(decoder)
+        z = y if encoder is decoder else self.inner(encoder)
+        return Products(z, y, over(decoder, self.names).gram(), self.square_norms())
+
+    def operations(self, directions: Directions, v: float) -> float:
+        """Operations that :meth:`inner` takes for v directions of this kind."""
+        ...
+
+    def operations_own(self, directions: Directions, m: float) -> float:
+        """Operations that :meth:`inner_own` takes for m directions a sample; infinite where they are no choice."""
         ...
 
     def dense(self) -> dict[str, Float[Tensor, "n *shape"]]:
@@ -59,7 +89,7 @@ class Part(Protocol):
         ...
 
 
-class Formed:
+class Formed(Part):
     """Gradients as numbers, flattened tensor after tensor."""
 
     def __init__(self, shapes: Shapes, values: Float[Tensor, "n w"]) -> None:
@@ -73,8 +103,39 @@ class Formed:
     def inner(self, directions: Directions) -> Tensor:
         return self.values @ directions.flat(self.names).T
 
+    def inner_own(self, own: Directions) -> Tensor:
+        products, n = [], len(self.values)
+        for name, g in self.dense().items():
+            rows = own.first(name)
+            left, right = own.pair(name, rows)
+            k = left.shape[1]
+            left, right = (side.reshape(n, -1, side.shape[2]) for side in (left, right))  # (n, m·k, d)
+            g = g.movedim([1 + axis for axis in rows], list(range(1, 1 + len(rows))))
+            met = (g.reshape(n, left.shape[2], -1) @ right.mT).mT * left
+            products.append(met.sum(2).unflatten(1, (-1, k)).sum(2))
+        return sum_of(products)
+
     def square_norms(self) -> Tensor:
         return self.values.square().sum(-1)
+
+    def products(self, encoder: Directions, decoder: Directions) -> Products:
+        rows = decoder.flat(self.names)
+        y = self.values @ rows.T
+        z = y if encoder is decoder else self.inner(encoder)
+        # The directions are formed already; of more directions than samples the factors give the Gram matrix sooner.
+        gram = rows @ rows.T if decoder.n <= len(y) else over(decoder, self.names).gram()
+        return Products(z, y, gram, self.square_norms())
+
+    def operations(self, directions: Directions, v: float) -> float:
+        n, w = self.values.shape
+        return v * (2 * n * w + NUMBER * (n + w))
+
+    def operations_own(self, directions: Directions, m: float) -> float:
+        each = (
+            terms_of(directions, name) * (2 * OWN * math.prod(shape) + 2 * NUMBER * sum(shape))
+            for name, shape in self.shapes.items()
+        )
+        return len(self.values) * m * sum(each)
 
     def dense(self) -> dict[str, Tensor]:
         sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
@@ -103,21 +164,22 @@ class Gradients:
         """⟨g_n, u_v⟩; differentiable in the directions."""
         return sum_of([part.inner(directions) for part in self.parts])
 
-    def inner_and_gram(
-        self, encoder: Directions, decoder: Directions
-    ) -> tuple[Float[Tensor, "n v"], Float[Tensor, "n v"], Float[Tensor, "v v"]]:
-        """⟨g, u⟩ for the encoder and for the decoder, and the decoder's Gram matrix, doing nothing twice."""
-        tied = encoder is decoder
-        if len(self.parts) == 1 and isinstance(self.parts[0], Formed):  # then so are the directions
-            rows = decoder.flat(self.parts[0].names)
-            y = self.parts[0].values @ rows.T
-            return y if tied else self.inner(encoder), y, rows @ rows.T
-        if not tied and any(isinstance(part, Recomputed) for part in self.parts):  # one pass over the pieces
-            z, y = self.inner(encoder.beside(decoder)).split((encoder.n, decoder.n), 1)
-        else:
-            y = self.inner(decoder)
-            z = y if tied else self.inner(encoder)
-        return z, y, decoder.gram()
+    def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
+        """⟨g_n, u_nm⟩ with m directions for each sample, given sample by sample; differentiable in them."""
+        return sum_of([part.inner_own(own) for part in self.parts])
+
+    def products(self, encoder: Directions, decoder: Directions) -> Products:
+        """⟨g, u⟩ for encoder and decoder, the decoder's Gram matrix, and ‖g‖²: in one pass over the gradients."""
+        found = [part.products(encoder, decoder) for part in self.parts]
+        return Products(*(sum_of(terms) for terms in zip(*found, strict=True)))
+
+    def operations(self, directions: Directions) -> float:
+        """Operations that :meth:`inner` takes."""
+        return sum(part.operations(directions, directions.n) for part in self.parts)
+
+    def operations_own(self, directions: Directions, m: float) -> float:
+        """Operations that :meth:`inner_own` takes for m directions of this kind a sample."""
+        return sum(part.operations_own(directions, m) for part in self.parts)
 
     def square_norms(self) -> Float[Tensor, " n"]:
         """‖g_n‖²."""
@@ -137,76 +199,24 @@ class Gradients:
         return torch.cat([value.flatten(1) for value in self.dense().values()], 1)
 
 
-class Recomputed:
-    """Gradients that are too large to keep: made piece by piece, and again in the backward pass."""
-
-    def __init__(self, names: Sequence[str], pieces: Sequence[Callable[[], Gradients]]) -> None:
-        self.names = tuple(names)
-        self.pieces = pieces
-        self.norms: list[Tensor] = []
-
-    def __len__(self) -> int:
-        return sum(len(piece()) for piece in self.pieces)
-
-    def inner(self, directions: Directions) -> Tensor:
-        return _InnerByPieces.apply(self, directions, *directions.tensors())
-
-    def square_norms(self) -> Tensor:
-        return torch.cat(self.norms or [piece().square_norms() for piece in self.pieces])
-
-    def dense(self) -> dict[str, Tensor]:
-        pieces = [piece().dense() for piece in self.pieces]
-        return {name: torch.cat([dense[name] for dense in pieces]) for name in self.names}
-
-    def weighted(self, weights: Tensor) -> dict[str, Tensor]:
-        totals: dict[str, Tensor] = {}
-        for piece in self.pieces:
-            g = piece()
-            own, weights = weights[: len(g)], weights[len(g) :]
-            totals = {name: totals.get(name, 0) + value for name, value in g.weighted(own).items()}
-        return totals
-
-    def sample(self, n: int) -> Formed:
-        g = {name: value[n : n + 1] for name, value in self.dense().items()}
-        shapes = {name: tuple(value.shape[1:]) for name, value in g.items()}
-        return Formed(shapes, torch.cat([value.flatten(1) for value in g.values()], 1))
-
-
-class _InnerByPieces(torch.autograd.Function):
-    """⟨g, u⟩ of all pieces, of which none is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: Recomputed, directions: Directions, *factors: Tensor) -> Tensor:
-        ctx.gradients, ctx.directions = gradients, directions
-        ctx.save_for_backward(*factors)
-        rows, norms = [], []
-        for piece in gradients.pieces:
-            g = piece()
-            rows.append(g.inner(directions))
-            norms.append(g.square_norms())
-        gradients.norms, ctx.sizes = norms, [len(row) for row in rows]
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
-        leaves = [factor.detach().requires_grad_() for factor in ctx.saved_tensors]
-        copies = iter(leaves)
-        directions = ctx.directions.map(lambda _: next(copies))
-        totals = [torch.zeros_like(leaf) for leaf in leaves]
-        for piece, part in zip(ctx.gradients.pieces, grad[0].split(ctx.sizes), strict=True):
-            with torch.enable_grad():
-                z = piece().inner(directions)
-            for total, g in zip(totals, torch.autograd.grad(z, leaves, part, materialize_grads=True), strict=True):
-                total += g
-        return None, None, *totals
-
-
 class Source(Protocol):
     """Gives the gradients of examples."""
 
     target: Target
 
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients: ...
+
+
+def over(directions: Directions, names: Sequence[str]) -> Directions:
+    """The directions in some of their tensors alone."""
+    shapes = {name: directions.shapes[name] for name in names}
+    return Directions(shapes, directions.factorization, {name: directions.factors[name] for name in names})
+
+
+def terms_of(directions: Directions, name: str) -> int:
+    """How many terms k the two sides of :meth:`Directions.pair` have in a matrix, or at least in another tensor."""
+    ranks = directions.factors[name][0].shape[1:]
+    return ranks[0] if directions.factorization == "cp" else min(ranks[0], math.prod(ranks[1:]))
 
 
 def sum_of(terms: Sequence[Tensor]) -> Tensor:

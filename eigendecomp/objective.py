@@ -1,23 +1,87 @@
 """The objective: how well a batch's gradients are rebuilt from few directions (eq. 7)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eigendecomp.directions import Directions
-from eigendecomp.gradients import Gradients
-from eigendecomp.sparsity import BatchTopK, Sparsity
+from eigendecomp.gradients import Gradients, Products
+from eigendecomp.sparsity import Sparsity
 from eigendecomp.support import parallel
 
 CANCELLATION = 1e-2  # weight against CP terms that grow and cancel, from twice the squares they need
 
 
+def squared_error(
+    squares: Float[Tensor, "*n"],
+    s: Float[Tensor, "n m"],
+    y: Float[Tensor, "n m"],
+    gram: Float[Tensor, "m m"] | Float[Tensor, "n m m"],
+) -> Float[Tensor, ""]:
+    """Σ‖g − ĝ‖² with ‖g − ĝ‖² = ‖g‖² − 2 s·y + sᵀ gram s (eq. 7, before it is divided by Σ‖g‖²).
+
+    Args:
+        squares: ‖g‖² of every sample.
+        s: coefficients from which ĝ is rebuilt.
+        y: ⟨g, u⟩ with the decoder's directions.
+        gram: inner products of these directions; of each sample's own, where samples have directions of their own.
+    """
+    return squares.sum() + (((s.unsqueeze(-2) @ gram).squeeze(-2) - 2 * y) * s).sum()
+
+
+class Coefficients(Protocol):
+    """A batch's coefficients and the products that :func:`squared_error` takes."""
+
+    z: Float[Tensor, "n v"]
+    kept: Float[Tensor, "n v"]  # z where it is kept, zero elsewhere
+    s: Float[Tensor, "n m"]
+    y: Float[Tensor, "n m"]
+    gram: Tensor
+    squares: Float[Tensor, " n"]
+
+    def of_residual(
+        self, rule: Sparsity, dead: Bool[Tensor, " v"]
+    ) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"], Tensor]:
+        """s, y and gram with which the dead directions rebuild the residual e = g − ĝ.
+
+        Of the residual only ⟨e, u⟩ = ⟨g, u⟩ − s·gram is needed. It has no derivative: the directions that leave it
+        learn nothing from how it is rebuilt.
+        """
+        ...
+
+
+class Everything(Coefficients):
+    """All coefficients, with derivatives: s, y (n, v) and gram (v, v)."""
+
+    def __init__(self, products: Products, kept: Float[Tensor, "n v"], decoder: Directions) -> None:
+        self.z, self.y, self.gram, self.squares = products
+        self.s = self.kept = kept
+        self.decoder = decoder
+
+    def of_residual(self, rule: Sparsity, dead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        few, rest = self.decoder.select(dead.nonzero()[:, 0]), self.decoder.map(Tensor.detach)
+        s = rule.keep_batch(self.z[:, dead], 1.0)
+        return s, self.y[:, dead] - self.s.detach() @ rest.gram(few), few.gram()
+
+
+def everything(
+    rule: Sparsity, gradients: Gradients, encoder: Directions, decoder: Directions, progress: float
+) -> Coefficients:
+    """A batch's coefficients, all with derivatives."""
+    products = gradients.products(encoder, decoder)
+    return Everything(products, rule.keep_batch(products.z, progress), decoder)
+
+
 @dataclass
 class Objective:
-    """The normalised error of a batch, and what else the loop wants to know (eq. 7)."""
+    """The loss of a batch (eq. 7), and what else the loop wants to know."""
 
     sparsity: Sparsity
+    coefficients: Callable[[Sparsity, Gradients, Directions, Directions, float], Coefficients] = everything
 
     def __call__(
         self, gradients: Gradients, encoder: Directions, decoder: Directions, dead: Tensor, progress: float = 1.0
@@ -27,30 +91,23 @@ class Objective:
         With several processes loss and error are this one's parts: over all processes they add up to the batch's.
         ``progress`` is the share of the steps done.
         """
-        norms = parallel.sums(gradients.square_norms().sum())
-        z, y, gram = gradients.inner_and_gram(encoder, decoder)
-        n = len(z) * parallel.processes()
-        s = self.sparsity.keep_batch(z, progress)
-        # A batch of sparse data may have no gradient at all; it then has no say.
-        total = norms()[0].clamp_min(torch.finfo(y.dtype).tiny)
-        error = 1 / parallel.processes() + error_change(s, y, gram) / total
-        loss = error + self.sparsity.penalty(z, n, (total / n).sqrt())
-        if isinstance(self.sparsity, BatchTopK) and self.sparsity.auxiliary and dead.any():
-            # The dead rebuild the residual e = g − ĝ, of which only ⟨e, u⟩ = ⟨g, u⟩ − s·gram and ‖e‖² are needed.
-            # The residual is given: the live directions that leave it learn nothing from this.
-            residual = parallel.sums(error)
-            few, rest = decoder.select(dead.nonzero()[:, 0]), decoder.map(Tensor.detach)
-            s_dead = self.sparsity.keep_batch(z[:, dead], 1.0)
-            y_dead = y[:, dead] - s.detach() @ rest.gram(few)
-            left = error_change(s_dead, y_dead, few.gram()) / (residual()[0].clamp_min(1e-6) * total)
-            loss = loss + self.sparsity.auxiliary * left
+        batch = self.coefficients(self.sparsity, gradients, encoder, decoder, progress)
+        sums = parallel.sums(batch.squares.sum())
+        left, n = squared_error(batch.squares, batch.s, batch.y, batch.gram), len(batch.z) * parallel.processes()
+        total = sums()[0]
+        total = total.where(total >= torch.finfo(total.dtype).tiny, 1)  # without gradients there is no error
+        error = left / total
+        loss = error + self.sparsity.penalty(batch.z, n, (total / n).sqrt())
+        if self.sparsity.auxiliary and dead.any():
+            loss = loss + self.sparsity.auxiliary * self.revival(batch, dead, error) / total
         if decoder.sums_terms:
             # A best CP fit need not exist: terms can grow without bound against each other (de Silva and Lim, 2008).
             excess = (decoder.cancellation() - 2).clamp_min(0).mean()
             loss = loss + CANCELLATION * excess / parallel.processes()
-        return loss, error, s
+        return loss, error, batch.kept.detach()
 
-
-def error_change(s: Tensor, y: Tensor, gram: Tensor) -> Tensor:
-    """Σ‖g − ĝ‖² − Σ‖g‖² from s, y = ⟨g, u⟩ and the directions' Gram matrix: sᵀ gram s − 2 s·y (eq. 7)."""
-    return (((s @ gram) - 2 * y) * s).sum()
+    def revival(self, batch: Coefficients, dead: Bool[Tensor, " v"], error: Tensor) -> Float[Tensor, ""]:
+        """Σ‖e − ê‖² − Σ‖e‖² of the residual e = g − ĝ that dead directions rebuild, over its share of Σ‖g‖²."""
+        residual = parallel.sums(error)
+        left = squared_error(torch.zeros_like(error), *batch.of_residual(self.sparsity, dead))
+        return left / residual()[0].clamp_min(1e-6)

@@ -12,6 +12,7 @@ from eigendecomp.divergence import Divergence
 from eigendecomp.reference import Reference
 from eigendecomp.sparsity import Sparsity
 from eigendecomp.support.checks import real, whole
+from eigendecomp.support.show import Shown
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,20 @@ class Settings:
     seed: int
     samples: Literal["outputs", "uses"] = "outputs"  # whose gradients are rebuilt
     scale: Literal["unit"] | None = None  # whether uses count alike, whatever the size of their gradients
+    group: Mapping[str, str] | None = None  # axes that share a factor, by pattern
     interference: float | None = None  # weight of the direct method's second loss; None for a fit of gradients
+    prune: float | None = None  # a direction is left out while the training error grows by less; None keeps all
+    restarts: int = 1  # fits, of which that with the lowest training error is kept
 
     def __post_init__(self) -> None:
-        for name in ("n_directions", "rank", "steps", "batch_size"):
+        for name in ("n_directions", "rank", "steps", "batch_size", "restarts"):
             whole(name, getattr(self, name))
         whole("seed", self.seed, 0)
         real("learning_rate", self.learning_rate, above=0)
         if self.interference is not None:
             real("interference", self.interference, least=0)
+        if self.prune is not None:
+            real("prune (share of the squared gradients)", self.prune, above=0, most=1)
         if self.factorization not in ("cp", "tucker"):
             raise ValueError(f"factorization={self.factorization!r} must be 'cp' or 'tucker'")
         if self.samples not in ("outputs", "uses"):
@@ -64,19 +70,42 @@ class Settings:
         return plain | {"parameters": list(self.parameters)}
 
 
-@dataclass
-class History:
-    """What happened, by step: loss, normalised error, coefficients kept a sample, share of dead directions."""
+@dataclass(repr=False)
+class History(Shown):
+    """What happened, by step: loss, normalised error, coefficients kept a sample, share of dead directions.
+
+    And after it: ``pruned``, the numbers of the directions that were left out, and ``restarts``, the training error of
+    every fit that was compared.
+    """
 
     step: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     error: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
     dead: list[float] = field(default_factory=list)
+    pruned: list[int] = field(default_factory=list)
+    restarts: list[float] = field(default_factory=list)
 
-    def add(self, step: int, loss: float, error: float, kept: float, dead: float) -> None:
-        for name, value in zip(vars(self), (step, loss, error, kept, dead), strict=True):
-            getattr(self, name).append(value)
+    def by_step(self) -> dict[str, list[float]]:
+        """The lists that have one entry for each step that was logged."""
+        return {name: getattr(self, name) for name in ("step", "loss", "error", "kept", "dead")}
+
+    def add(self, *values: float) -> None:
+        """What is new at a step, in the order of :meth:`by_step`."""
+        for held, value in zip(self.by_step().values(), values, strict=True):
+            held.append(value)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Where the fit ended."""
+        if not self.step:
+            return [("steps", "none logged")]
+        last = f"{self.error[-1]:.3f} of the squared gradients left after {self.step[-1] + 1} steps"
+        found = [
+            ("error", last),
+            ("kept", f"{self.kept[-1]:.2f} coefficients a sample"),
+            ("dead", f"{self.dead[-1]:.0%}"),
+        ]
+        return found + ([("pruned", f"{len(self.pruned)} directions")] if self.pruned else [])
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> Self:

@@ -1,7 +1,9 @@
 """Which coefficients of a gradient are used to rebuild it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,6 +13,15 @@ from eigendecomp.support.checks import real
 
 class Sparsity:
     """A rule that turns coefficients ``z`` into the sparse ``s``, and the term it adds to the loss."""
+
+    auxiliary: float = 0.0  # weight of a second error, in which directions not kept for a while rebuild what is left
+
+    def share(self, progress: float) -> float:
+        """The share of a batch's coefficients that :meth:`keep_batch` leaves as they are, all others being zero.
+
+        One where that is not all that it does: then no coefficient is without a derivative.
+        """
+        return 1.0
 
     def keep_batch(self, z: Float[Tensor, "n v"], progress: float) -> Float[Tensor, "n v"]:
         """s in the fit, where the rule may look at the whole batch; ``progress`` is the share of the steps done."""
@@ -27,8 +38,11 @@ class Sparsity:
         """
         return 0.0
 
-    def threshold(self, z: Float[Tensor, "n v"]) -> float | None:
-        """The |z| from which a coefficient is kept at inference, from coefficients of many training samples."""
+    def threshold(self, z: Iterable[Float[Tensor, "n v"]]) -> float | None:
+        """The |z| from which a coefficient is kept at inference, from coefficients of many batches of training samples.
+
+        None where all are kept; the batches are then not even asked for.
+        """
         return None
 
 
@@ -51,13 +65,16 @@ class BatchTopK(Sparsity):
         real("BatchTopK: warmup (share of the steps)", self.warmup, least=0, most=1)
         real("BatchTopK: auxiliary", self.auxiliary, least=0)
 
-    def keep_batch(self, z: Tensor, progress: float) -> Tensor:
+    def share(self, progress: float) -> float:
         done = 1.0 if progress >= self.warmup else progress / self.warmup
-        fraction = self.fraction**done
+        return self.fraction**done
+
+    def keep_batch(self, z: Tensor, progress: float) -> Tensor:
+        fraction = self.share(progress)
         return z if fraction >= 1 else z * (z.abs() >= cutoff(z, fraction))
 
-    def threshold(self, z: Tensor) -> float:
-        return cutoff(z, self.fraction).item()
+    def threshold(self, z: Iterable[Tensor]) -> float:
+        return cutoff(torch.cat(list(z)), self.fraction).item()
 
 
 def cutoff(z: Tensor, fraction: float) -> Tensor:

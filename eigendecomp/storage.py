@@ -114,16 +114,16 @@ def unpack_seen(tensors: Mapping[str, Tensor], arguments: Sequence[str] | None) 
     return seen if arguments is None or not seen else Named.of(seen, arguments)
 
 
-def unpack(prefix: str, tensors: Mapping[str, Tensor], target: Target, settings: Settings) -> Directions:
-    """The directions that :func:`pack` took apart."""
+def unpack(prefix: str, tensors: Mapping[str, Tensor], target: Target, settings: Settings, n: int) -> Directions:
+    """The ``n`` directions that :func:`pack` took apart."""
     like = Directions.random(target.shapes, 1, settings.rank, settings.factorization)
     factors = {
-        name: [tensors[f"{prefix}/{name}/{number}"] for number in range(len(expected))]
+        name: [tensors[f"{prefix}/{name}/{number}"].to(target.device) for number in range(len(expected))]
         for name, expected in like.factors.items()
     }
     for name, expected in like.factors.items():
         for factor, one in zip(factors[name], expected, strict=True):
-            if factor.shape != (settings.n_directions, *one.shape[1:]):
+            if factor.shape != (n, *one.shape[1:]):
                 raise ValueError(
                     f"the factors of {name!r} have shape {tuple(factor.shape)}, which fits no direction of it"
                 )

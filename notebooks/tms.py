@@ -13,8 +13,8 @@
 # each feature is known, so a decomposition of the parameter space can be checked. Five features in two dimensions, and
 # forty in ten. What comes out:
 #
-# - With five directions, **every feature owns one**, in every fitting seed, and the direction's hidden vectors are
-#   parallel to the feature's own.
+# - With five directions, **every feature owns one**, at the rate over seeds and kernels given below, and the
+#   direction's hidden vectors are parallel to the feature's own.
 # - A direction's impact is about ten times as large for its own feature as for the next. Its activation is twice as
 #   large: a neighbour's output is barely open and yet as sensitive as any.
 # - Half a coefficient a sample rebuilds held-out gradients with less than half the error of principal components.
@@ -28,6 +28,7 @@ target_seed = 0
 fit_seeds = [0, 1, 2, 3, 4]
 steps = 1000
 learning_rate = 1e-2  # chosen, like the steps and the L1 weights, on fitting seeds 100 to 103
+restarts = 3  # fits run at once, of which the one with the lowest training error is kept
 samples = 10_000
 held_out = 5_000
 
@@ -49,11 +50,11 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 plots.style()
 training_steps, large_steps, large_samples = 4000, 1000, 20_000
 if results.profile() == "smoke":
-    fit_seeds, steps, samples, held_out = fit_seeds[:2], 300, 2000, 500
+    fit_seeds, steps, samples, held_out, restarts = fit_seeds[:2], 300, 2000, 500, 2
     training_steps, large_steps, large_samples = 1000, 200, 2000
 report = results.Results(
     "tms", target_seed=target_seed, fit_seeds=fit_seeds, steps=steps, learning_rate=learning_rate, samples=samples,
-    held_out=held_out,
+    held_out=held_out, restarts=restarts,
 )  # fmt: skip
 
 # %% [markdown]
@@ -117,10 +118,12 @@ report.record(active_per_sample=(X_held_out > 0).sum(1).double().mean())
 # ## The published setting, over five fitting seeds
 #
 # The reference is another sample's output, the rows are two sets of rank 1, and of a batch's coefficients the largest
-# tenth is kept: half a coefficient a sample. A second fit keeps a quarter, 1.25 a sample.
+# tenth is kept: half a coefficient a sample. Of three fits, run at once from starts of their own, the one with the
+# lowest training error is kept. A second fit keeps a quarter, 1.25 a sample.
 
 # %%
 PUBLISHED = {"divergence": ed.SquaredError(), "reference": ed.OtherSample(pool=8192), "sparsity": ed.BatchTopK(0.1)}
+BEST = {**PUBLISHED, "restarts": restarts}
 
 
 def decompose(network, seed, data=X, **setting):
@@ -133,11 +136,11 @@ def fit_all(network, **setting):
 
 
 started, cpu = time.perf_counter(), time.process_time()
-fits = fit_all("untied", **PUBLISHED)
+fits = fit_all("untied", **BEST)
 report.record(fit_seconds={
     "wall": (time.perf_counter() - started) / len(fits), "cpu": (time.process_time() - cpu) / len(fits),
 })  # fmt: skip
-denser = fit_all("untied", **{**PUBLISHED, "sparsity": ed.BatchTopK(0.25)})
+denser = fit_all("untied", **{**BEST, "sparsity": ed.BatchTopK(0.25)})
 
 # %% [markdown]
 # Every score, for each seed. **Owned**: features whose own input, on alone, has the largest impact on some direction.
@@ -203,6 +206,12 @@ report.record(
     seeds_with_all_owned=int((main["owned"] == 5).sum()),
     seeds=len(fit_seeds),
 )
+runs = pd.read_csv("../data/runs/machines.csv").query("target.str.startswith('five')")
+rates = {
+    ", ".join(key): study.rates.told(int(part["found"].sum()), len(part)) | {"cpu_seconds": part["seconds"].mean()}
+    for key, part in runs.groupby(["target", "setting", "kernels"])
+}  # fmt: skip
+report.record(rates=rates)
 main_denser[["seed", "owned", "error", "kept"]].round(3)
 
 # %% [markdown]
@@ -422,7 +431,9 @@ SETTINGS = {
 PUBLISHED_NAME = list(SETTINGS)[-1]
 compared = {(name, form): fit_all(form, **SETTINGS[name]) for name in SETTINGS for form in ("tied", "untied")
             if (name, form) != (PUBLISHED_NAME, "untied")}  # fmt: skip
-compared |= {(PUBLISHED_NAME, "untied"): fits, (PUBLISHED_NAME, "free"): fit_all("free", **PUBLISHED)}
+compared |= {(PUBLISHED_NAME, "untied"): fit_all("untied", **PUBLISHED)}
+compared |= {(PUBLISHED_NAME, "free"): fit_all("free", **PUBLISHED)}
+compared |= {("published, best of restarts", "free"): fit_all("free", **BEST)}
 
 # %%
 yardstick = {form: study.scores.gradient_rows(compared[PUBLISHED_NAME, form][0], few) for form in networks}
@@ -448,8 +459,8 @@ settings[shown].round(3)
 # One set of rows finds most features, but tilted towards each other: a row has to rebuild a gradient and to tell it
 # from its neighbours', with which it overlaps (see the `xor` notebook). A second set mends this with the draft's loss
 # as well, and even separates features best. What the published loss adds is in the last column: fits that saw other
-# samples as references, and were made to rebuild with few coefficients, do that better. The free network is harder,
-# and not every fit finds all of its features.
+# samples as references, and were made to rebuild with few coefficients, do that better. The free network is harder:
+# the last two rows say how often single fits, and the best of several, find all of its features.
 
 # %%
 figure, axes = plots.panels(1, 3, width=0.8 * plots.PAGE, height=1.85)
@@ -494,7 +505,7 @@ print(f"loss {large_loss:.3f}; lengths of the 40 vectors from {size.min():.2f} t
 
 # %%
 started, cpu = time.perf_counter(), time.process_time()
-large_setting = {**PUBLISHED, "sparsity": ed.BatchTopK(0.05), "n_directions": 40, "steps": large_steps}
+large_setting = {**BEST, "sparsity": ed.BatchTopK(0.05), "n_directions": 40, "steps": large_steps}
 large_fits = [decompose(large, seed, X_large, **large_setting) for seed in fit_seeds]
 large_seconds = {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu}
 large_scores = scores(large_fits, large, held_out=X_large_held_out)
@@ -566,6 +577,55 @@ goals = [
 ]
 summary = report.table("summary", pd.DataFrame(goals, columns=["measure", "reached", "goal"]))
 summary.round(4)
+
+# %% [markdown]
+# ## What is claimed
+#
+# Each with the number found, its bound, and how many of its own standard errors lie between them.
+
+# %%
+error_of = results.error_of_mean
+
+
+def claim_rate(name, words, found):
+    rate = study.rates.told(int(sum(found)), len(found))
+    report.claim(name, f"{words}, in more than half of the fits", rate["rate"], ">", 0.5, rate["error"])
+
+
+def claim_mean(name, words, values, comparison, bound):
+    report.claim(name, f"{words}, mean of fits", values.mean(), comparison, bound, error_of(values.tolist()))
+
+
+claim_rate("owned", "every one of five features owns a direction", main["owned"] == 5)
+claim_rate("owned of forty", "every one of forty features owns a direction", large_scores["owned"] == 40)
+claim_mean("impact", "impact separates a feature from the next five times or more",
+           main["selectivity by impact"], ">", 5)  # fmt: skip
+claim_mean("impact over activation", "impact separates features three times as well as activation",
+           main["selectivity by impact"] / main["selectivity by activation"], ">", 3)  # fmt: skip
+for side in ("encoder column", "decoder row"):
+    claim_mean(side, f"the nearest {side} is parallel to a feature's vector", main[f"max cosine, {side}"], ">", 0.999)
+claim_mean("error", "the error is less than half that of principal components",
+           main["error"] / error_by_kept["principal components"]["0.5"], "<", 0.5)  # fmt: skip
+claim_mean("error of forty", "with forty features the error is lower than that of principal components",
+           large_scores["error"], "<", large_floors["principal components"]["error"])  # fmt: skip
+report.claim("moves", "a step changes its own output ten times as much as those of the others", first / last, ">", 10)
+
+# %%
+of = {(row["setting"], row["network"]): row for row in rows}
+names = list(SETTINGS)
+two, one = (of[name, "tied"]["selectivity by impact"] for name in (names[1], names[0]))
+report.claim("tilt", "a second set separates features three times as well as one set", two, ">", 3 * one)
+report.claim("few", "the published loss rebuilds better with few coefficients than the draft's with two sets",
+             of[PUBLISHED_NAME, "tied"]["error at 0.5"], "<", of[names[1], "tied"]["error at 0.5"])  # fmt: skip
+free, best = (of[name, "free"] for name in (PUBLISHED_NAME, "published, best of restarts"))
+report.claim("free", "on the free network the best of several fits finds all features at least as often as one",
+             best["all owned"], ">=", free["all owned"])  # fmt: skip
+if len(runs):
+    share = runs[runs["setting"].str.contains("best") & (runs["target"] == "five in two")]["found"]
+    rate = study.rates.told(int(share.sum()), len(share))
+    report.claim("owned on machines", "every feature owns a direction in nine of ten fits, over processors' kernels",
+                 rate["rate"], ">", 0.9, rate["error"])  # fmt: skip
+pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
 
 # %%
 report.write().name

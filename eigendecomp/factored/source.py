@@ -24,10 +24,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eigendecomp.factored.guard import Guard, Mistaken, coarse, differing
+from eigendecomp.factored.pieces import Recomputed
 from eigendecomp.factored.record import Node, Trace, Use, storages
 from eigendecomp.factored.rules import Layout, NotUnderstood, Plan, find_layout, make_plan, product_sides, summed
 from eigendecomp.factored.terms import Factored, Side, Term
-from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, Recomputed, spread, sum_of
+from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, spread, sum_of
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ class CapturedSource:
     def _pieces(self, examples: Sequence[Tensor], cotangents: Cotangents) -> list[tuple[list[Tensor], Cotangents]]:
         """The examples in parts whose gradients fit into the budget."""
         e, (p, k) = len(examples[0]), self.outputs
-        draws = cotangents[slice(0, 1)](torch.zeros(1, p, k, dtype=self.target.dtype)).shape[2]
+        none = torch.zeros(1, p, k, dtype=self.target.dtype, device=self.target.device)
+        draws = cotangents[slice(0, 1)](none).shape[2]
         chunks = math.ceil(e * (self.bytes_per_example + draws * self.bytes_per_draw) / self.budget)
         size = e if e <= 2 else max(2, math.ceil(e / max(1, chunks)))  # one alone would be run twice
         parts = [slice(start, start + size) for start in range(0, e, size)]

@@ -6,7 +6,7 @@ follow from the two sides (eq. 10 and 11). Which way to go is decided for every 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eigendecomp.directions import NUMBER, Directions
-from eigendecomp.gradients import Formed, sum_of
+from eigendecomp.gradients import OWN, Formed, Part, sum_of, terms_of
 
 PASSES = 4  # encoder and decoder, each forward and backward, to one squared norm
+FRESH = 1 << 21  # intermediate numbers at a time, where none of them stays
 
 
 @dataclass
@@ -56,6 +57,19 @@ class Side:
         if self.lookup:
             return F.embedding(self.values.clamp_min(0), rows.T) * (self.values >= 0).unsqueeze(-1)
         return self.values @ rows.T
+
+    def dot_own(self, factor: Float[Tensor, "ecm k size"], draws: int) -> Float[Tensor, "e c t mk"]:
+        """Inner products of every row with the factors of the directions that its sample has to itself."""
+        e, k = self.values.shape[1], factor.shape[1]
+        own = self.within(factor).reshape(e, draws, -1, k, factor.shape[-1] if self.index is None else len(self.index))
+        own = own.flatten(2, 3)  # (e, c, m·k, d)
+        values = self.values.transpose(0, 1)
+        if self.lookup:
+            tokens = values.expand(-1, draws, -1).unsqueeze(2).expand(-1, -1, own.shape[2], -1)
+            return (own.gather(-1, tokens.clamp_min(0)) * (tokens >= 0)).mT
+        if values.shape[1] == draws:
+            return values @ own.mT
+        return (values[:, 0] @ own.flatten(1, 2).mT).unflatten(2, (draws, -1)).transpose(1, 2)
 
     def gram(self, other: "Side") -> Float[Tensor, "c e t s"]:
         """Inner products between the rows of two sides."""
@@ -117,7 +131,19 @@ def contract(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k
     """Σ_t Σ_k (left_t · L_k)(right_t · R_k), in the cheaper of two orders."""
     v, k = left.shape[:2]
     order = by_folding if folding_cost(term, v, k) < rows_cost(term, v, k) else by_rows
-    return order(term, left, right)
+    size = max(1, FRESH * max(side.values.shape[1] for side in term) // (max(side.rows for side in term) * v * k or 1))
+    if torch.is_grad_enabled() or size >= term[0].values.shape[1]:
+        return order(term, left, right)
+    # Without derivatives no intermediate number stays, so a few examples at a time take less memory and time.
+    return torch.cat([order(few, left, right) for few in split(term, size)], 1)
+
+
+def split(term: Term, size: int) -> Iterator[Term]:
+    """The rows of ``size`` examples at a time."""
+    a, b = term
+    for start in range(0, a.values.shape[1], size):
+        some = slice(start, start + size)
+        yield Side(a.values[:, some], a.size, a.index), Side(b.values[:, some], b.size, b.index)
 
 
 def by_rows(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:
@@ -129,10 +155,17 @@ def by_rows(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k 
     return product.squeeze(2) if product.shape[2] == 1 else product.sum(2)
 
 
-def rows_cost(term: Term, v: int, k: int) -> float:
+def rows_cost(term: Term, v: float, k: int) -> float:
     """Operations of :func:`by_rows` for v directions of rank k."""
     products = sum(2 * side.rows * side.width for side in term)
     return v * k * (products + NUMBER * max(side.rows for side in term))
+
+
+def own_cost(term: Term, m: float, k: int) -> float:
+    """Operations of inner products with m directions of rank k that each sample has to itself, and must be given."""
+    samples = max(math.prod(side.values.shape[:2]) for side in term)
+    given = sum(side.size if side.index is None else len(side.index) for side in term)
+    return OWN * rows_cost(term, m, k) + 2 * NUMBER * samples * m * k * given
 
 
 def by_folding(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:
@@ -144,7 +177,7 @@ def by_folding(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v
     return (folded @ own.values.flatten(2).permute(1, 2, 0)).permute(2, 0, 1)
 
 
-def folding_cost(term: Term, v: int, k: int) -> float:
+def folding_cost(term: Term, v: float, k: int) -> float:
     """Operations of :func:`by_folding`; infinite where there is no such side."""
     shared, own = term if len(term[0].values) == 1 else term[::-1]
     if len(shared.values) > 1 or len(own.values) == 1 or own.lookup:
@@ -153,7 +186,7 @@ def folding_cost(term: Term, v: int, k: int) -> float:
     return e * t * v * (2 * k * (shared.width + d) + (2 * c + NUMBER) * d)
 
 
-class Factored:
+class Factored(Part):
     """Gradients of one tensor as Σ over uses and positions of left ⊗ right; formed only where that is cheaper.
 
     Args:
@@ -172,18 +205,45 @@ class Factored:
         return cls(name, shape, (0,), [(left, right)])
 
     def __len__(self) -> int:
-        if self.formed is not None:
-            return len(self.formed)
-        return max(math.prod(side.values.shape[:2]) for term in self.terms for side in term)
+        return len(self.formed) if self.formed is not None else self.draws * self.terms[0][0].values.shape[1]
 
     def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
         """Eq. 10."""
-        left, right = directions.pair(self.names[0], self.rows)
-        if self.formed is None and self.better_formed(*left.shape[:2]):
+        if self.formed is None and (
+            not directions.splits(self.names[0], self.rows)
+            or self.better_formed(directions.n, terms_of(directions, self.names[0]))
+        ):
             self.form()
         if self.formed is not None:
             return self.formed.inner(directions)
+        left, right = directions.pair(self.names[0], self.rows)
         return sum_of([contract(term, left, right) for term in self.terms]).transpose(0, 1).flatten(0, 1)
+
+    def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
+        """Eq. 10 with directions that each sample has to itself."""
+        if self.formed is None and not own.splits(self.names[0], self.rows):
+            self.form()
+        if self.formed is not None:
+            return self.formed.inner_own(own)
+        left, right = own.pair(self.names[0], self.rows)
+        product = [a.dot_own(left, self.draws) * b.dot_own(right, self.draws) for a, b in self.terms]
+        return sum_of([one.sum(2).unflatten(2, (-1, left.shape[1])).sum(3) for one in product]).flatten(0, 1)
+
+    def operations(self, directions: Directions, v: float) -> float:
+        if self.formed is not None:
+            return self.formed.operations(directions, v)
+        k = terms_of(directions, self.names[0])
+        return sum(min(rows_cost(term, v, k), folding_cost(term, v, k)) for term in self.terms)
+
+    def operations_own(self, directions: Directions, m: float) -> float:
+        if self.formed is not None:
+            return self.formed.operations_own(directions, m)
+        return sum(own_cost(term, m, terms_of(directions, self.names[0])) for term in self.terms)
+
+    @property
+    def draws(self) -> int:
+        """How many cotangents an example has."""
+        return max(len(side.values) for term in self.terms for side in term)
 
     def inner_by_row(self, directions: Directions) -> Float[Tensor, "n t v"]:
         """The terms of eq. 10, one for every row of the sides: summed over rows they are :meth:`inner`.
@@ -249,7 +309,7 @@ class Factored:
         """The gradient of one sample alone."""
         if self.formed is not None:
             return self.formed.sample(n)
-        e, c = divmod(n, max(len(side.values) for term in self.terms for side in term))
+        e, c = divmod(n, self.draws)
         return Factored(self.names[0], self.shape, self.rows, [(a.select(e, c), b.select(e, c)) for a, b in self.terms])
 
 

@@ -29,25 +29,28 @@ from jaxtyping import Float
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
+from tqdm import tqdm
 
 from eigendecomp.curvature import push_forward
 from eigendecomp.decomposition import CHUNK, Decomposition
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import KLDivergence, SquaredError
 from eigendecomp.gradients import EachOutput
-from eigendecomp.page.places import outputs_along, spatial_maps
+from eigendecomp.page.places import outputs_along, pushed, spatial_maps
 from eigendecomp.page.samples import Images, Kind, Names, Renderer, Tokens, plain, renderer
 from eigendecomp.reference import Draws
 from eigendecomp.support import files
 from eigendecomp.support.checks import real, whole
 from eigendecomp.support.examples import Examples, Inputs, as_examples, chunks
 from eigendecomp.support.random import generator
+from eigendecomp.target import Target
 
 BINS = 40
 LISTED = 8  # outputs, neighbours: how many are listed of each
 LINES = 6  # outputs whose course is drawn
 STEPS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # pushes, over the mean activation of the top samples
 MEMORY = 1 << 28  # bytes of J u at a time
+TOGETHER = 16  # directions that run through the model at once, at most
 HEADS = {"W_Q": 3, "W_K": 3, "W_V": 3, "W_O": 3, "b_Q": 2, "b_K": 2, "b_V": 2}  # transformer-lens: heads are axis 0
 
 
@@ -62,6 +65,7 @@ class View:
     threshold: float | None
     references: int
     seed: int
+    progress: bool = False
 
     def __post_init__(self) -> None:
         if self.by not in ("impact", "activation"):
@@ -76,25 +80,12 @@ class View:
 
 
 def browse(
-    d: Decomposition,
-    inputs: Inputs,
-    path: str | Path,
-    *,
-    kind: Kind | None = None,
-    title: str = "Directions",
-    names: Names | None = None,
-    labels: Sequence[str] | None = None,
-    tokens: Tokens | None = None,
-    images: Float[Tensor, "e c h w"] | None = None,
-    features: Sequence[str] | None = None,
-    by: Literal["impact", "activation"] = "impact",
-    top: int = 12,
-    middle: int = 8,
-    steps: Sequence[float] | None = None,
-    threshold: float | None = None,
-    references: int = 16,
-    seed: int = 0,
-) -> Path:
+    d: Decomposition, inputs: Inputs, path: str | Path, *, kind: Kind | None = None, title: str = "Directions",
+    names: Names | None = None, labels: Sequence[str] | None = None, tokens: Tokens | None = None,
+    images: Float[Tensor, "e c h w"] | None = None, features: Sequence[str] | None = None,
+    by: Literal["impact", "activation"] = "impact", top: int = 12, middle: int = 8,
+    steps: Sequence[float] | None = None, threshold: float | None = None, references: int = 16, seed: int = 0,
+    progress: bool = True) -> Path:  # fmt: skip
     """Write a page to look at directions, one HTML file that needs nothing else, and return its path.
 
     Args:
@@ -112,13 +103,14 @@ def browse(
         threshold: the |z| from which a direction counts as active on a sample; else the fit's own, or where it has none
             a tenth of the largest |z|.
         references, seed: as in :meth:`Decomposition.impact`.
+        progress: whether bars show how far it is.
 
     Raises:
         ValueError: for anything that cannot be shown, before work starts.
         OSError: if the file cannot be written; what was there before is then still there.
     """
     path = files.writable(path)
-    view = View(by, top, middle, None if steps is None else tuple(steps), threshold, references, seed)
+    view = View(by, top, middle, None if steps is None else tuple(steps), threshold, references, seed, progress)
     examples = as_examples(inputs)
     e, (p, k) = len(examples[0]), d.target.outputs(single(examples)).shape[1:]
     name = namer(names, k)
@@ -155,22 +147,25 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(d: Decomposition, examples: Examples, references: int, seed: int) -> Measured:
+def measure(d: Decomposition, examples: Examples, references: int, seed: int, progress: bool = False) -> Measured:
     """Read all samples along all directions."""
     s = d.settings
     draws = 1 if s.reference.fixed else references
     noises = generator(seed, "encode"), generator(seed, "encode")
     activation, impact, z = [], [], []
     cross = torch.zeros(d.decoder.n, d.decoder.n, dtype=torch.float64)
+    bar = tqdm(total=len(examples[0]), disable=not progress, desc="page: samples", leave=False)
     for part in chunks(examples, CHUNK):
         for few, f, reads, writes in changes(d, part):
+            bar.update(len(few[0]))
             shape = len(few[0]), len(f) // len(few[0])
             moved = s.divergence.root(f.unsqueeze(1), writes)
             activation.append(moved.norm(dim=-1))
             cross += torch.einsum("nvk,nwk->vw", moved, moved).cpu()
-            for noise, m, found in zip(noises, (draws, 1), (impact, z), strict=True):
+            for noise, m, products in zip(noises, (draws, 1), (impact, z), strict=True):
                 c = Draws.of(s.reference, s.divergence, d.pool, shape, m, noise)(f.view(*shape, -1)).flatten(0, 1)
-                found.append(reads @ c.mT)  # (n, v, m)
+                products.append(reads @ c.mT)  # (n, v, m)
+    bar.close()
     scale = cross.diagonal().sqrt()
     scale = scale.outer(scale)
     return Measured(
@@ -216,56 +211,21 @@ def collect(
     view: View,
 ) -> dict[str, Any]:
     """Everything in the page, as plain values."""
-    found = measure(d, examples, view.references, view.seed)
-    strength = {"impact": found.impact, "activation": found.activation}
-    n, e = len(found.z), len(examples[0])
-    p = n // e
-    cut = view.threshold if view.threshold is not None else d.threshold
-    cut = 0.1 * float(found.z.abs().max()) if cut is None else cut
-    active = ((found.z.abs() >= cut) & (found.z != 0)).double().mean(0)
-    energy = found.activation.double().square().mean(0)
-    tensors, heads = shares(d.decoder)
-    directions = []
-    for v in range(d.decoder.n):
-        first, others = pick(strength[view.by][:, v], view.top, view.middle)
-        column = {key: values[:, v].view(e, p) for key, values in strength.items()}
-        samples = []
-        for row in (*first, *others):
-            at = row // p, row % p
-            samples.append({
-                "e": at[0],
-                "p": at[1],
-                "group": "top" if len(samples) < len(first) else "middle",
-                "label": None if labels is None else str(labels[at[0] if len(labels) == e else row]),
-                "z": plain(found.z[row, v]),
-                **{key: plain(values[at]) for key, values in column.items()},
-                **shown.sample(*at, column),
-            })  # fmt: skip
-        mapped = isinstance(shown, Images)
-        acts, maps = act(d, v, examples, [*first, *others] if mapped else first, len(first), mapped, name, view.steps)
-        for sample, one in zip(samples, () if maps is None else maps, strict=maps is not None):
-            sample["map"] = packed(one)
-        about = [one["label"] or shown.about(one["e"], one["p"]) for one in samples[: len(first)]]
-        directions.append({
-            "about": common(about, strength[view.by][first, v].tolist()),
-            "alive": bool(active[v] > 0),
-            "active": plain(active[v]),
-            "curvature": plain(energy[v] / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)),
-            **{key: plain(values.max()) for key, values in column.items()},
-            "histograms": {key: histogram(values) for key, values in column.items()},
-            "samples": samples,
-            "tensors": [[key, plain(share)] for key, share in zip(d.decoder.shapes, tensors[v], strict=True)],
-            "heads": [[key, plain(values[v])] for key, values in heads.items()],
-            "interactions": neighbours(found.interactions[v], v),
-            **acts,
-        })  # fmt: skip
+    measured = measure(d, examples, view.references, view.seed, view.progress)
+    n, e = len(measured.z), len(examples[0])
+    known = Known(d, measured, shown, labels, view, (e, n // e))
+    mapped = isinstance(shown, Images)
+    chosen = [[*first, *others] if mapped else first for first, others in known.chosen]
+    effects = act(d, examples, chosen, len(known.chosen[0][0]), mapped, name, view.steps)
+    bar = tqdm(effects, total=d.decoder.n, disable=not view.progress, desc="page: directions", leave=False)
+    directions = [known.direction(v, *effect) for v, effect in enumerate(bar)]
     used = sorted({one["e"] for direction in directions for one in direction["samples"]})
     return {
         "kind": shown.kind,
         "by": view.by,
         "samples": n,
-        "positions": p,
-        "threshold": plain(cut),
+        "positions": n // e,
+        "threshold": plain(known.threshold),
         "references": 1 if d.settings.reference.fixed else view.references,
         "divergence": type(d.settings.divergence).__name__,
         "probabilities": isinstance(d.settings.divergence, KLDivergence),
@@ -274,18 +234,85 @@ def collect(
     }
 
 
+class Known:
+    """What is known of the samples and directions of a page, and how it is put down direction by direction.
+
+    Args:
+        shape: the numbers of examples and of positions.
+    """
+
+    def __init__(
+        self,
+        d: Decomposition,
+        measured: Measured,
+        shown: Renderer,
+        labels: Sequence[str] | None,
+        view: View,
+        shape: tuple[int, int],
+    ) -> None:
+        self.names, self.measured, self.shown, self.labels = list(d.decoder.shapes), measured, shown, labels
+        self.shape = shape
+        self.strength = {"impact": measured.impact, "activation": measured.activation}
+        self.rank_by = self.strength[view.by]
+        size = measured.z.abs()
+        least = view.threshold if view.threshold is not None else d.threshold
+        self.threshold = 0.1 * float(size.max()) if least is None else least
+        self.active = ((size >= self.threshold) & (size != 0)).double().mean(0)
+        energy = measured.activation.double().square().mean(0)
+        self.curvature = energy / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        self.tensors, self.heads = shares(d.decoder)
+        self.chosen = [pick(self.rank_by[:, v], view.top, view.middle) for v in range(d.decoder.n)]
+
+    def direction(self, v: int, acts: Mapping[str, Any], maps: Float[Tensor, "m h w"] | None) -> dict[str, Any]:
+        """One direction: its samples, their maps if there are any, what it does, and what it is made of."""
+        first, others = self.chosen[v]
+        column = {key: values[:, v].view(self.shape) for key, values in self.strength.items()}
+        samples = [self.sample(v, row, "top", column) for row in first]
+        samples += [self.sample(v, row, "middle", column) for row in others]
+        for sample, one in zip(samples, () if maps is None else maps, strict=maps is not None):
+            sample["map"] = packed(one)
+        about = [one["label"] or self.shown.about(one["e"], one["p"]) for one in samples[: len(first)]]
+        return {
+            "about": common(about, self.rank_by[first, v].tolist()),
+            "alive": bool(self.active[v] > 0),
+            "active": plain(self.active[v]),
+            "curvature": plain(self.curvature[v]),
+            **{key: plain(values.max()) for key, values in column.items()},
+            "histograms": {key: histogram(values) for key, values in column.items()},
+            "samples": samples,
+            "tensors": [[key, plain(share)] for key, share in zip(self.names, self.tensors[v], strict=True)],
+            "heads": [[key, plain(values[v])] for key, values in self.heads.items()],
+            "interactions": neighbours(self.measured.interactions[v], v),
+            **acts,
+        }
+
+    def sample(self, v: int, row: int, group: str, column: Mapping[str, Float[Tensor, "e p"]]) -> dict[str, Any]:
+        """One sample of a direction, whose strengths on all samples are ``column``."""
+        (examples, positions), labels = self.shape, self.labels
+        e, p = row // positions, row % positions
+        return {
+            "e": e,
+            "p": p,
+            "group": group,
+            "label": None if labels is None else str(labels[e if len(labels) == examples else row]),
+            "z": plain(self.measured.z[row, v]),
+            **{key: plain(values[e, p]) for key, values in column.items()},
+            **self.shown.sample(e, p, column),
+        }
+
+
 def pick(strength: Float[Tensor, " n"], top: int, middle: int) -> tuple[list[int], list[int]]:
     """The strongest samples, and of the others those nearest to evenly spaced levels between ¾ and ¼ of the largest."""
     order = strength.sort(descending=True, stable=True).indices
     first, rest = order[:top].tolist(), order[top:]
-    found: list[int] = []
+    chosen: list[int] = []
     for level in torch.linspace(0.75, 0.25, middle).tolist() if middle else ():
         if len(rest) == 0:
             break
         at = int((strength[rest] - level * strength.max()).abs().argmin())
-        found.append(int(rest[at]))
+        chosen.append(int(rest[at]))
         rest = torch.cat([rest[:at], rest[at + 1 :]])
-    return first, sorted(found, key=lambda row: -float(strength[row]))
+    return first, sorted(chosen, key=lambda row: -float(strength[row]))
 
 
 def common(about: Sequence[str | None], weights: Sequence[float]) -> list[str]:
@@ -322,44 +349,62 @@ def neighbours(row: Float[Tensor, " v"], v: int) -> list[list[Any]]:
 
 def act(
     d: Decomposition,
-    v: int,
     examples: Examples,
-    rows: Sequence[int],
+    chosen: Sequence[Sequence[int]],
     top: int,
     mapped: bool,
     name: Callable[[int], str],
     steps: Sequence[float] | None,
-) -> tuple[dict[str, Any], Float[Tensor, "m h w"] | None]:
-    """What a direction does to the outputs of the ``top`` first of some samples: to first order, and pushed by steps.
+) -> Iterator[tuple[dict[str, Any], Float[Tensor, "m h w"] | None]]:
+    """What every direction does to the outputs of the ``top`` first of its chosen samples, and maps of where.
 
-    And maps of where it does so in all of these samples, if they are to be ``mapped``.
+    To first order, and pushed by steps. Maps are of all chosen samples, if they are to be ``mapped``. Several
+    directions run through the model at once, as far as memory goes.
     """
-    divergence, target, u = d.settings.divergence, d.target, d.decoder.select([v])
-    p = target.call(single(examples)).shape[1]
-    part, at = tuple(tensor[[row // p for row in rows]] for tensor in examples), [row % p for row in rows]
-    f, y = (x[range(len(rows)), at] for x in outputs_along(target, u, part))
-    maps = spatial_maps(target, divergence, u, part, y) if mapped else None
-    f, y, part, at = f[:top], y[:top], tuple(tensor[:top] for tensor in part), at[:top]
-    mean = y.mean(0)
-    if isinstance(divergence, KLDivergence):  # logits have no zero of their own
-        mean = mean - mean.mean()
-    up, down = (side.topk(min(LISTED, len(mean))) for side in (mean, -mean))
-    activation = divergence.root(f, y).norm(dim=-1).mean().item()
+    target, divergence, rows = d.target, d.settings.divergence, torch.tensor(chosen)
+    f = target.call(single(examples))
+    p, k = f.shape[1:]
+    bits = torch.finfo(d.target.dtype).bits
+    size = max(1, 8 * MEMORY // (bits * len(STEPS) * (target.size + 8 * rows.shape[1] * p * k)))
+    for some in torch.arange(d.decoder.n).split(min(size, TOGETHER)):
+        u, at = d.decoder.select(some), rows[some] % p
+        parts = tuple(tensor[rows[some].to(tensor.device) // p] for tensor in examples)  # (v, m, …)
+        f, y = (x.gather(2, at[..., None, None].expand(-1, -1, 1, k).to(x.device)).squeeze(2)
+                for x in outputs_along(target, u, parts))  # fmt: skip
+        activation = divergence.root(f[:, :top], y[:, :top]).norm(dim=-1).mean(1)
+        deltas = [pushes(target, one, steps) for one in activation.tolist()]
+        lines = pushed(target, u, tuple(tensor[:, :top] for tensor in parts), at[:, :top], deltas, divergence.predict)
+        for i in range(len(some)):
+            one = tuple(tensor[i] for tensor in parts)
+            maps = spatial_maps(target, divergence, u.select([i]), one, y[i]) if mapped else None
+            yield effect(y[i, :top].mean(0), deltas[i], lines[i], isinstance(divergence, KLDivergence), name), maps
+
+
+def pushes(target: Target, activation: float, steps: Sequence[float] | None) -> list[float]:
+    """How far to push along a direction; up to twice over its mean activation, but no farther than the norm of w."""
+    if steps is not None:
+        return sorted({0.0, *map(float, steps)})
     norm = torch.stack([value.square().sum() for value in target.chosen.values()]).sum().sqrt().item()
     unit = min(1 / activation, norm / max(STEPS)) if activation > 0 else 0.0
-    deltas = sorted({0.0, *(step * unit for step in STEPS)} if steps is None else {0.0, *map(float, steps)})
-    course = []
-    for delta in deltas:
-        with d.perturbed({v: delta}):
-            moved = target.call(part)[range(top), at] if delta else f
-        course.append(divergence.predict(moved).mean(0))
-    lines = torch.stack(course).nan_to_num()  # what overflows is not drawn
+    return sorted({0.0, *(step * unit for step in STEPS)})
+
+
+def effect(
+    mean: Float[Tensor, " k"],
+    deltas: Sequence[float],
+    lines: Float[Tensor, "d k"],
+    logits: bool,
+    name: Callable[[int], str],
+) -> dict[str, Any]:
+    """What a direction promotes and suppresses, from its mean J u, and the course of the outputs it moves most."""
+    mean = mean - mean.mean() if logits else mean  # logits have no zero of their own
+    up, down = (side.topk(min(LISTED, len(mean))) for side in (mean, -mean))
     kept = (lines.max(0).values - lines.min(0).values).topk(min(LINES, len(mean))).indices.tolist()
     return {
         "promoted": [[name(int(i)), plain(value)] for value, i in zip(*up, strict=True) if value > 0],
         "suppressed": [[name(int(i)), plain(-value)] for value, i in zip(*down, strict=True) if value > 0],
-        "push": {"steps": plain(deltas), "lines": [[name(i), plain(lines[:, i])] for i in kept]},
-    }, maps
+        "push": {"steps": plain(list(deltas)), "lines": [[name(i), plain(lines[:, i])] for i in kept]},
+    }
 
 
 def single(examples: Examples) -> Examples:

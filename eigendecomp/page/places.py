@@ -4,31 +4,84 @@ With the cotangent c = S J u / a, the sum ⟨Jᵀc, u⟩ of what all places cont
 is needed.
 """
 
+import logging
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence
-from eigendecomp.support.examples import Examples
+from eigendecomp.support.examples import Examples, alike
 from eigendecomp.target import Target
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def outputs_along(
-    target: Target, u: Directions, part: Examples
-) -> tuple[Float[Tensor, "e p k"], Float[Tensor, "e p k"]]:
-    """The outputs f of a few examples, and J u for one direction, by one forward-mode product."""
+    target: Target, u: Directions, parts: Examples
+) -> tuple[Float[Tensor, "v e p k"], Float[Tensor, "v e p k"]]:
+    """The outputs f of a few examples for each direction, and J u, by forward-mode products of all at once.
+
+    Args:
+        parts: the examples of every direction, (directions, examples, …).
+    """
     chosen = {name: value.detach() for name, value in target.chosen.items()}
-    tangent = {name: u.dense(name)[0].view(value.shape) for name, value in chosen.items()}
+    tangents = {name: u.dense(name).view(-1, *value.shape) for name, value in chosen.items()}
+
+    def along(tangent: dict[str, Tensor], *part: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(lambda values: target.call(alike(parts, part), values), (chosen,), (tangent,))[:2]
+
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward derivative
-        f, y = torch.func.jvp(lambda values: target.call(part, values), (chosen,), (tangent,))[:2]
+        f, y = each(along, tangents, *parts)
     return f, y
+
+
+@torch.no_grad()
+def pushed(
+    target: Target,
+    u: Directions,
+    parts: Examples,
+    at: Int[Tensor, "v e"],
+    deltas: Sequence[Sequence[float]],
+    predict: Callable[[Tensor], Tensor],
+) -> list[Float[Tensor, "d k"]]:
+    """The mean prediction of each direction's examples, at the positions ``at``, with w + δ u for each of its δ."""
+    chosen = {name: value.detach() for name, value in target.chosen.items()}
+    number = torch.tensor([v for v, steps in enumerate(deltas) for _ in steps])
+    sizes = torch.tensor([delta for steps in deltas for delta in steps]).to(next(iter(chosen.values())))
+    moved = {}
+    for name, value in chosen.items():
+        change = u.dense(name).index_select(0, number.to(value.device)).view(-1, *value.shape)
+        moved[name] = value + change * sizes.view(-1, *[1] * value.ndim)
+
+    def course(values: dict[str, Tensor], at: Tensor, *part: Tensor) -> Tensor:
+        f = target.call(alike(parts, part), values)
+        return predict(f.gather(1, at.to(f.device)[:, None, None].expand(-1, 1, f.shape[2])).squeeze(1)).mean(0)
+
+    lines = each(course, moved, at[number], *(tensor[number.to(tensor.device)] for tensor in parts))
+    return list(lines.nan_to_num().split([len(steps) for steps in deltas]))  # what overflows is not drawn
+
+
+def each(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function`` of all arguments along their first axes: at once, or one by one where torch cannot."""
+    count = len(tree_leaves(arguments)[0])
+    if count > 1:
+        try:
+            return torch.func.vmap(function)(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("torch.func.vmap cannot run this model, so directions are taken one by one: %s", error)
+    rows = [function(*tree_map(lambda tensor, i=i: tensor[i], arguments)) for i in range(count)]
+    return tree_map(lambda *row: torch.stack(row), *rows)
 
 
 def spatial_maps(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from eigendecomp.decomposition import decompose
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence, KLDivergence
+from eigendecomp.factored.kept import coefficients
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.fit import State
 from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Source, spread
@@ -105,7 +106,7 @@ class Step:
         self.encoder = made.map(lambda factor: torch.nn.Parameter(factor.clone()))
         weights = [*self.decoder.tensors(), *self.encoder.tensors()]
         self.optimizer = torch.optim.Adam(weights, lr=1e-3, fused=True)
-        self.objective, self.dead = Objective(BatchTopK(0.1)), torch.zeros(n_directions, dtype=torch.bool)
+        self.objective, self.dead = Objective(BatchTopK(0.1), coefficients), torch.zeros(n_directions, dtype=torch.bool)
 
     def gradients(self) -> Gradients:
         return self.source(self.examples, self.draws)

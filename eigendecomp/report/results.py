@@ -54,7 +54,7 @@ class Claim:
         quantity: the number found.
         comparison: one of ``<``, ``<=``, ``>``, ``>=`` and ``==``.
         bound: the number that it is compared with.
-        spread: the standard deviation of the quantity; 0 if it has none.
+        spread: the standard deviation of the quantity (of a mean over fits, its standard error); 0 if it has none.
 
     Raises:
         ValueError: for another comparison, a number that is not finite, or a negative spread.
@@ -88,6 +88,9 @@ class Claim:
             return None
         distance = abs(self.quantity - self.bound) / self.spread
         return distance if self.verdict else -distance
+
+
+CLOSE = 2.0  # spreads; what is nearer to its bound than this is worded so
 
 
 class Results:
@@ -153,8 +156,9 @@ class Results:
 
 
 def told(claim: Claim) -> dict[str, Any]:
-    """A claim with what follows from it, as it is written."""
-    return asdict(claim) | {"verdict": claim.verdict, "margin": claim.margin}
+    """A claim with what follows from it, as it is written; ``close`` if it is within ``CLOSE`` spreads of its bound."""
+    close = claim.margin is not None and abs(claim.margin) < CLOSE
+    return asdict(claim) | {"verdict": claim.verdict, "margin": claim.margin, "close": close}
 
 
 def versions() -> dict[str, Any]:
@@ -185,6 +189,12 @@ def spread(values: Sequence[float] | torch.Tensor) -> dict[str, Any]:
         "max": x.max().item(),
         "values": x.tolist(),
     }
+
+
+def error_of_mean(values: Sequence[float] | torch.Tensor) -> float:
+    """The standard error of the mean of values from independent fits; 0 for a single one."""
+    x = torch.as_tensor(values, dtype=torch.float64).flatten()
+    return x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
 
 
 def plain(value: Any) -> Any:

@@ -94,7 +94,7 @@ def card(d: Decomposition) -> str:
         "```python\nimport eigendecomp as ed\n\nd = ed.Decomposition.from_pretrained(repo_or_folder, model)  "
         "# the model with the weights that were decomposed\n```\n",
         "## Settings\n\n" + table(("setting", "value"), settings(d)),
-        "## History\n\n" + table(tuple(vars(d.history)), history(d)),
+        "## History\n\n" + table(tuple(d.history.by_step()), history(d)),
         "## Parameters\n\n" + table(("parameter", "shape"), d.decoder.shapes.items()),
     ]
     return "\n".join(parts)
@@ -108,7 +108,7 @@ def settings(d: Decomposition) -> Iterator[tuple[str, str]]:
 
 def history(d: Decomposition, most: int = 10) -> Iterator[tuple[str, ...]]:
     """Some steps, evenly spaced, the last one among them."""
-    rows = list(zip(*vars(d.history).values()))
+    rows = list(zip(*d.history.by_step().values()))
     every = max(1, -(-len(rows) // most))
     for row in rows[::-1][::every][::-1]:
         yield tuple(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row)

@@ -9,6 +9,7 @@ from eigendecomp.study import (
     maps,
     moves,
     positions,
+    rates,
     readings,
     scores,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "maps",
     "moves",
     "positions",
+    "rates",
     "readings",
     "scores",
 ]

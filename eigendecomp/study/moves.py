@@ -19,7 +19,8 @@ from eigendecomp.curvature import push_forward
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
 from eigendecomp.support.examples import Inputs, as_examples
-from eigendecomp.target import Target, standard
+from eigendecomp.support.models import standard
+from eigendecomp.target import Target
 
 Move = Callable[[float], AbstractContextManager[nn.Module]]
 

@@ -23,7 +23,7 @@ from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.terms import Factored, Side
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
-from eigendecomp.objective import error_change
+from eigendecomp.objective import squared_error
 from eigendecomp.reference import Draws, Reference
 from eigendecomp.settings import Settings
 from eigendecomp.sparsity import Sparsity
@@ -208,9 +208,9 @@ def reconstruction_error(d: UseDecomposition, uses: Uses) -> tuple[float, float]
     for part in _slices(uses):
         g = uses.gradients(part)
         s = d.settings.sparsity.keep(g.inner(d.encoder), d.use_threshold)
-        square = g.square_norms().sum().item()
-        left += square + error_change(s, g.inner(d.decoder), gram).item()
-        total += square
+        squares = g.square_norms()
+        left += squared_error(squares, s, g.inner(d.decoder), gram).item()
+        total += squares.sum().item()
         kept += int((s != 0).sum())
     return left / total, kept / len(uses)
 

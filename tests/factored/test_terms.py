@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from eigendecomp.directions import Directions
 from eigendecomp.factored import terms
+from eigendecomp.factored.pieces import Recomputed
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.terms import Factored, Side, contract, folding_cost, rows_cost
-from eigendecomp.gradients import FunctionalSource, Gradients, Recomputed
+from eigendecomp.gradients import FunctionalSource, Gradients
 from eigendecomp.target import Target
 
 EXACT = 1e-12
@@ -88,7 +89,7 @@ def _seed() -> None:
 def results(gradients: Gradients, directions: Directions) -> list[Tensor]:
     """All that the objective needs, and the derivative of it."""
     leaves = directions.map(lambda factor: factor.detach().requires_grad_())
-    z, y, _ = gradients.inner_and_gram(leaves, directions)
+    z, y, *_ = gradients.products(leaves, directions)
     loss = (z * torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view(z.shape)).sum() + y.sum()
     found = [z.detach(), y, gradients.square_norms(), gradients.flat()]
     return [*found, *torch.autograd.grad(loss, list(leaves.tensors()))]

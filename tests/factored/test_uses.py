@@ -123,10 +123,13 @@ def test_files_and_checkpoints_know_uses(tmp_path: Any) -> None:
 
 def test_patches_of_a_convolution_are_uses() -> None:
     generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 16, 2)).double().eval()
+    convolution = nn.Conv2d(2, 3, 3, padding=1)
+    model = nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 16, 2)).double().eval()
     x = torch.randn(6, 2, 4, 4, generator=generator, dtype=torch.float64)
     d = fitted(model, x, parameters=["0.weight"], reference=ed.Constant(0.0), tied=True)
-    whole = torch.stack([torch.autograd.grad(model(x[i : i + 1]).square().sum(), model[0].weight)[0] for i in range(6)])
+    whole = torch.stack(
+        [torch.autograd.grad(model(x[i : i + 1]).square().sum(), convolution.weight)[0] for i in range(6)]
+    )
     found = d.encode(x)
     assert found.shape == (6 * 16, 6)
     torch.testing.assert_close(found.unflatten(0, (6, 16)).sum(1), whole.flatten(1) @ flat(d).T)
@@ -150,7 +153,11 @@ def test_readings_and_the_page_take_uses(tmp_path: Any) -> None:
 )
 def test_wrong_settings_are_refused(options: dict[str, Any], words: str) -> None:
     model = Sequence()
-    model.b = nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    model.register_forward_hook(lambda module, given, output: output + module.b)
+    model.register_parameter("b", nn.Parameter(torch.zeros(2, dtype=torch.float64)))
+
+    def shifted(module: Any, _given: Any, output: Any) -> Any:
+        return output + module.b
+
+    model.register_forward_hook(shifted)
     with pytest.raises(ValueError, match=words):
         fitted(model, data(), **options)

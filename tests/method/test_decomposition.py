@@ -251,7 +251,7 @@ def test_top_k_comes_down_from_all_to_its_fraction(n: int, v: int, fraction: flo
     final = rule.keep_batch(z, 1.0)
     assert torch.equal(final[final != 0], z[final != 0])
     assert final[final != 0].abs().min() >= z[final == 0].abs().max() if (final == 0).any() else True
-    threshold = rule.threshold(z)
+    threshold = rule.threshold([z])
     assert torch.equal(rule.keep(z, threshold), final)
 
 
@@ -599,3 +599,12 @@ def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
     d = quick(classifier(), normal(30, 3))
     with pytest.raises(ValueError, match=r"folder.*nowhere"):
         d.save(tmp_path / "nowhere" / "d.safetensors")
+
+
+def test_a_result_shows_what_it_is() -> None:
+    d = ed.decompose(nn.Linear(4, 3), torch.randn(40, 4), n_directions=6, steps=60, batch_size=16, progress=False)
+    for text in (repr(d), d._repr_html_()):
+        for word in ("Decomposition", "6 of rank 1", "weight (3, 4)", "SquaredError", "OtherSample", "BatchTopK"):
+            assert word in text
+        assert f"{d.history.error[-1]:.3f} of the squared gradients left after 60 steps" in text
+    assert "coefficients a sample" in repr(d.history) and "<table>" in d.history._repr_html_()

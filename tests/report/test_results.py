@@ -115,9 +115,9 @@ def test_claims_are_written_beside_the_numbers(figures: Path) -> None:
     results.write()
     assert json.loads((figures / "toy_claims.json").read_text()) == [
         {"name": "more", "statement": "it is more", "quantity": 3.0, "comparison": ">", "bound": 2.0, "spread": 0.5,
-         "verdict": True, "margin": 2.0},
+         "verdict": True, "margin": 2.0, "close": False},
         {"name": "less", "statement": "it is less", "quantity": 3.0, "comparison": "<", "bound": 2.0, "spread": 0.0,
-         "verdict": False, "margin": None},
+         "verdict": False, "margin": None, "close": False},
     ]  # fmt: skip
     Results("toy").write()
     assert not (figures / "toy_claims.json").exists()

@@ -32,6 +32,7 @@ cases = {
     "live": dict(cache=0),
     "dataset": dict(cache=0, data=torch.utils.data.TensorDataset(x)),
     "l1": dict(sparsity=ed.L1(0.05), tied=True, reference=ed.Constant(0.0)),
+    "best": dict(prune=0.05, restarts=2),
 }
 if dies:  # in step 20, some steps after the last checkpoint
     step, written = State.update, []

@@ -2,19 +2,24 @@
 
 A circle lies in a plane of the input space, is on in few samples, and (r cos θ, r sin θ) there has to become
 (r cos 2θ, r sin 2θ) in two outputs of its own. All planes pass through one layer of fewer dimensions than they have
-together. A circle is no direction of any layer: what a sample does with it is a point on a closed curve.
+together. A circle is no direction of any layer: what a sample does with it is a point on a closed curve. Other tasks
+on the same circles (``TASKS``) have gradients of other dimensions.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eigendecomp.divergence import Divergence
+from eigendecomp.reference import ModelSample
 from eigendecomp.targets.toys.training import minimise
 
 
-class Doubler(nn.Module):
+class Circles(nn.Module):
     """x ↦ out(GELU(hidden(embed(x)))), where ``embed`` is linear and narrow: the circles share its dimensions."""
 
     def __init__(self, inputs: int, width: int, hidden: int, outputs: int) -> None:
@@ -39,6 +44,16 @@ def point(angle: Tensor, radius: Tensor | float = 1.0) -> Float[Tensor, "... 2"]
     return torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
 
 
+# What a circle's own outputs are to be, from its angle and its radius, zero where it is off.
+TASKS: dict[str, Callable[[Tensor, Tensor], Float[Tensor, "... k"]]] = {
+    "coordinate": lambda angle, radius: (radius * angle.cos()).unsqueeze(-1),
+    "radius": lambda angle, radius: radius.unsqueeze(-1),
+    "copy": lambda angle, radius: point(angle, radius),
+    "double": lambda angle, radius: point(2 * angle, radius),
+    "triple": lambda angle, radius: point(3 * angle, radius),
+}
+
+
 def data(
     n: int,
     planes: Float[Tensor, "circles 2 inputs"],
@@ -46,6 +61,7 @@ def data(
     *,
     active: float = 0.1,
     none_empty: bool = False,
+    task: str = "double",
 ) -> tuple[Float[Tensor, "n inputs"], Float[Tensor, "n outputs"]]:
     """Inputs and the outputs wanted; each circle is on with probability ``active``, its radius in [0.5, 1].
 
@@ -58,7 +74,14 @@ def data(
     radius = on * (0.5 + 0.5 * torch.rand(size, circles, generator=generator))
     if none_empty:
         angle, radius = angle[on.any(1)][:n], radius[on.any(1)][:n]
-    return torch.einsum("ncp,cpi->ni", point(angle, radius), planes), point(2 * angle, radius).flatten(1)
+    return torch.einsum("ncp,cpi->ni", point(angle, radius), planes), TASKS[task](angle, radius).flatten(1)
+
+
+def alone(n: int, planes: Float[Tensor, "circles 2 inputs"], seed: int) -> Float[Tensor, "n inputs"]:
+    """Inputs with exactly one circle on."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = data(8 * n, planes, generator, none_empty=True, active=0.05)
+    return x[(y.unflatten(1, (len(planes), 2)).norm(dim=-1) > 0).sum(1) == 1][:n]
 
 
 def around(
@@ -69,6 +92,21 @@ def around(
     return angle, torch.einsum("np,cpi->cni", point(angle, 0.75), planes)
 
 
+@dataclass(frozen=True)
+class OwnSample(ModelSample):
+    """References drawn as :class:`ModelSample` draws them, for the outputs of the circle with the largest output alone.
+
+    With one circle on, what its plane does to the outputs of the others stays out.
+    """
+
+    circles: int = 1
+
+    def cotangent(self, divergence: Divergence, f: Tensor, pool: Tensor, noise: Tensor) -> Tensor:
+        size = f.unflatten(-1, (self.circles, -1)).square().sum(-1)
+        own = (size == size.amax(-1, keepdim=True)).repeat_interleave(f.shape[-1] // self.circles, -1)
+        return super().cotangent(divergence, f, pool, noise) * own
+
+
 def train(
     planes: Float[Tensor, "circles 2 inputs"],
     width: int,
@@ -76,15 +114,15 @@ def train(
     *,
     seed: int,
     steps: int = 5000,
-) -> tuple[Doubler, float, float]:
+    task: str = "double",
+) -> tuple[Circles, float, float]:
     """A trained network, its squared error on fresh data and the share of the outputs' variance it explains.
 
     The embedded planes are held at one length, or a few would be stretched and the sizes of the circles' gradients
     would differ by an order of magnitude.
     """
-    circles, _, inputs = planes.shape
-    generator = torch.Generator().manual_seed(seed)
-    model = Doubler(inputs, width, hidden, 2 * circles)
+    inputs, generator = planes.shape[-1], torch.Generator().manual_seed(seed)
+    model = Circles(inputs, width, hidden, data(1, planes, torch.Generator(), task=task)[1].shape[1])
     weights = (model.embed.weight, model.hidden.weight, model.out.weight)
     with torch.no_grad():
         for weight in weights:
@@ -94,12 +132,12 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=6e-3, fused=True)
 
     def loss(_: int) -> Tensor:
-        x, y = data(512, planes, generator)
+        x, y = data(512, planes, generator, task=task)
         return (model(x) - y).square().sum(-1).mean()
 
     minimise(loss, optimizer, steps, lambda: weights[0].copy_(same_length(weights[0], planes)))
     with torch.no_grad():
-        x, y = data(20_000, planes, generator)
+        x, y = data(20_000, planes, generator, task=task)
         left = (model(x) - y).square().sum()
         return model.eval(), left.item() / len(x), 1 - (left / (y - y.mean(0)).square().sum()).item()
 

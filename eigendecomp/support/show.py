@@ -1,0 +1,22 @@
+"""How a result shows itself, as text and in a notebook."""
+
+from abc import abstractmethod
+from html import escape
+
+
+class Shown:
+    """Something with a summary: label and value, line by line."""
+
+    @abstractmethod
+    def summary(self) -> list[tuple[str, str]]:
+        """Labels and values, the most important first."""
+
+    def __repr__(self) -> str:
+        lines = [f"  {label}: {value}" for label, value in self.summary()]
+        return "\n".join([type(self).__name__, *lines])
+
+    def _repr_html_(self) -> str:
+        rows = (
+            f"<tr><th align=left>{escape(label)}</th><td>{escape(value)}</td></tr>" for label, value in self.summary()
+        )
+        return f"<table><caption>{escape(type(self).__name__)}</caption>{''.join(rows)}</table>"
