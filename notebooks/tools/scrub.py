@@ -55,6 +55,7 @@ def scrub(notebook: NotebookNode, replacements: dict[str, str]) -> NotebookNode:
         for old, new in replacements.items():
             text = text.replace(old, new)
         text = re.sub(r"\S*ipykernel_\d+/\d+\.py", "<cell>", text)
+        text = re.sub(r"\S*: TqdmWarning: IProgress not found.*\n.*\n", "", text)  # of the environment, not of the code
         return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x…", text)
 
     seen: dict[str, int] = {}

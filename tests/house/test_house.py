@@ -189,7 +189,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 FEWER = {
     "n_directions=100, rank=1": "n_directions=6, rank=1, steps=3, batch_size=8", "n_directions=100": "n_directions=6",
     "n_directions=300": "n_directions=6, steps=2", "8 / 300": "1 / 3",
-    "steps=300": "steps=2", "batch_size=128": "batch_size=16", "2000": "64", "[:128]": "[:8]",
+    "steps=300": "steps=2", "batch_size=128": "batch_size=16", "2000": "64", "128, 16": "8, 16", "topk(10)": "topk(3)",
 }  # fmt: skip
 
 
@@ -201,13 +201,23 @@ def executed(code: str, **names: object) -> dict[str, Any]:
     return names
 
 
-def test_the_first_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_snippets_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     left = executed(SNIPPETS[0], model=Small(), inputs=torch.randn(32, 6))
     assert left["d"].impact(left["inputs"]).shape == (32, 6) and Path("directions.safetensors").exists()
     pytest.importorskip("transformer_lens")
-    executed(SNIPPETS[1], ed=left["ed"])
-    assert "<html" in Path("directions.html").read_text()
+    capsys.readouterr()
+    executed(SNIPPETS[1])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [len(line) for line in lines] == [5, 5, 5]
+
+
+def test_the_first_notebook_begins_with_the_readmes_example() -> None:
+    cells = (ROOT / "notebooks" / "start.py").read_text().split("\n# %%\n")
+    code = cells[1].split("\n# %%")[0].replace("  # fmt: skip", "")
+    assert code.strip() == SNIPPETS[1].strip()
 
 
 def test_the_snippet_on_uses_runs() -> None:

@@ -1,0 +1,209 @@
+"""The benchmark of edits on the story model: one MLP weight of a block, edited in many ways to lose behaviours.
+
+All edits are of the same weight, ``blocks.L.mlp.W_in`` of the model written with standard inputs, and are made from the
+same labelled examples: training samples that show the behaviour. What methods differ in is the change. Units are chosen
+on validation stories and settings on two behaviours that are not scored; scores are of test stories.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eigendecomp.study import autoencoders, editors
+from eigendecomp.study.edits import Score
+from eigendecomp.study.moves import Move, displaced, gradient
+from eigendecomp.target import Target
+from eigendecomp.targets.stories import behaviours
+from eigendecomp.targets.stories.workshop import Examples, Workshop
+
+SCORES = ("step", "left", "damage", "worst", "same_words")
+CHOICES = 3  # rows of a dictionary that are tried on validation stories
+DICTIONARIES = {"directions": "one direction", "autoencoder": "SAE unit, folded", "random": "one random row"}
+# What is tried for each method on the tuning behaviours.
+GRID: dict[str, list[dict[str, float]]] = {
+    "several directions": [{"k": k} for k in (3, 10, 30, 100)],
+    "span of directions": [{"ridge": ridge} for ridge in (1e-2, 1e-1, 1.0, 10.0, 100.0)],
+    "ROME-like": [{"ridge": ridge} for ridge in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)],
+    "K-FAC step": [{"ridge": ridge} for ridge in (1e-2, 1e-1, 1.0, 10.0, 100.0)],
+    "gradient step": [{}],
+    "gradient, rank 1": [{}],
+    "LoRA, rank 1": [
+        *({"learning_rate": rate} for rate in (1e-2, 3e-2, 1e-1)),
+        *({"learning_rate": rate, "aligned": 1.0} for rate in (1e-2, 3e-2, 1e-1)),
+    ],
+    "LoRA, rank 1, Fisher": [
+        *({"learning_rate": 3e-2, "penalty": penalty} for penalty in (0.1, 1.0, 10.0)),
+        *({"learning_rate": 3e-2, "penalty": penalty, "aligned": 1.0} for penalty in (0.01, 0.1, 1.0)),
+    ],
+}
+
+
+# ---- edits
+
+
+def gradient_of(shop: Workshop, examples: Examples) -> Float[Tensor, "in out"]:
+    """The gradient of the examples' mean log mass, at unit norm."""
+    return -gradient(shop.tail, examples.entering, examples.loss, [shop.parameter])[shop.parameter]
+
+
+def changed(
+    shop: Workshop, method: str, g: Float[Tensor, "in out"], examples: Examples, n: int, **setting: float
+) -> Float[Tensor, "in out"]:
+    """What a method makes of the gradient and the examples; n is the size of the dictionary of directions."""
+    rows, fisher = shop.rows["directions"][n], shop.fishers["directions", n]
+    ways: dict[str, Callable[[], Tensor]] = {
+        "several directions": lambda: editors.fitted(g, rows, int(setting["k"])),
+        "span of directions": lambda: editors.natural(g, rows, fisher, setting["ridge"]),
+        "ROME-like": lambda: editors.rome(g, examples.met.mean(0), shop.site, setting["ridge"]),
+        "K-FAC step": lambda: editors.whitened(g, shop.site, setting["ridge"]),
+        "gradient step": lambda: -g,
+        "gradient, rank 1": lambda: editors.rank_one(g),
+        "LoRA, rank 1": lambda: learned(shop, g, examples, **setting),
+        "LoRA, rank 1, Fisher": lambda: learned(shop, g, examples, fisher=shop.site.diagonal, **setting),
+    }
+    return ways[method]()
+
+
+def learned(
+    shop: Workshop, g: Float[Tensor, "in out"], examples: Examples, *, aligned: float = 0.0, **setting: Any
+) -> Float[Tensor, "in out"]:
+    """LoRA until the examples' mass is halved; ``aligned`` starts it with the gradient's own writer (LoRA-GA)."""
+    with torch.no_grad():
+        start = examples.loss(shop.tail(examples.entering).flatten(0, 1)).item()
+    tuned = editors.learned(
+        Target(shop.tail, [shop.parameter]), examples.entering, examples.loss, until=start + math.log(0.5),
+        steps=40, seed=shop.seed, writer=torch.linalg.svd(g).Vh[0] if aligned else None, **setting,
+    )  # fmt: skip
+    return tuned.change[shop.parameter]
+
+
+def move_of(shop: Workshop, change: Float[Tensor, "in out"]) -> Move:
+    """The change at unit norm, as a move of the model's tail."""
+    return displaced(shop.tail, {shop.parameter: change / change.norm()})
+
+
+def scored(shop: Workshop, move: Move, name: str, split: str, **search: float) -> Score | None:
+    """What the move does on held-out stories once the behaviour's mass is halved there."""
+    held = shop.held[split]
+    return held.bench.score(move, held.scored[name], **search)
+
+
+def unit(shop: Workshop, kind: str, n: int, g: Float[Tensor, "in out"], name: str) -> Move | None:
+    """Of a dictionary's most promising rows, the one that costs least on validation stories."""
+    rows = shop.rows[kind][n]
+    numbers = editors.candidates(g, rows, shop.fishers[kind, n], CHOICES).tolist()
+    return best(shop, [move_of(shop, editors.along_row(g, rows, number)) for number in numbers], name)
+
+
+def hooked(shop: Workshop, n: int, examples: Examples, name: str) -> Move | None:
+    """Of the autoencoder's units that the examples use most beyond others, the best to scale, by a hook."""
+    sae = shop.autoencoder(n)
+    beyond = sae.encode(examples.met).mean(0) - sae.encode(shop.site.x).mean(0)
+    moves = [scaled(shop, sae, unit) for unit in beyond.topk(CHOICES).indices.tolist()]
+    return best(shop, moves, name, largest=20.0)
+
+
+def scaled(shop: Workshop, sae: autoencoders.Autoencoder, unit: int) -> Move:
+    """δ ↦ the model with what the unit adds made smaller by δ times itself, by a hook; 1 is its ablation."""
+    return lambda delta: sae.steered(shop.tail, f"inner.{shop.site_name}", {unit: -delta}, how="scale")
+
+
+def best(shop: Workshop, moves: Sequence[Move], name: str, **search: float) -> Move | None:
+    """The move with the least damage on validation stories; None where none reaches the level."""
+    scores = [(scored(shop, move, name, "validation", **search), move) for move in moves]
+    reached = [(score.damage, i) for i, (score, _) in enumerate(scores) if score is not None]
+    return moves[min(reached)[1]] if reached else None
+
+
+# ---- the comparison
+
+
+@dataclass
+class Choice:
+    """What was chosen on the tuning behaviours: the size of each dictionary, the setting of each method."""
+
+    sizes: dict[str, int]
+    settings: dict[str, dict[str, float]]
+    tried: list[dict[str, Any]]
+
+
+def mean_log(values: Sequence[float]) -> float:
+    """The logarithm of the geometric mean; infinite where an edit did not reach its level (None is not given)."""
+    return sum(math.log(value) for value in values) / len(values)
+
+
+def tuned(shop: Workshop, n: int, tuning: Sequence[str] = tuple(behaviours.TUNING)) -> Choice:
+    """Sizes and settings with the least geometric mean damage on validation stories, over the tuning behaviours."""
+    given = {name: shop.examples(name, n) for name in tuning}
+    gradients = {name: gradient_of(shop, given[name]) for name in tuning}
+    tried: list[dict[str, Any]] = []
+
+    def cost(method: str, setting: dict[str, Any], moves: Mapping[str, Move | None], **search: float) -> float:
+        scores = [move and scored(shop, move, name, "validation", **search) for name, move in moves.items()]
+        found = [score.damage for score in scores if score is not None]
+        value = mean_log(found) if len(found) == len(tuning) else math.inf
+        tried.append({"method": method, **setting, "damage": math.exp(value) if found else None})
+        return value
+
+    sizes: dict[str, int] = {}
+    for kind, method in DICTIONARIES.items():
+        costs = {
+            u: cost(method, {"units": u}, {name: unit(shop, kind, u, gradients[name], name) for name in tuning})
+            for u in shop.sizes[kind]
+        }
+        sizes[kind] = min(costs, key=lambda u: costs[u])
+    settings: dict[str, dict[str, float]] = {}
+    for method, grid in GRID.items():
+        costs = []
+        for setting in grid:
+            made = {
+                name: move_of(shop, changed(shop, method, gradients[name], given[name], sizes["directions"], **setting))
+                for name in tuning
+            }
+            costs.append(cost(method, setting, made) if len(grid) > 1 else 0.0)
+        settings[method] = grid[costs.index(min(costs))]
+    return Choice(sizes, settings, tried)
+
+
+def made(shop: Workshop, choice: Choice, name: str, n: int) -> Iterator[tuple[str, Move | None, float, int]]:
+    """(method, move, seconds to make it beyond what edits share, numbers to write it down), for every method."""
+    width = sum(shop.model.get_parameter(shop.weight).shape)
+    full = shop.model.get_parameter(shop.weight).numel()
+    start = time.process_time()
+    examples = shop.examples(name, n)
+    g = gradient_of(shop, examples)
+    shared = time.process_time() - start
+    for kind, method in DICTIONARIES.items():
+        start = time.process_time()
+        yield method, unit(shop, kind, choice.sizes[kind], g, name), shared + time.process_time() - start, width
+    start = time.process_time()
+    move = hooked(shop, choice.sizes["autoencoder"], examples, name)
+    yield "SAE unit, hook", move, time.process_time() - start, 2 * shop.site.x.shape[1] + 2
+    for method, setting in choice.settings.items():
+        start = time.process_time()
+        change = changed(shop, method, g, examples, choice.sizes["directions"], **setting)
+        rank = int(setting["k"]) if "k" in setting else 1
+        dense = method in ("span of directions", "K-FAC step", "gradient step")
+        yield method, move_of(shop, change), shared + time.process_time() - start, full if dense else rank * width
+
+
+def compare(shop: Workshop, choice: Choice, names: Sequence[str], n: int) -> list[dict[str, Any]]:
+    """One row a behaviour and method: what the edit does on test stories. Scores are None where none reaches it."""
+    rows = []
+    for name in names:
+        for method, move, seconds, numbers in made(shop, choice, name, n):
+            search = {"largest": 20.0} if method == "SAE unit, hook" else {}
+            score = move and scored(shop, move, name, "test", **search)
+            row: dict[str, Any] = {"behaviour": name, "method": method, "examples": n, "layer": shop.layer}
+            row |= {"seed": shop.seed, "seconds": seconds, "bytes": 4 * numbers}
+            row.update(dict.fromkeys(SCORES) if score is None else asdict(score))
+            rows.append(row)
+    return rows

@@ -1,0 +1,220 @@
+"""The story model as it is edited: one MLP weight of a block, labelled examples, dictionaries and held-out stories."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+import eigendecomp as ed
+from eigendecomp.study import autoencoders, editors, positions, readings
+from eigendecomp.study.edits import Behaviour, Bench, log_probabilities
+from eigendecomp.study.moves import Probe
+from eigendecomp.support.examples import as_examples
+from eigendecomp.support.random import generator
+from eigendecomp.targets.stories import behaviours, concepts
+from eigendecomp.targets.stories import model as stories
+
+KINDS = ("directions", "autoencoder", "random")  # of dictionaries
+
+
+class Tail(nn.Module):
+    """A ``HookedTransformer`` from one block on, as a module whose input is what enters the block."""
+
+    def __init__(self, inner: nn.Module, layer: int) -> None:
+        super().__init__()
+        self.inner, self.layer = inner, layer
+
+    def stream(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+        """The residual stream after the last block."""
+        inner = cast(Any, self.inner)
+        return inner(x, start_at_layer=self.layer, stop_at_layer=inner.cfg.n_layers)
+
+    def logits(self, stream: Float[Tensor, "n t d"]) -> Float[Tensor, "n t k"]:
+        """What the model makes of that."""
+        inner = cast(Any, self.inner)
+        return inner.unembed(inner.ln_final(stream))
+
+    def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t k"]:
+        return self.logits(self.stream(x))
+
+
+@dataclass
+class TailProbe(Probe):
+    """A probe of a :class:`Tail` that makes the outputs of those samples alone that count."""
+
+    @torch.no_grad()
+    def outputs(self, model: nn.Module) -> Float[Tensor, "n k"]:
+        assert isinstance(model, Tail)
+        stream = model.stream(*as_examples(self.inputs)).flatten(0, 1)
+        some = stream if self.samples is None else stream[self.samples]
+        return self.view(model.logits(some.unsqueeze(0)).squeeze(0))
+
+
+@dataclass
+class Held:
+    """Stories that were held out: what enters the block, the bench, and the behaviours that they show."""
+
+    bench: Bench
+    scored: dict[str, Behaviour]
+
+
+@dataclass
+class Examples:
+    """Labelled examples: what enters the block in their windows, the samples that show the behaviour, what arrived."""
+
+    entering: Float[Tensor, "e t d"]
+    samples: Int[Tensor, " e"]
+    members: Bool[Tensor, " k"]
+    met: Float[Tensor, "e d"]
+
+    def loss(self, f: Float[Tensor, "n k"]) -> Tensor:
+        """The mean log mass of the members."""
+        logp = f[self.samples].log_softmax(-1)
+        return logp[:, self.members].logsumexp(-1).mean()
+
+
+@dataclass
+class Workshop:
+    """The model, its stories, and what is shared by all edits of one weight; fits depend on the seed."""
+
+    layer: int
+    seed: int = 0
+    units: Sequence[int] = (100, 300)  # sizes of dictionaries to choose from
+    fit_windows: int = 500
+    held_windows: int = 112
+    length: int = 32
+    steps: int = 700
+    sae_steps: int = 1200
+    seconds: dict[str, float] = field(default_factory=dict)  # of the fits that many edits share
+
+    def __post_init__(self) -> None:
+        self.sizes: dict[str, Sequence[int]] = dict.fromkeys(KINDS, self.units)
+        shipped = stories.load_model()
+        self.rules = concepts.Rules(stories.load_tokenizer())
+        counts: dict[stories.Split, int] = {
+            "train": self.fit_windows, "validation": self.held_windows, "test": self.held_windows
+        }  # fmt: skip
+        self.tokens: dict[str, Tensor] = {
+            split: stories.token_windows(stories.load_stories(split), n, self.length, seed=0, at_start=0.1)
+            for split, n in counts.items()
+        }
+        self.model = stories.standardised(shipped, [self.layer], self.tokens["train"][:500])
+        self.tail = Tail(self.model, self.layer)
+        self.weight, self.site_name = f"blocks.{self.layer}.mlp.W_in", f"blocks.{self.layer}.ln2"
+        self.parameter = f"inner.{self.weight}"
+        with torch.no_grad():
+            self.entering = {k: cast(Any, self.model)(t, stop_at_layer=self.layer) for k, t in self.tokens.items()}
+        self.held = {split: held_out(self, split) for split in ("validation", "test")}
+
+    def reseeded(self, seed: int, sizes: Mapping[str, int]) -> Workshop:
+        """The same model and stories, with fits of another seed, of one size for each kind of dictionary."""
+        _ = self.site, self._uses, self.shown  # made once, for all seeds
+        other = copy.copy(self)
+        for name in ("rows", "fishers", "_autoencoders"):
+            other.__dict__.pop(name, None)
+        other.seed, other.sizes, other.seconds = seed, {kind: [n] for kind, n in sizes.items()}, {}
+        return other
+
+    # ---- what edits share
+
+    @cached_property
+    def site(self) -> editors.Site:
+        """What arrives at the weight, and what draws of the model's own outputs ask of it."""
+        uses, _ = self._collected(ed.ModelSample())
+        return editors.Site(uses.data[self.weight], uses.asked[self.weight])
+
+    @cached_property
+    def _uses(self) -> tuple[positions.Uses, Tensor]:
+        """The gradients that directions rebuild, which draw nothing at random."""
+        return self._collected(ed.Mean())
+
+    def _collected(self, reference: Any) -> tuple[positions.Uses, Tensor]:
+        return positions.collect(
+            self.model, self.tokens["train"], divergence=ed.KLDivergence(), reference=reference,
+            parameters=[self.weight],
+        )  # fmt: skip
+
+    @cached_property
+    def rows(self) -> dict[str, dict[int, editors.Rows]]:
+        """Dictionaries of changes of rank one, by kind and size."""
+        kinds = {"directions": self._directions, "autoencoder": self._folded, "random": lambda n: random_rows(self, n)}
+        found = {}
+        for kind, make in kinds.items():
+            start = time.process_time()
+            found[kind] = {n: make(n) for n in self.sizes[kind]}
+            self.seconds[kind] = time.process_time() - start
+        return found
+
+    def _directions(self, n: int) -> editors.Rows:
+        uses, pool = self._uses
+        d = positions.decompose(
+            uses.alike(), pool, divergence=ed.KLDivergence(), reference=ed.Mean(), n_directions=n,
+            sparsity=ed.BatchTopK(2 / n), steps=self.steps, seed=self.seed,
+        )  # fmt: skip
+        few = self.tokens["train"][:3]
+        reader, writer = (side(d, few, "decoder")[self.weight][:, 0] for side in (readings.readers, readings.writers))
+        return editors.Rows(reader, writer)
+
+    def _folded(self, n: int) -> editors.Rows:
+        sae, weight = self.autoencoder(n), self.model.get_parameter(self.weight).detach()
+        return editors.folded(sae.sae.W_enc.detach().mT, sae.decoder, weight)
+
+    def autoencoder(self, n: int) -> autoencoders.Autoencoder:
+        """An autoencoder of what arrives at the weight."""
+        if n not in self._autoencoders:
+            x = self.site.x
+            self._autoencoders[n] = autoencoders.train(x, n, 2.0, seed=self.seed, steps=self.sae_steps)
+        return self._autoencoders[n]
+
+    @cached_property
+    def _autoencoders(self) -> dict[int, autoencoders.Autoencoder]:
+        return {}
+
+    @cached_property
+    def fishers(self) -> dict[tuple[str, int], Float[Tensor, "v v"]]:
+        """The Fisher matrix within every dictionary's span."""
+        return {(kind, n): rows.fisher(self.site) for kind, sized in self.rows.items() for n, rows in sized.items()}
+
+    @cached_property
+    def shown(self) -> dict[str, Bool[Tensor, " n"]]:
+        """The training samples that show each behaviour, as the rule has it."""
+        with torch.no_grad():
+            parts = [self.tail(x).log_softmax(-1).flatten(0, 1) for x in self.entering["train"].split(128)]
+        named = behaviours.SCORED | behaviours.TUNING
+        told = [behaviours.behaviours(self.rules, part, named) for part in parts]
+        return {name: torch.cat([part[i].on for part in told]) for i, name in enumerate(named)}
+
+    def examples(self, name: str, n: int) -> Examples:
+        """n training samples that show a behaviour, each with its window."""
+        on = self.shown[name].nonzero()[:, 0]
+        draw = generator(self.seed, f"examples {name}")
+        index = on[torch.randperm(len(on), generator=draw)[:n]]
+        window, position = index // self.length, index % self.length
+        members = self.held["validation"].scored[name].members
+        samples = torch.arange(len(index)) * self.length + position
+        return Examples(self.entering["train"][window], samples, members, self.site.x[index])
+
+
+@torch.no_grad()
+def held_out(shop: Workshop, split: str) -> Held:
+    """The bench of a split's stories."""
+    tokens = shop.tokens[split]
+    probe = TailProbe(shop.tail, shop.entering[split], log_probabilities)
+    told = shop.rules(tokens, probe.base.unflatten(0, tokens.shape))
+    found = behaviours.behaviours(shop.rules, probe.base, behaviours.SCORED | behaviours.TUNING)
+    return Held(Bench(probe, tokens.flatten(), told.truth), {one.name: one for one in found})
+
+
+def random_rows(shop: Workshop, n: int) -> editors.Rows:
+    """Rows of rank one that nothing was learned from."""
+    draw = generator(shop.seed, "random rows")
+    reader, writer = (torch.randn(n, k, generator=draw) for k in shop.model.get_parameter(shop.weight).shape)
+    return editors.Rows(reader, writer)
