@@ -17,6 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eigendecomp.decomposition import Decomposition, decompose
+from eigendecomp.reference import Mean
+from eigendecomp.sparsity import BatchTopK
 from eigendecomp.study.recovery import Truth
 from eigendecomp.targets.toys.training import minimise
 
@@ -176,3 +179,21 @@ SIZES: dict[int, dict[str, int]] = {  # layers: SPD's numbers of features and of
     2: {"features": 100, "neurons": 25},
     3: {"features": 102, "neurons": 17},
 }
+
+# The fit's settings, chosen on network 100 with fitting seed 0.
+STEPS = {1: 800, 2: 1000, 3: 1600}
+SAMPLES, KEPT, BATCH_SIZE, LEARNING_RATE = 10_000, 2.0, 256, 1e-2
+
+
+def fit(model: ResidMLP, n_directions: int, *, seed: int, steps: int | None = None, only: int = -1) -> Decomposition:
+    """Directions of rank one for a network: of all its layers, or of the parameters of the layer ``only`` alone.
+
+    The mean output is the reference and two coefficients a sample are kept.
+    """
+    x = data(SAMPLES, len(model.W_E), torch.Generator().manual_seed(1000 + seed))
+    return decompose(
+        model, x, parameters=["*" if only < 0 else f"layers.{only}.*"], n_directions=n_directions, rank=1,
+        reference=Mean(), sparsity=BatchTopK(min(1.0, KEPT / n_directions)), batch_size=BATCH_SIZE,
+        steps=STEPS[len(model.layers)] if steps is None else steps, learning_rate=LEARNING_RATE, seed=seed,
+        progress=False,
+    )  # fmt: skip

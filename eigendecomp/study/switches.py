@@ -1,0 +1,126 @@
+"""Switching off what a network computes for one feature, and what that does to all the rest.
+
+A move (see :mod:`eigendecomp.study.moves`) has a step; the step that leaves least of the feature's computation is
+looked for, the same way for every method, and both what it leaves and what it does elsewhere are told.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from eigendecomp.study.autoencoders import Autoencoder
+from eigendecomp.study.moves import Move, displaced
+
+Computed = Callable[[nn.Module, Tensor], Float[Tensor, "n k"]]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a step does.
+
+    Args:
+        step: the step.
+        left: the share of the feature's computation that is left, in squared size, on samples in which it is on.
+        beside: the squared change of the other outputs in these samples, in units of the feature's computation.
+        elsewhere: the squared change of everything else on the data, in units of all of that.
+    """
+
+    step: float
+    left: float
+    beside: float
+    elsewhere: float
+
+
+class Switch:
+    """One feature of a network: samples in which it is on, and data in which anything is.
+
+    ``computed(model, inputs)`` is what is to be switched off, output by output. The feature's own are the values at
+    output ``feature`` where the input ``feature`` is positive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        computed: Computed,
+        on: Float[Tensor, "n features"],
+        data: Float[Tensor, "m features"],
+        feature: int,
+    ) -> None:
+        self.model, self.computed, self.feature, self.size = model, computed, feature, len(on)
+        self.inputs = torch.cat([on, data])
+        self.own: Bool[Tensor, "m k"] = torch.zeros_like(data, dtype=torch.bool)
+        self.own[:, feature] = data[:, feature] > 0
+        self.base = self._values(model)
+        self.unit = self.base[: self.size, feature].square().sum()
+        self.rest = self.base[self.size :].masked_fill(self.own, 0).square().sum()
+
+    @torch.no_grad()
+    def _values(self, model: nn.Module) -> Float[Tensor, "n k"]:
+        return self.computed(model, self.inputs)
+
+    def effect(self, move: Move, step: float) -> Effect:
+        """What the model does with the move at this step."""
+        with move(step) as moved:
+            values = self._values(moved)
+        change = (values - self.base).square()
+        own, beside = values[: self.size, self.feature].square().sum(), change[: self.size].sum()
+        beside = beside - change[: self.size, self.feature].sum()
+        elsewhere = change[self.size :].masked_fill(self.own, 0).sum() / self.rest
+        return Effect(step, (own / self.unit).item(), (beside / self.unit).item(), elsewhere.item())
+
+    def off(self, move: Move, largest: float, *, both: bool = False, tries: int = 12) -> Effect:
+        """The effect of the step, up to ``largest`` (in size, with ``both``), that leaves least.
+
+        The best of a grid, and then of ever smaller brackets about it (golden sections).
+        """
+        grid = [largest * k / 8 for k in range(1, 9)]
+        best = min((self.effect(move, sign * s) for sign in ((1, -1) if both else (1,)) for s in grid), key=left)
+        low, high = best.step - largest / 8, best.step + largest / 8
+        ratio = (5**0.5 - 1) / 2
+        a, b = (self.effect(move, high - ratio * (high - low)), self.effect(move, low + ratio * (high - low)))
+        for _ in range(tries):
+            if a.left < b.left:
+                high, b = b.step, a
+                a = self.effect(move, high - ratio * (high - low))
+            else:
+                low, a = a.step, b
+                b = self.effect(move, low + ratio * (high - low))
+        return min((best, a, b), key=left)
+
+
+def left(effect: Effect) -> float:
+    """What is looked for."""
+    return effect.left
+
+
+def best(effects: Iterable[Effect]) -> Effect:
+    """Of several places the one that leaves and spoils least together, each in units of what there is."""
+    return min(effects, key=lambda effect: effect.left + effect.elsewhere)
+
+
+def scaled_unit(sae: Autoencoder, model: nn.Module, module: str, unit: int) -> Move:
+    """δ ↦ the model in which an autoencoder's unit counts for 1 − δ of itself wherever it is on."""
+
+    @contextmanager
+    def move(delta: float) -> Iterator[nn.Module]:
+        with sae.steered(model, module, {unit: -delta}, how="scale") as moved:
+            yield moved
+
+    return move
+
+
+def without(model: nn.Module, weight: str, column: int) -> Move:
+    """δ ↦ the model in which the neuron that this column of a weight writes for counts for 1 − δ of itself."""
+    value = dict(model.named_parameters())[weight].detach()
+    change = torch.zeros_like(value)
+    change[:, column] = -value[:, column]
+    return displaced(model, {weight: change})
+
+
+def restricted(model: nn.Module, parts: dict[str, Tensor], names: Sequence[str]) -> Move:
+    """δ ↦ the model moved by δ along a direction's part in some parameters alone."""
+    return displaced(model, {name: parts[name] for name in names})
