@@ -1,7 +1,8 @@
 """Switching off what a network computes for one feature, and what that does to all the rest.
 
-A move (see :mod:`eigendecomp.study.moves`) has a step; the step that leaves least of the feature's computation is
-looked for, the same way for every method, and both what it leaves and what it does elsewhere are told.
+A move (see :mod:`eigendecomp.study.moves`) has a step. The step is looked for in the same way for every method: the one
+whose sum of what is left of the feature's computation, as a share, and of what is changed elsewhere, as a share of all
+that is there, is least. Both are told.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,34 +73,36 @@ class Switch:
         elsewhere = change[self.size :].masked_fill(self.own, 0).sum() / self.rest
         return Effect(step, (own / self.unit).item(), (beside / self.unit).item(), elsewhere.item())
 
-    def off(self, move: Move, largest: float, *, both: bool = False, tries: int = 12) -> Effect:
-        """The effect of the step, up to ``largest`` (in size, with ``both``), that leaves least.
+    def off(self, move: Move, largest: float, *, both: bool = False, tries: int = 10) -> Effect:
+        """The effect of the best step up to ``largest``.
 
-        The best of a grid, and then of ever smaller brackets about it (golden sections).
+        With ``both`` steps go either way: the way in which a small one is better. The best of a grid, and then of
+        ever smaller brackets about it (golden sections).
         """
-        grid = [largest * k / 8 for k in range(1, 9)]
-        best = min((self.effect(move, sign * s) for sign in ((1, -1) if both else (1,)) for s in grid), key=left)
-        low, high = best.step - largest / 8, best.step + largest / 8
+        if both and loss(self.effect(move, -largest / 50)) < loss(self.effect(move, largest / 50)):
+            largest = -largest
+        best = min((self.effect(move, largest * k / 8) for k in range(1, 9)), key=loss)
+        low, high = sorted((best.step - largest / 8, best.step + largest / 8))
         ratio = (5**0.5 - 1) / 2
         a, b = (self.effect(move, high - ratio * (high - low)), self.effect(move, low + ratio * (high - low)))
         for _ in range(tries):
-            if a.left < b.left:
+            if loss(a) < loss(b):
                 high, b = b.step, a
                 a = self.effect(move, high - ratio * (high - low))
             else:
                 low, a = a.step, b
                 b = self.effect(move, low + ratio * (high - low))
-        return min((best, a, b), key=left)
+        return min((best, a, b), key=loss)
 
 
-def left(effect: Effect) -> float:
-    """What is looked for."""
-    return effect.left
+def loss(effect: Effect) -> float:
+    """What steps and places are chosen by."""
+    return effect.left + effect.elsewhere
 
 
 def best(effects: Iterable[Effect]) -> Effect:
-    """Of several places the one that leaves and spoils least together, each in units of what there is."""
-    return min(effects, key=lambda effect: effect.left + effect.elsewhere)
+    """The best of several places."""
+    return min(effects, key=loss)
 
 
 def scaled_unit(sae: Autoencoder, model: nn.Module, module: str, unit: int) -> Move:
