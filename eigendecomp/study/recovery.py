@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
-from eigendecomp.study.scores import Ownership, ownership
+from eigendecomp.study.scores import ownership
 
 Parts = Mapping[str, Float[Tensor, "n *shape"]]
 
@@ -77,9 +77,8 @@ def recovered(strength: Float[Tensor, "features v"], rows: Parts, truth: Truth) 
     Raises:
         ValueError: if no parameter of the truth is among them.
     """
-    owner = owners(strength)
-    own = owned_parts(rows, owner.clearest(len(strength)), truth)
-    selective = owner.by_feature(len(strength))
+    owned, selective = owners(strength)
+    own = owned_parts(rows, owned, truth)
     cosine, reader = {}, {}
     for layer, names in truth.layers.items():
         flat = [torch.cat([parts[name].flatten(1) for name in names], 1) for parts in (own, truth.objects)]
@@ -88,18 +87,22 @@ def recovered(strength: Float[Tensor, "features v"], rows: Parts, truth: Truth) 
         reader[layer] = torch.cosine_similarity(*vectors, dim=1).abs()
     nc = None if truth.contributions is None else agreement(truth.contributions(own), truth.contributions())
     return Recovery(
-        len(strength), owner.owned, selective.mean().item(), selective.min().item(),
+        len(strength), int((owned >= 0).sum()), selective.mean().item(), selective.min().item(),
         *(each(scores, kind) for scores in (cosine, reader) for kind in ("mean", "min")),
         *((None, None) if nc is None else (nc.mean().item(), nc.min().item())),
     )  # fmt: skip
 
 
-def owners(strength: Float[Tensor, "features v"]) -> Ownership:
-    """Who owns each direction; a direction without any strength is owned by none."""
+def owners(strength: Float[Tensor, "features v"]) -> tuple[Int[Tensor, " features"], Float[Tensor, " features"]]:
+    """Of the directions that each feature owns the one that it uses most, and its selectivity there.
+
+    A feature owns the directions on which no other is stronger, and may own several: those that answer to it when it
+    is negative are faint when it is positive, and as selective. One that owns none has the direction −1, selectivity 0.
+    """
     owner = ownership(strength)
-    alive = strength.amax(0) > 0
-    selectivity = torch.where(alive, owner.selectivity, 0)
-    return Ownership(torch.where(alive, owner.owner, -1), selectivity, int(owner.owner[alive].unique().numel()))
+    mine = (owner.owner == torch.arange(len(strength)).unsqueeze(1)) * strength
+    value, index = mine.max(1)
+    return torch.where(value > 0, index, -1), torch.where(value > 0, owner.selectivity[index], 0)
 
 
 def owned_parts(rows: Parts, index: Int[Tensor, " features"], truth: Truth) -> dict[str, Float[Tensor, "features _"]]:

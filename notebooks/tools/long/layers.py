@@ -44,10 +44,12 @@ def run(
 def runs() -> Iterator[Run]:
     """All of them, what the notebook needs most first."""
     depths = tuple(resid_mlp.SIZES)
-    yield from (run(layers, seed) for seed in range(3) for layers in depths)
-    yield from (run(layers, 0, "random") for layers in depths)
-    yield from (run(layers, 0, multiple=multiple) for multiple in SWEEP for layers in depths)
+    yield from (run(layers, 0) for layers in depths)
     yield from (run(3, 0, only=layer) for layer in range(3))
+    yield run(3, 0, "random")
+    yield from (run(layers, seed) for seed in (1, 2) for layers in depths)
+    yield from (run(layers, 0, "random") for layers in depths[:2])
+    yield from (run(layers, 0, multiple=multiple) for multiple in SWEEP for layers in depths)
     yield from (run(layers, seed) for seed in range(3, 20) for layers in depths)
     yield from (run(layers, seed, "random") for seed in (1, 2) for layers in depths)
     yield from (run(layers, 0, "random", width=1000) for layers in depths)
