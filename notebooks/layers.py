@@ -120,7 +120,7 @@ def heights(n):
 
 
 def edges(ax, x, starts, ends, values, limit, color=None):
-    """Lines from each start to each end, as wide as their values are large; those below a 25th of the limit are left out."""
+    """Lines from each start to each end, as wide as their values are large; the faintest are left out."""
     for k, j in (values.abs() > 0.04 * limit).nonzero().tolist():
         share = min(1.0, abs(float(values[k, j])) / limit)
         shade = color or plots.COLORS[0 if values[k, j] > 0 else 1]

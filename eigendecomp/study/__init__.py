@@ -10,7 +10,9 @@ from eigendecomp.study import (
     moves,
     positions,
     readings,
+    recovery,
     scores,
+    switches,
 )
 
 __all__ = [
@@ -23,5 +25,7 @@ __all__ = [
     "moves",
     "positions",
     "readings",
+    "recovery",
     "scores",
+    "switches",
 ]
