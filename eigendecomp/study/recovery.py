@@ -1,7 +1,7 @@
 """How much of a known truth directions recover: one score for every target that has ``truth()``."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import torch
@@ -22,15 +22,20 @@ class Truth:
     Args:
         inputs: every feature on alone, in order.
         objects: by parameter, the part of it that computes each feature, as (features, *shape).
-        layers: by name, the parameters that make up a layer; a feature's object may have a part in each.
+        layers: by name, the parameters that make up a layer; a feature's object may have a part in each. If none are
+            named, every parameter is one.
         contributions: the neuron contributions NC(i) of parts given for every feature, or of the network's own weights
             if none are given, neurons of all layers side by side; None where there are no neurons.
     """
 
     inputs: Float[Tensor, "features *inputs"]
     objects: dict[str, Float[Tensor, "features *shape"]]
-    layers: dict[str, tuple[str, ...]]
+    layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     contributions: Callable[..., Float[Tensor, "features neurons"]] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            object.__setattr__(self, "layers", {name: (name,) for name in self.objects})
 
 
 class Known(Protocol):
@@ -63,9 +68,9 @@ class Recovery:
         return few
 
 
-def recovery(d: Decomposition, target: Known, *, references: int = 16) -> Recovery:
-    """The scores of a decomposition's directions."""
-    truth = target.truth()
+def recovery(d: Decomposition, target: Known | Truth, *, references: int = 16) -> Recovery:
+    """The scores of a decomposition's directions against a target's truth, or a truth itself."""
+    truth = target if isinstance(target, Truth) else target.truth()
     return recovered(d.impact(truth.inputs, references), d.directions(), truth)
 
 

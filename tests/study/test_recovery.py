@@ -62,7 +62,7 @@ def test_directions_in_one_layer_have_no_part_in_the_other(model: ResidMLP) -> N
 
 def test_a_target_without_neurons_has_no_contributions() -> None:
     objects = {"w": torch.eye(3).unsqueeze(1)}
-    found = recovered(torch.eye(3), objects, Truth(torch.eye(3), objects, {"w": ("w",)}))
+    found = recovered(torch.eye(3), objects, Truth(torch.eye(3), objects))
     assert found.nc is None and "nc" not in found.row() and found.least_cosine["w"] == pytest.approx(1)
 
 

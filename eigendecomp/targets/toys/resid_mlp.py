@@ -78,13 +78,11 @@ class ResidMLP(nn.Module):
         for name, w_in, w_out in self.weights:
             if parts is None:
                 reads, writes = self.W_E @ w_in.T, self.W_E @ w_out
+            elif f"{name}.W_in.weight" in parts and f"{name}.W_out.weight" in parts:
+                reads = torch.einsum("fnw,fw->fn", parts[f"{name}.W_in.weight"], self.W_E)
+                writes = torch.einsum("fwn,fw->fn", parts[f"{name}.W_out.weight"], self.W_E)
             else:
-                w_in, w_out = (parts.get(f"{name}.{w}.weight") for w in ("W_in", "W_out"))
-                if w_in is None or w_out is None:
-                    rows.append(torch.zeros(len(self.W_E), self.layers[len(rows)].W_in.out_features))
-                    continue
-                reads = torch.einsum("fnw,fw->fn", w_in, self.W_E)
-                writes = torch.einsum("fwn,fw->fn", w_out, self.W_E)
+                reads = writes = self.W_E.new_zeros(len(self.W_E), len(w_in))
             rows.append(reads * writes)
         return torch.cat(rows, 1)
 
