@@ -42,10 +42,11 @@ from eigendecomp.targets.toys import resid_mlp
 
 plots.style()
 smoke = results.profile() == "smoke"
-sizes, training_steps, steps = resid_mlp.SIZES, 1000, resid_mlp.STEPS
+sizes, training_steps, steps = resid_mlp.SIZES, resid_mlp.TRAINING_STEPS, resid_mlp.STEPS
 if smoke:
     sizes = {layers: {"features": 20, "neurons": 12 // layers} for layers in sizes}
-    training_steps, steps, tested, sae_steps = 150, dict.fromkeys(sizes, 120), 4, 40
+    training_steps, steps = dict.fromkeys(training_steps, 150), dict.fromkeys(sizes, 120)
+    tested, sae_steps = 4, 40
 report = results.Results(
     "layers", seed=seed, example=example, tested=tested, references=references, sae_steps=sae_steps,
     sae_kept=sae_kept, multiple=multiple,
@@ -66,7 +67,7 @@ report = results.Results(
 # %%
 def trained(layers, kind):
     size = {**sizes[layers], "width": 200}
-    return resid_mlp.train(layers, kind, seed=seed, steps=training_steps, batch_size=256, **size)
+    return resid_mlp.train(layers, kind, seed=seed, steps=training_steps[kind], batch_size=256, **size)
 
 
 CASES = [(1, "identity"), (2, "identity"), (3, "identity"), (3, "random")]
@@ -98,7 +99,8 @@ report.record(fit_cpu_seconds={f"{layers} {kind}": value for (layers, kind), val
 #
 # Columns of dots are, from the left, the residual stream (a dimension a feature, since the embedding is the identity)
 # and the neurons of a layer, in turn. Grey: all that reaches the neurons from the feature's dimension and goes back
-# to it in the network. Blue and red: the entries of the one direction that the feature owns.
+# to it in the network. In colour: the entries of the one direction that the feature owns, blue where they are positive
+# and orange where they are negative; a matrix's part is turned so that it agrees with the weights in sign.
 
 
 # %%
@@ -121,11 +123,11 @@ def heights(n):
 
 def edges(ax, x, starts, ends, values, limit, color=None):
     """Lines from each start to each end, as wide as their values are large; the faintest are left out."""
-    for k, j in (values.abs() > 0.04 * limit).nonzero().tolist():
+    for k, j in (values.abs() > 0.06 * limit).nonzero().tolist():
         share = min(1.0, abs(float(values[k, j])) / limit)
         shade = color or plots.COLORS[0 if values[k, j] > 0 else 1]
-        ax.plot(x, [starts[k], ends[j]], color=shade, lw=0.2 + 1.8 * share, alpha=0.25 + 0.75 * share,
-                zorder=1 if color else 2, solid_capstyle="round")  # fmt: skip
+        look = {"lw": 1 + 4 * share, "zorder": 1} if color else {"lw": 0.2 + 1.8 * share, "alpha": 0.2 + 0.8 * share}
+        ax.plot(x, [starts[k], ends[j]], color=shade, solid_capstyle="round", **look)
 
 
 # %%
@@ -139,7 +141,8 @@ def draw_network(ax, model, parts, feature):
             part = parts[f"{name}.{key}.weight"][feature].T
             side = (stream, neurons) if key == "W_in" else (neurons, stream)
             only = weight * (lit[:, None] if key == "W_in" else lit)
-            edges(ax, [at, at + 1], *side, only, float(weight.abs().max()), "0.8")
+            part = part * (part * only).sum().sign()
+            edges(ax, [at, at + 1], *side, only, float(only.abs().max()), "0.85")
             edges(ax, [at, at + 1], *side, part, float(part.abs().max()))
         ax.plot([x + 1] * len(neurons), neurons, "o", ms=5, mfc="white", mec="0.2", mew=0.7, zorder=3)
         ax.text(x + 1, 1.09, f"neurons {number + 1}", ha="center", size=7)
@@ -156,8 +159,8 @@ draw_network(ax, networks[case], found, example)
 report.figure("network", figure)
 
 # %% [markdown]
-# Where a direction has an entry that does not start or end at the feature's dimension, it is a line that leaves the
-# fan: there are few, and they are faint.
+# Lines that neither start nor end at the feature's dimension belong to other outputs, which the feature's neurons
+# disturb, and to what later layers read there. They are many and faint.
 #
 # ## What every neuron does for every feature
 #
@@ -257,9 +260,10 @@ sweep = all_layers[(all_layers["embedding"] == "identity")].assign(
 figure, axes = plots.panels(1, 2, width=0.8 * plots.PAGE, height=2.1)
 for ax, key, title in zip(axes, ("share", "nc"), ("features that own a direction", "NC r²"), strict=True):
     for (layers, group), color in zip(sweep.groupby("layers"), plots.COLORS, strict=False):
-        at = group.groupby("multiple")[key].agg(["mean", "min", "max"])
-        ax.plot(at.index, at["mean"], "o-", ms=3, lw=1.2, color=color, label=f"{layers} layer{'s' * (layers > 1)}")
-        ax.vlines(at.index, at["min"], at["max"], color=color, lw=0.8)
+        line = group.groupby("multiple")[key].agg(["mean", "min", "max"])
+        name = "1 layer" if layers == 1 else f"{layers} layers"
+        ax.plot(line.index, line["mean"], "o-", ms=3, lw=1.2, color=color, label=name)
+        ax.vlines(line.index, line["min"], line["max"], color=color, lw=0.8)
     ax.set(xlabel="directions a feature", ylabel=title, xscale="log", ylim=(0, 1.04))
     ax.set_xticks([0.5, 1, 1.5, 2, 4], ["½", "1", "1.5", "2", "4"])
     ax.minorticks_off()
@@ -409,7 +413,7 @@ report.figure("off", figure)
 
 
 # %%
-def at(frame, layers, kind, **more):
+def one_row(frame, layers, kind, **more):
     """The one row of a table for a network."""
     rows = frame[(frame["layers"] == layers) & (frame["embedding"] == kind)]
     for key, value in more.items():
@@ -418,7 +422,7 @@ def at(frame, layers, kind, **more):
 
 
 for layers in sizes:
-    row = at(seeds, layers, "identity")
+    row = one_row(seeds, layers, "identity")
     report.claim(
         f"owned_{layers}", f"{layers} layers: all features own a direction in 95% of {row['seeds']:.0f} seeds",
         row["all owned"] / row["seeds"], ">=", 0.95,
@@ -438,7 +442,7 @@ for layers in sizes:
 # %%
 def times_worse(layers):
     """By how much every method at one site is worse in the score in which it is worse."""
-    ours = at(table, layers, "identity", method="direction")
+    ours = one_row(table, layers, "identity", method="direction")
     others = table[(table["layers"] == layers) & (table["embedding"] == "identity") & (table["method"] != "direction")]
     return {
         row["method"]: max(row[key] / max(ours[key], 1e-12) for key in ("left", "elsewhere"))

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SETTINGS: dict[str, Any] = {
     "samples": resid_mlp.SAMPLES, "kept": resid_mlp.KEPT, "steps": {str(k): n for k, n in resid_mlp.STEPS.items()},
     "batch_size": resid_mlp.BATCH_SIZE, "learning_rate": resid_mlp.LEARNING_RATE, "rank": 1, "reference": "Mean",
-    "training_steps": 1000, "training_batch": 256, "networks": 4, "width": 200,
+    "training_steps": resid_mlp.TRAINING_STEPS, "training_batch": 256, "networks": 4, "width": 200,
 }  # fmt: skip
 SWEEP = (0.5, 1.0, 2.0, 4.0)
 Run = dict[str, Any]
@@ -62,7 +62,7 @@ def runs() -> Iterator[Run]:
 def network(layers: int, embedding: str, width: int, seed: int) -> tuple[ResidMLP, float]:
     """A trained network and what it misses."""
     size = {**resid_mlp.SIZES[layers], "width": width}
-    trained = {"steps": SETTINGS["training_steps"], "batch_size": SETTINGS["training_batch"]}
+    trained = {"steps": SETTINGS["training_steps"][embedding], "batch_size": SETTINGS["training_batch"]}
     return resid_mlp.train(layers, embedding, seed=seed, **size, **trained)  # type: ignore[arg-type]
 
 
