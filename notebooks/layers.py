@@ -288,11 +288,11 @@ large[shown].round(3)
 # ## Switching a feature off
 #
 # Move the parameters along a feature's direction until what the layers add for it is gone, and see what else has
-# changed. **Left**: the share of the squared size of what they add at its output, on samples in which it is on.
-# **Elsewhere**: the squared change of all that they add for other features, and for this one where it is negative,
-# over the data, as a share of its squared size. **Beside**: the squared change of the other outputs in the very
-# samples in which the feature is on, in units of the feature's own. The step is the one at which left and elsewhere
-# add up to least.
+# changed. **Left**: the share of the squared size of what its output gains by it, with others on too.
+# **Elsewhere**: the squared change of what they add over the data in which the feature is not on (negative, or more
+# often zero), as a share of its squared size. **Beside**: the squared change of the other outputs in the very samples
+# in which the feature is on, in units of the feature's own; neurons are shared, so that a feature's computation
+# disturbs them, and with it goes the disturbance. The step is the one at which left and elsewhere add up to least.
 #
 # Against all that acts at one site, with its step looked for in the same way, and for every feature the site that does
 # best: the same direction's part in a single layer; a neuron, scaled (of the three that contribute most); a unit of a

@@ -25,9 +25,10 @@ class Effect:
 
     Args:
         step: the step.
-        left: the share of the feature's computation that is left, in squared size, on samples in which it is on.
+        left: the share of the feature's computation that is left, in squared size: of what its output gains when it
+            is put on in samples in which others are on too.
         beside: the squared change of the other outputs in these samples, in units of the feature's computation.
-        elsewhere: the squared change of everything else on the data, in units of all of that.
+        elsewhere: the squared change on data in which the feature is not on, in units of all that is computed there.
     """
 
     step: float
@@ -39,8 +40,10 @@ class Effect:
 class Switch:
     """One feature of a network: samples in which it is on, and data in which anything is.
 
-    ``computed(model, inputs)`` is what is to be switched off, output by output. The feature's own are the values at
-    output ``feature`` where the input ``feature`` is positive.
+    ``computed(model, inputs)`` is what is to be switched off, output by output. The feature's own is what the output
+    ``feature`` gains by the input ``feature`` in the samples ``on``, against zero there. Where neurons are shared it
+    disturbs the other outputs of these samples, and that goes with it: what happens there is told apart (``beside``)
+    and is not held against a step.
     """
 
     def __init__(
@@ -52,26 +55,32 @@ class Switch:
         feature: int,
     ) -> None:
         self.model, self.computed, self.feature, self.size = model, computed, feature, len(on)
-        self.inputs = torch.cat([on, data])
-        self.own: Bool[Tensor, "m k"] = torch.zeros_like(data, dtype=torch.bool)
-        self.own[:, feature] = data[:, feature] > 0
+        without = on.clone()
+        without[:, feature] = 0
+        self.inputs = torch.cat([on, without, data])
+        self.off_in_data: Bool[Tensor, " m"] = data[:, feature] <= 0
         self.base = self._values(model)
-        self.unit = self.base[: self.size, feature].square().sum()
-        self.rest = self.base[self.size :].masked_fill(self.own, 0).square().sum()
+        self.unit = self._gain(self.base).square().sum()
+        self.rest = self._rest(self.base).square().sum()
 
     @torch.no_grad()
     def _values(self, model: nn.Module) -> Float[Tensor, "n k"]:
         return self.computed(model, self.inputs)
 
+    def _gain(self, values: Float[Tensor, "n k"]) -> Float[Tensor, " m"]:
+        return (values[: self.size] - values[self.size : 2 * self.size])[:, self.feature]
+
+    def _rest(self, values: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+        return values[2 * self.size :][self.off_in_data]
+
     def effect(self, move: Move, step: float) -> Effect:
         """What the model does with the move at this step."""
         with move(step) as moved:
             values = self._values(moved)
-        change = (values - self.base).square()
-        own, beside = values[: self.size, self.feature].square().sum(), change[: self.size].sum()
-        beside = beside - change[: self.size, self.feature].sum()
-        elsewhere = change[self.size :].masked_fill(self.own, 0).sum() / self.rest
-        return Effect(step, (own / self.unit).item(), (beside / self.unit).item(), elsewhere.item())
+        change = values - self.base
+        beside = change[: self.size].square().sum() - change[: self.size, self.feature].square().sum()
+        own, elsewhere = self._gain(values).square().sum() / self.unit, self._rest(change).square().sum() / self.rest
+        return Effect(step, own.item(), (beside / self.unit).item(), elsewhere.item())
 
     def off(self, move: Move, largest: float, *, both: bool = False, tries: int = 10) -> Effect:
         """The effect of the best step up to ``largest``.

@@ -50,7 +50,7 @@ def test_the_way_of_a_direction_is_found(task: Switch) -> None:
 def test_what_happens_to_another_feature_is_elsewhere_and_beside(task: Switch) -> None:
     effect = task.effect(switches.without(task.model, "write.weight", 2), 1.0)
     assert effect.left == 1 and effect.beside > 0
-    base = task.base[task.size :].masked_fill(task.own, 0)
+    base = task.base[2 * task.size :][task.off_in_data]
     share = base[:, 2].square().sum() / base.square().sum()
     assert effect.elsewhere == pytest.approx(share.item())
 
