@@ -26,13 +26,19 @@ class Batches(Protocol):
 
 
 class LiveBatches:
-    """Differentiates the target at every step, on whole examples."""
+    """Differentiates the target at every step, on whole examples.
 
-    def __init__(self, source: Source, feed: Feed, draws: Draws, positions: int) -> None:
+    Args:
+        positions: outputs of an example, each with a reference of its own.
+        samples: samples of an example; 0 for as many as outputs.
+    """
+
+    def __init__(self, source: Source, feed: Feed, draws: Draws, positions: int, samples: int = 0) -> None:
         self.source, self.feed, self.draws, self.positions = source, feed, draws, positions
+        self.samples = samples or positions
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        count = max(1, size // self.positions)
+        count = max(1, size // self.samples)
         draws = self.draws.again((count, self.positions), 1, generator)
         return self.source(self.feed.take(count), draws[parallel.share(count)])
 

@@ -1,42 +1,49 @@
 """The public door: decompose a model, and what one then asks of its directions."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigendecomp.batches import CACHE_BYTES, ZERO, CachedBatches, LiveBatches
+from eigendecomp.batches import CACHE_BYTES, ZERO, Batches, CachedBatches, LiveBatches
 from eigendecomp.curvature import curvatures, push_forward
-from eigendecomp.directions import Directions, Factorization
+from eigendecomp.directions import Directions, Factorization, check_rank
 from eigendecomp.divergence import Divergence, SquaredError
+from eigendecomp.factored.guard import Mistaken
 from eigendecomp.factored.source import CapturedSource
+from eigendecomp.factored.uses import HELD_BYTES, HeldUses, UseSource
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.objective import error_change
-from eigendecomp.reference import Draws, OtherSample, Reference
+from eigendecomp.reference import Draws, Mean, OtherSample, Reference
 from eigendecomp.settings import History, Settings, settings_from
 from eigendecomp.sparsity import BatchTopK, Sparsity
-from eigendecomp.storage import Checkpoint, check_target, fingerprint, pack, unpack
+from eigendecomp.storage import Checkpoint, check_target, fingerprint, pack, pack_pool, unpack, unpack_seen
 from eigendecomp.support import files, parallel
 from eigendecomp.support.checks import real, whole
-from eigendecomp.support.examples import Examples, Inputs, as_examples, chunks, count, feed, fetch, first
+from eigendecomp.support.examples import Examples, Inputs, Named, as_examples, chunks, count, feed, fetch, first
 from eigendecomp.support.random import generator
 from eigendecomp.target import LOCK, Target, patterns
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 CHUNK = 64  # examples read at a time; a constant, so that nothing depends on it
 POOL_SAMPLES = 8192  # samples from whose outputs references are made, where there are more
 
 
-def capture(target: Target, examples: Examples, settings: Settings) -> CapturedSource:
-    """The gradients of a target, arranged for this many directions."""
-    return CapturedSource(target, examples, terms=settings.n_directions * settings.rank)
+def capture(target: Target, examples: Examples, settings: Settings) -> CapturedSource | UseSource:
+    """The gradients of the samples that are chosen, arranged for this many directions."""
+    whole = settings.samples == "outputs"
+    captured = CapturedSource(target, examples, terms=settings.n_directions * settings.rank, form=whole)
+    return captured if whole else UseSource(captured, examples, settings.scale == "unit")
 
 
 class Decomposition:
@@ -51,11 +58,13 @@ class Decomposition:
         threshold: float | None,
         pool: Float[Tensor, "m k"],
         history: History,
+        seen: Examples = (),
     ) -> None:
         self.target, self.settings = target, settings
         self.encoder, self.decoder, self.threshold, self.pool = encoder, decoder, threshold, pool
         self.history = history
-        self._source: CapturedSource | None = None
+        self.seen = seen  # the examples that the pool was made from, if they are known
+        self._source: CapturedSource | UseSource | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the source, which belongs to this process and is prepared again when it is needed."""
@@ -106,7 +115,7 @@ class Decomposition:
 
     def _activations(self, inputs: Inputs) -> Iterator[Float[Tensor, "n v"]]:
         for part in chunks(inputs, CHUNK):
-            source = self.source(part)
+            source = self.captured(part)
             yield curvatures(self.target, self.settings.divergence, self.decoder, part, source=source).sqrt()
 
     def _impacts(self, inputs: Inputs, references: int, seed: int) -> Iterator[Float[Tensor, "n v"]]:
@@ -138,8 +147,13 @@ class Decomposition:
             s = self.settings
             yield self.source(part)(part, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
 
-    def source(self, examples: Examples) -> CapturedSource:
-        """Where gradients come from, prepared on the first examples that are asked about."""
+    def captured(self, examples: Examples) -> CapturedSource:
+        """Where gradients of whole outputs come from."""
+        source = self.source(examples)
+        return source.captured if isinstance(source, UseSource) else source
+
+    def source(self, examples: Examples) -> CapturedSource | UseSource:
+        """Where the samples' gradients come from, prepared on the first examples that are asked about."""
         if self._source is None or self.target.renewed():
             self._source = capture(self.target, examples, self.settings)
         return self._source
@@ -171,7 +185,7 @@ class Decomposition:
 
     def save(self, path: str | Path) -> None:
         """Write the directions as safetensors with the settings as metadata."""
-        tensors = {"pool": self.pool, **pack("decoder", self.decoder)}
+        tensors = {**pack_pool(self.pool, self.seen), **pack("decoder", self.decoder)}
         if not self.settings.tied:
             tensors |= pack("encoder", self.encoder)
         metadata = {
@@ -181,6 +195,7 @@ class Decomposition:
             "target": fingerprint(self.target),
             "threshold": self.threshold,
             "history": asdict(self.history),
+            "arguments": list(self.seen.names) if isinstance(self.seen, Named) else None,
         }
         files.write(path, tensors, metadata)
 
@@ -204,7 +219,9 @@ class Decomposition:
             threshold = metadata["threshold"]
             if threshold is not None:
                 real("threshold", threshold, least=0)
-            return cls(target, settings, encoder, decoder, threshold, tensors["pool"], history)
+            seen = unpack_seen(tensors, metadata.get("arguments"))
+            pool = pool_of(target, seen, settings)[1] if seen else tensors["pool"]
+            return cls(target, settings, encoder, decoder, threshold, pool, history, seen)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None
 
@@ -278,6 +295,8 @@ def decompose(
     batch_size: int = 256,
     learning_rate: float = 1e-2,
     seed: int = 0,
+    samples: Literal["outputs", "uses"] = "outputs",
+    scale: Literal["unit"] | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 30.0,
@@ -288,7 +307,8 @@ def decompose(
         model: any module, in evaluation mode. Its parameters are read, never changed.
         inputs: a tensor, or a tuple of tensors passed to the model together; the first axis counts examples.
         divergence: how outputs are compared; :class:`SquaredError` by default.
-        reference: what a sample is compared with; :class:`OtherSample` by default.
+        reference: what a sample is compared with; :class:`OtherSample` by default, for uses :class:`Mean`, which under
+            KL is the same without the noise of a draw.
         parameters: glob patterns over the names in ``model.named_parameters()``.
         n_directions: size of the dictionary.
         rank: rank of each direction in each tensor.
@@ -296,52 +316,105 @@ def decompose(
         tied: one set of rows for reading and writing, instead of two.
         sparsity: :class:`BatchTopK` (10% by default) or :class:`L1`.
         batch_size: samples in a step; an example with positions counts once for each.
+        samples: whose gradients are rebuilt: each output's, over all uses of a weight (``"outputs"``), or each single
+            use's, over all outputs (``"uses"``), where a use is a position or patch at which a weight multiplies.
+            ``encode`` and the rest then count samples example by example, position by position.
+        scale: ``"unit"`` scales the gradients of uses to norm one, so that all count alike.
         checkpoint: a path that is written as the fit goes on, and resumed from where it is there.
         checkpoint_seconds: time between two writes, at least; longer where a write takes more than 1/40 of it.
 
     Raises:
         ValueError: for anything that cannot be handled, before work starts.
     """
-    divergence = SquaredError() if divergence is None else divergence
-    reference = OtherSample() if reference is None else reference
-    sparsity = BatchTopK(0.1) if sparsity is None else sparsity
     settings = Settings(
-        divergence, reference, patterns(parameters), n_directions, rank,
-        factorization, tied, sparsity, steps, batch_size, learning_rate, seed,
+        SquaredError() if divergence is None else divergence,
+        (Mean() if samples == "uses" else OtherSample()) if reference is None else reference,
+        patterns(parameters), n_directions, rank, factorization, tied, BatchTopK(0.1) if sparsity is None else sparsity,
+        steps, batch_size, learning_rate, seed, samples, scale,
     )  # fmt: skip
-    checkpoint = None if checkpoint is None else files.writable(checkpoint)
+    path = None if checkpoint is None else files.writable(checkpoint)
     real("checkpoint_seconds", checkpoint_seconds, least=0)
-    probe = first(inputs, 3)
     target = Target(model, settings.parameters)
-    Directions.random(target.shapes, 1, rank, factorization)  # refuses a rank of no use before any work
-    f = target.outputs(probe)
-    divergence.check(f.shape[-1])
-    source = capture(target, probe, settings)
-    n, positions = count(inputs), f.shape[1]
-    cached = n is not None and CachedBatches.size(f, n, reference, target) <= CACHE_BYTES
-    # The pool is read from every sample where that is cheap, and else from some that are drawn.
-    some = math.ceil(POOL_SAMPLES / positions)
-    everything = n is not None and (cached or n <= some)
-    held = fetch(inputs, range(n)) if everything and n else feed(inputs, generator(seed, "pool")).take(some)
-    f = target.outputs(held)
-    pool = reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(seed, "pool"))
-    draws = Draws.of(reference, divergence, pool, (1, 1), 1, generator(seed, "probe"))
-    check_differs(draws, f, generator(seed, "zero"))
-    if cached:
-        batches = CachedBatches(source, held, f, draws, generator(seed, "data"))
-    else:
-        batches = LiveBatches(source, feed(inputs, generator(seed, "data")), draws, positions)
-    identity = {
+    check_rank(target.shapes, rank, factorization)
+    data = Data.read(target, inputs, settings)
+    source = capture(target, data.probe, settings)
+    keeper = None if path is None else Checkpoint(path, identity(target, data, settings), checkpoint_seconds)
+    while True:
+        try:
+            found = fit(target, data.batches(source, settings), settings, progress=progress, checkpoint=keeper)
+            break
+        except Mistaken:
+            aside = keeper and keeper.set_aside()
+            kept = f"; its checkpoint is at {str(aside)!r}" if aside else ""
+            log.warning("earlier gradients were not autograd's: the fit starts again with autograd's%s", kept)
+    made = Decomposition(
+        target, settings, found.encoder, found.decoder, found.threshold, data.pool, found.history, data.seen
+    )
+    made._source = source
+    return made
+
+
+@dataclass
+class Data:
+    """What a fit reads of its inputs."""
+
+    inputs: Inputs
+    count: int | None  # examples, where that is known
+    probe: Examples  # the first three
+    seen: Examples  # those from whose outputs references are made: all, where that is cheap
+    outputs: Float[Tensor, "e p k"]  # of these
+    pool: Float[Tensor, "m k"]
+    draws: Draws
+    cached: bool  # whether Jacobians of all are small enough to be kept
+
+    @classmethod
+    def read(cls, target: Target, inputs: Inputs, settings: Settings) -> "Data":
+        """Run the target on the inputs that references are made from.
+
+        Raises:
+            ValueError: if the divergence cannot compare the outputs, or no output differs from its reference.
+        """
+        s, probe = settings, first(inputs, 3)
+        f = target.outputs(probe)
+        s.divergence.check(f.shape[-1])
+        n = count(inputs)
+        cached = n is not None and CachedBatches.size(f, n, s.reference, target) <= CACHE_BYTES
+        some = math.ceil(POOL_SAMPLES / f.shape[1])
+        everything = n is not None and (cached or n <= some)
+        seen = fetch(inputs, range(n)) if everything and n else feed(inputs, generator(s.seed, "pool")).take(some)
+        f, pool = pool_of(target, seen, s)
+        draws = Draws.of(s.reference, s.divergence, pool, (1, 1), 1, generator(s.seed, "probe"))
+        check_differs(draws, f, generator(s.seed, "zero"))
+        return cls(inputs, n, probe, seen, f, pool, draws, cached)
+
+    def batches(self, source: CapturedSource | UseSource, settings: Settings) -> Batches:
+        """Batches of gradients in the order that the seed gives, from the start."""
+        order, positions = generator(settings.seed, "data"), self.outputs.shape[1]
+        if isinstance(source, UseSource):
+            if self.count and settings.reference.fixed and source.bytes(self.count) <= HELD_BYTES:
+                return HeldUses(source, fetch(self.inputs, range(self.count)), self.draws, order)
+            return LiveBatches(source, feed(self.inputs, order), self.draws, positions, source.positions)
+        if self.cached:
+            return CachedBatches(source, self.seen, self.outputs, self.draws, order)
+        return LiveBatches(source, feed(self.inputs, order), self.draws, positions, positions)
+
+
+def pool_of(target: Target, seen: Examples, settings: Settings) -> tuple[Float[Tensor, "e p k"], Float[Tensor, "m k"]]:
+    """The outputs of examples, and what references are made of them."""
+    f, predict = target.outputs(seen), settings.divergence.predict
+    generated = generator(settings.seed, "pool")
+    return f, settings.reference.prepare(settings.divergence, predict(f.flatten(0, 1)), generated)
+
+
+def identity(target: Target, data: Data, settings: Settings) -> dict[str, Any]:
+    """What a checkpoint must be a checkpoint of."""
+    seen = {str(number): tensor for number, tensor in enumerate(data.seen)}
+    return {
         "settings": settings.as_json(),
         "target": fingerprint(target),
         "precision": str(parallel.precision() or target.dtype),
-        "data": files.checksum({str(number): tensor for number, tensor in enumerate(held)}, f"{n} examples"),
+        "data": files.checksum(seen, f"{data.count} examples"),
     }
-    keeper = None if checkpoint is None else Checkpoint(checkpoint, identity, checkpoint_seconds)
-    found = fit(target, batches, settings, progress=progress, checkpoint=keeper)
-    made = Decomposition(target, settings, found.encoder, found.decoder, found.threshold, pool, found.history)
-    made._source = source
-    return made
 
 
 def check_differs(draws: Draws, f: Float[Tensor, "e p k"], generator: torch.Generator) -> None:

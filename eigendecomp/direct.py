@@ -75,7 +75,7 @@ def decompose_curvature(
     divergence = SquaredError() if divergence is None else divergence
     settings = Settings(
         divergence, ModelSample(), patterns(parameters), n_directions, rank,
-        factorization, True, L1(0.0), steps, batch_size, learning_rate, seed, interference,
+        factorization, True, L1(0.0), steps, batch_size, learning_rate, seed, interference=interference,
     )  # fmt: skip
     target = Target(model, settings.parameters)
     f = target.outputs(first(inputs, 3))

@@ -26,6 +26,15 @@ def largest_rank(shape: Sequence[int], factorization: Factorization) -> int:
     return math.prod(shape) // max(shape)
 
 
+def check_rank(shapes: Shapes, rank: int, factorization: Factorization) -> None:
+    """Raises ValueError if the rank is not positive, or no tensor can use it."""
+    most = max(largest_rank(shape, factorization) for shape in shapes.values())
+    if not 1 <= rank <= most:
+        raise ValueError(
+            f"rank={rank} is outside 1 to {most}: no chosen tensor {dict(shapes)} can use more in {factorization}"
+        )
+
+
 def khatri_rao(factors: Sequence[Float[Tensor, "v k _"]]) -> Float[Tensor, "v k d"]:
     """The flattened outer product over axes of every rank-one term."""
     product = factors[0]
@@ -67,12 +76,7 @@ class Directions:
         """
         if n < 1:
             raise ValueError(f"n_directions={n} must be at least 1")
-        most = max(largest_rank(shape, factorization) for shape in shapes.values())
-        if not 1 <= rank <= most:
-            raise ValueError(
-                f"rank={rank} is outside 1 to {most}: no chosen tensor {dict(shapes)} can use more in {factorization}"
-            )
-
+        check_rank(shapes, rank, factorization)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
 
         def gauss(*size: int) -> Tensor:

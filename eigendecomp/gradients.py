@@ -34,6 +34,10 @@ class Part(Protocol):
 
     names: tuple[str, ...]
 
+    def __len__(self) -> int:
+        """The number of samples."""
+        ...
+
     def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
         """⟨g, u⟩ over these tensors; differentiable in the directions."""
         ...
@@ -50,6 +54,10 @@ class Part(Protocol):
         """The gradient of one sample alone."""
         ...
 
+    def weighted(self, weights: Float[Tensor, " n"]) -> dict[str, Float[Tensor, "*shape"]]:
+        """Σ_n weight_n g_n."""
+        ...
+
 
 class Formed:
     """Gradients as numbers, flattened tensor after tensor."""
@@ -58,6 +66,9 @@ class Formed:
         self.shapes = dict(shapes)
         self.names = tuple(shapes)
         self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
 
     def inner(self, directions: Directions) -> Tensor:
         return self.values @ directions.flat(self.names).T
@@ -73,6 +84,10 @@ class Formed:
     def sample(self, n: int) -> "Formed":
         return Formed(self.shapes, self.values[n : n + 1])
 
+    def weighted(self, weights: Tensor) -> dict[str, Tensor]:
+        total = Formed(self.shapes, (weights @ self.values)[None])
+        return {name: value[0] for name, value in total.dense().items()}
+
 
 class Gradients:
     """The gradients of n samples over all chosen tensors."""
@@ -80,6 +95,9 @@ class Gradients:
     def __init__(self, shapes: Shapes, parts: Sequence[Part]) -> None:
         self.shapes = dict(shapes)
         self.parts = list(parts)
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
 
     def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
         """⟨g_n, u_v⟩; differentiable in the directions."""
@@ -105,6 +123,10 @@ class Gradients:
         """‖g_n‖²."""
         return sum_of([part.square_norms() for part in self.parts])
 
+    def weighted(self, weights: Float[Tensor, " n"]) -> dict[str, Float[Tensor, "*shape"]]:
+        """Σ_n weight_n g_n, tensor by tensor."""
+        return {name: value for part in self.parts for name, value in part.weighted(weights).items()}
+
     def dense(self) -> dict[str, Float[Tensor, "n *shape"]]:
         """{parameter: (n, *shape)}: small problems only."""
         formed = {name: value for part in self.parts for name, value in part.dense().items()}
@@ -123,6 +145,9 @@ class Recomputed:
         self.pieces = pieces
         self.norms: list[Tensor] = []
 
+    def __len__(self) -> int:
+        return sum(len(piece()) for piece in self.pieces)
+
     def inner(self, directions: Directions) -> Tensor:
         return _InnerByPieces.apply(self, directions, *directions.tensors())
 
@@ -132,6 +157,14 @@ class Recomputed:
     def dense(self) -> dict[str, Tensor]:
         pieces = [piece().dense() for piece in self.pieces]
         return {name: torch.cat([dense[name] for dense in pieces]) for name in self.names}
+
+    def weighted(self, weights: Tensor) -> dict[str, Tensor]:
+        totals: dict[str, Tensor] = {}
+        for piece in self.pieces:
+            g = piece()
+            own, weights = weights[: len(g)], weights[len(g) :]
+            totals = {name: totals.get(name, 0) + value for name, value in g.weighted(own).items()}
+        return totals
 
     def sample(self, n: int) -> Formed:
         g = {name: value[n : n + 1] for name, value in self.dense().items()}
@@ -230,7 +263,8 @@ class FunctionalSource:
         if not self.loop:
             try:
                 formed = torch.func.vmap(one, chunk_size=self.chunk)(c, *examples)
-                return torch.cat([value.reshape(c.shape[0] * c.shape[1], -1) for value in formed.values()], 1)
+                sizes = {name: p.numel() for name, p in chosen.items()}  # which vmap gets wrong for PReLU
+                return torch.cat([g.reshape(c.shape[0] * c.shape[1], sizes[name]) for name, g in formed.items()], 1)
             except RuntimeError as error:
                 log.warning("torch.func.vmap cannot run this model, so examples are taken one by one: %s", error)
                 self.loop = True

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from eigendecomp import divergence as divergences
 from eigendecomp import reference as references
@@ -30,6 +30,8 @@ class Settings:
     batch_size: int
     learning_rate: float
     seed: int
+    samples: Literal["outputs", "uses"] = "outputs"  # whose gradients are rebuilt
+    scale: Literal["unit"] | None = None  # whether uses count alike, whatever the size of their gradients
     interference: float | None = None  # weight of the direct method's second loss; None for a fit of gradients
 
     def __post_init__(self) -> None:
@@ -41,6 +43,10 @@ class Settings:
             real("interference", self.interference, least=0)
         if self.factorization not in ("cp", "tucker"):
             raise ValueError(f"factorization={self.factorization!r} must be 'cp' or 'tucker'")
+        if self.samples not in ("outputs", "uses"):
+            raise ValueError(f"samples={self.samples!r} must be 'outputs' or 'uses'")
+        if self.scale not in (None, "unit") or (self.scale and self.samples == "outputs"):
+            raise ValueError(f"scale={self.scale!r} must be None, or 'unit' with samples='uses'")
         if not isinstance(self.tied, bool):
             raise ValueError(f"tied={self.tied!r} must be True or False")
         for name, kind in (("divergence", Divergence), ("reference", Reference), ("sparsity", Sparsity)):

@@ -1,7 +1,7 @@
 """What is written and read back: a fit as it goes on, and the parts of a decomposition's file."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from eigendecomp.directions import Directions
 from eigendecomp.settings import Settings
-from eigendecomp.support import files
+from eigendecomp.support import files, parallel
+from eigendecomp.support.examples import Examples, Named
 from eigendecomp.target import Target
 
 WRITE_SHARE = 1 / 40  # of a long fit's time goes into its checkpoints, at most
@@ -42,6 +43,11 @@ class Checkpoint:
     def interval(self) -> float:
         """Seconds between two writes: as chosen, or longer where writing would take more than its share of the time."""
         return max(self.seconds, self.taken / WRITE_SHARE)
+
+    def set_aside(self) -> Path | None:
+        """Keep what was written under another name, to which nothing is written any more."""
+        aside = self.path.with_name(self.path.name + ".before")
+        return self.path.replace(aside) if self.path.exists() and parallel.leads() else None
 
     def write(self, state: Kept) -> None:
         start = time.monotonic()
@@ -94,6 +100,18 @@ def pack(prefix: str, directions: Directions) -> dict[str, Tensor]:
         for name, factors in directions.factors.items()
         for number, factor in enumerate(factors)
     }
+
+
+def pack_pool(pool: Tensor, seen: Examples) -> dict[str, Tensor]:
+    """The pool of references, or the examples that it is made from again, whichever is smaller."""
+    inputs = {f"pool of/{number}": tensor for number, tensor in enumerate(seen)}
+    return inputs if 0 < sum(tensor.nbytes for tensor in seen) < pool.nbytes else {"pool": pool}
+
+
+def unpack_seen(tensors: Mapping[str, Tensor], arguments: Sequence[str] | None) -> Examples:
+    """The examples that the pool is made from; none where the pool itself was written."""
+    seen = tuple(tensors[f"pool of/{number}"] for number in range(sum(name.startswith("pool of/") for name in tensors)))
+    return seen if arguments is None or not seen else Named.of(seen, arguments)
 
 
 def unpack(prefix: str, tensors: Mapping[str, Tensor], target: Target, settings: Settings) -> Directions:

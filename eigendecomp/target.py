@@ -150,17 +150,47 @@ class Target:
         with LOCK:
             return standard(self._run(examples, chosen)).to(self.dtype)
 
+    @contextmanager
+    def differentiable(self) -> Iterator[list[Tensor]]:
+        """Inside, the chosen parameters of the model itself, which autograd follows whatever they were set to."""
+        with LOCK, torch.enable_grad():
+            own = dict(self.model.named_parameters())
+            chosen = [own[name] for name in self.names]
+            frozen = [p for p in chosen if not p.requires_grad]
+            try:
+                for p in frozen:
+                    p.requires_grad_()
+                yield chosen
+            finally:
+                for p in frozen:
+                    p.requires_grad_(False)
+
+    def itself(self, examples: Sequence[Tensor]) -> Float[Tensor, "e p k"]:
+        """Outputs of the model as it is, with nothing put in the place of its parameters."""
+        positional, named = self._arguments(examples)
+        with self._as_run():
+            return standard(self.model(*positional, **named)).to(self.dtype)
+
     def _run(self, examples: Sequence[Tensor], chosen: dict[str, Tensor] | None) -> object:
-        """What the model itself returns."""
-        self._learn_names(examples)
+        """What the model returns with these values in the place of its parameters."""
         values = {**self.frozen, **(self.chosen if chosen is None else chosen)}
-        positional, named = tuple(examples), {}
-        if self.keywords:
-            positional, named = (), dict(zip(self.keywords, examples, strict=True))
+        positional, named = self._arguments(examples)
+        with self._as_run():
+            return torch.func.functional_call(self.model, values, positional, named)
+
+    @contextmanager
+    def _as_run(self) -> Iterator[None]:
+        """How the model is run: by one thread, in the precision of the processes, without opaque operations."""
         mixed = parallel.precision()
         coarse = torch.autocast(self.device.type, mixed) if mixed else nullcontext()
         with LOCK, plain_operations(self.onednn), coarse:
-            return torch.func.functional_call(self.model, values, positional, named)
+            yield
+
+    def _arguments(self, examples: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        self._learn_names(examples)
+        if self.keywords:
+            return (), dict(zip(self.keywords, examples, strict=True))
+        return tuple(examples), {}
 
     def _learn_names(self, examples: Sequence[Tensor]) -> None:
         names = examples.names if isinstance(examples, Named) else ()

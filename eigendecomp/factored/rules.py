@@ -118,13 +118,21 @@ class Plan:
 
     def recognises(self, use: Use, examples: int) -> bool:
         """Whether a use in another run is the one that the plan was made for."""
-        if (use.kind, use.name) != (self.kind, self.name):
+        rows = use.rows(use.output).shape
+        if (use.kind, use.name) != (self.kind, self.name) or rows[self.layout.axis] % examples:
             return False
         if use.weight is not self.weight and use.weight not in self.seen:
-            if use.weight is None or not torch.equal(read(use, self.layout, examples), self.entries):
+            if use.weight is None or not self._meets(use, examples):
                 return False
             self.seen.append(use.weight)
         return True
+
+    def _meets(self, use: Use, examples: int) -> bool:
+        """Whether a use meets the entries of the parameter that the plan's does."""
+        try:
+            return torch.equal(read(use, self.layout, examples), self.entries)
+        except NotUnderstood:
+            return False
 
     @property
     def name(self) -> str:

@@ -23,11 +23,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from eigendecomp.factored.guard import Guard, Mistaken, coarse, differing
 from eigendecomp.factored.record import Node, Trace, Use, storages
 from eigendecomp.factored.rules import Layout, NotUnderstood, Plan, find_layout, make_plan, product_sides, summed
 from eigendecomp.factored.terms import Factored, Side, Term
 from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, Recomputed, spread, sum_of
-from eigendecomp.support import parallel
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ DIFFERENT = (
     "the model runs different operations for different inputs, so its gradients cannot be captured; give a model "
     "without data-dependent branches or loops over examples"
 )
+UNTRUE = "its factored gradient is not the true one"
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,59 @@ class CapturedSource:
         self.constant: set[int] = set()  # numbers of the lookups whose rows all examples share
         self.batched = True  # whether torch can batch the model's backward pass
         self.coins = torch.Generator().manual_seed(0)
+        self.guard = Guard(target)
         self._prepare(several(examples, 3))
 
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
-        """The gradients of the examples' samples, in factored form where that is cheaper."""
+        """The gradients of the examples' samples, in factored form where that is cheaper.
+
+        Raises:
+            Mistaken: if a look at this call finds that those of earlier calls may have been wrong.
+            ValueError: if autograd's own gradient of an example changes with the examples beside it.
+        """
         self.prepare(examples)
+        pieces = self._pieces(examples, cotangents)
+        gradients, was_wrong = self._captured(pieces), False
+        if self.guard.due():
+            while wrong := self.guard.wrong(pieces, gradients):
+                was_wrong = True
+                self._distrust(wrong)
+                gradients = self._captured(pieces)
+        if was_wrong and self.guard.calls > 1:
+            raise Mistaken
+        return gradients
+
+    def _pieces(self, examples: Sequence[Tensor], cotangents: Cotangents) -> list[tuple[list[Tensor], Cotangents]]:
+        """The examples in parts whose gradients fit into the budget."""
         e, (p, k) = len(examples[0]), self.outputs
         draws = cotangents[slice(0, 1)](torch.zeros(1, p, k, dtype=self.target.dtype)).shape[2]
         chunks = math.ceil(e * (self.bytes_per_example + draws * self.bytes_per_draw) / self.budget)
-        if chunks <= 1 or e <= 2:
-            return self.gradients(examples, cotangents)
-        size = max(2, math.ceil(e / chunks))  # one alone would be run twice
+        size = e if e <= 2 else max(2, math.ceil(e / max(1, chunks)))  # one alone would be run twice
         parts = [slice(start, start + size) for start in range(0, e, size)]
-        pieces = [partial(self.gradients, [tensor[part] for tensor in examples], cotangents[part]) for part in parts]
-        return Gradients(self.target.shapes, [Recomputed(self.target.names, pieces)])
+        return [([tensor[part] for tensor in examples], cotangents[part]) for part in parts]
+
+    def _captured(self, pieces: Sequence[tuple[Sequence[Tensor], Cotangents]]) -> Gradients:
+        if len(pieces) == 1:
+            return self.gradients(*pieces[0])
+        later = [partial(self.gradients, *piece) for piece in pieces]
+        return Gradients(self.target.shapes, [Recomputed(self.target.names, later)])
+
+    def _distrust(self, wrong: Sequence[str]) -> None:
+        """Leave parameters to the oracle; where it is itself wrong, to a backward pass for each example."""
+        if set(wrong) - set(self.fallback):
+            self._fall_back(dict.fromkeys(wrong, UNTRUE))
+            self._say(wrong)
+        elif not self.slow.loop:
+            self.slow.loop = True
+        else:
+            raise ValueError(
+                f"the gradient of {wrong[0]!r} for one example changes with the examples beside it; per-sample "
+                "gradients need independent examples along the first axis"
+            )
+
+    def _say(self, names: Collection[str]) -> None:
+        listed = "; ".join(f"{name} ({self.fallback[name]})" for name in names)
+        log.warning("gradients are formed by torch.func.vmap, which is slower, for: %s", listed)
 
     def prepare(self, examples: Sequence[Tensor]) -> None:
         """Find out again how uses are read, if these examples have other shapes than those seen last."""
@@ -176,8 +216,10 @@ class CapturedSource:
         f, trace = self.record(several(examples, 2) if count == 1 else examples, keep)
         e, p = f.shape[:2]
         plans, uses = self.plans, trace.uses
-        if len(uses) != len(plans) or not all(plan.recognises(use, e) for use, plan in zip(uses, plans, strict=True)):
-            raise ValueError(DIFFERENT)
+        if not self._recognised(trace, e):
+            self._fall_back(dict.fromkeys(self.target.names, DIFFERENT))
+            self._say(self.target.names)
+            return self.gradients(examples, cotangents)
         c = cotangents(f.detach()[:count])
         r, shapes = c.shape[2], self.target.shapes
         deltas = self._deltas(f, trace, c if count == e else torch.cat([c, torch.zeros_like(c)]))
@@ -205,6 +247,12 @@ class CapturedSource:
             chosen = {name: shapes[name] for name in shapes if name in formed}
             parts.append(Formed(chosen, torch.cat([formed[name] for name in chosen], 1)))
         return Gradients(shapes, parts)
+
+    def _recognised(self, trace: Trace, e: int) -> bool:
+        """Whether every use in a run of e examples is the one that a plan was made for."""
+        return len(trace.uses) == len(self.plans) and all(
+            plan.recognises(use, e) for use, plan in zip(trace.uses, self.plans, strict=True)
+        )
 
     def _read(
         self, name: str, found: Sequence[tuple[Use, Plan, Plan | None, Tensor]], e: int, count: int, p: int, r: int
@@ -250,7 +298,7 @@ class CapturedSource:
             raise ValueError(f"the output does not depend on the chosen parameters {names}: is it detached on the way?")
         _, fewer = self.record([tensor[1:] for tensor in examples])
         if signature(fewer) != signature(trace):
-            raise ValueError(DIFFERENT)
+            return self._leave_all(examples, f, trace, said)
         runs = [run for run in runs if signature(run[1]) == signature(trace)]
         c = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
         alone = torch.eye(len(f), dtype=f.dtype, device=f.device)[:, :, None, None] * c
@@ -276,9 +324,18 @@ class CapturedSource:
         self._check(examples, f, c)
         self._estimate(f, trace)
         if set(self.fallback) - said:
-            listed = "; ".join(f"{name} ({reason})" for name, reason in self.fallback.items())
-            log.warning("gradients are formed by torch.func.vmap, which is slower, for: %s", listed)
+            self._say(self.fallback)
         return None
+
+    def _leave_all(self, examples: tuple[Tensor, ...], f: Tensor, trace: Trace, said: set[str]) -> None:
+        """Leave every parameter to the oracle: the model runs other operations for other examples."""
+        self.operations, self.outputs = trace.operations, f.shape[1:]
+        self.plans, self.apart, self.cut, trace.uses = [], [], None, []
+        self._fall_back(dict.fromkeys(self.target.names, DIFFERENT))
+        self._check(examples, f, torch.randn(f.shape, generator=torch.Generator().manual_seed(0)).to(f))
+        self._estimate(f, trace)
+        if set(self.fallback) - said:
+            self._say(self.fallback)
 
     def _fall_back(self, reasons: Mapping[str, str]) -> None:
         """Leave parameters to the oracle, and do not look at their uses any more."""
@@ -333,7 +390,8 @@ class CapturedSource:
         memory = [node.output.untyped_storage() for node in trace.kept.values()]
         activations = sum({m.data_ptr(): m.nbytes() for m in memory if m.data_ptr() not in weights}.values())
         numbers = sum(p * math.prod(self.target.shapes[name]) for name in self.fallback)
-        for use, plan, apart in zip(trace.uses, self.plans, self.apart, strict=True):
+        uses = [use for use in trace.uses if use.name not in self.fallback]
+        for use, plan, apart in zip(uses, self.plans, self.apart, strict=True):
             samples = p if apart is None else 1
             delta = use.rows(use.output)
             numbers += samples * delta.numel() // e
@@ -345,45 +403,14 @@ class CapturedSource:
 
     def _check(self, examples: tuple[Tensor, ...], f: Tensor, c: Tensor) -> None:
         """Compare with one example run alone; what differs falls back, and what differs still is refused."""
-        target = self.target
-        dtype = parallel.precision() or f.dtype
-        tolerance = 1e-7 if dtype == torch.float64 else min(0.3, 30 * torch.finfo(dtype).eps ** 0.5)
-        with torch.no_grad():
-            again = target.call(examples)
-        scale = float(again.abs().max())
-        if not torch.allclose(again, f.detach(), rtol=tolerance, atol=tolerance * scale):
-            raise ValueError("two runs of the model on the same inputs differ; call model.eval() and remove randomness")
-        with torch.enable_grad():
-            f0 = target.call([tensor[:1] for tensor in examples])
-        if not torch.allclose(f0.detach(), again[:1], rtol=tolerance, atol=tolerance * scale):
-            raise ValueError(
-                "the model's output for one example changes with the examples beside it; per-sample gradients need "
-                "independent examples along the first axis (is a layer normalising over the batch?)"
-            )
         position = f.shape[1] // 2
-        only = torch.zeros_like(c[:1])
-        only[:, position] = c[:1, position]
-        truth = torch.autograd.grad(f0, list(target.chosen.values()), only, allow_unused=True, materialize_grads=True)
-        for name, g in zip(target.names, truth, strict=True):
-            if not g.isfinite().all():
-                raise ValueError(
-                    f"the gradient of {name!r} is NaN or infinite for the first example; remove or mend it"
-                )
-        norm = torch.stack([g.norm() for g in truth]).norm()
+        truth = self.guard.check_first(examples, c, position)
         while True:
             parts = self.gradients(examples, lambda _: c.unsqueeze(2)).parts
             found = {name: g for part in parts for name, g in part.sample(position).dense().items()}
-            wrong = [
-                name
-                for name, g in zip(target.names, truth, strict=True)
-                # what is nothing beside the rest may be off by the rounding of the rest
-                if not (found[name][0].reshape(g.shape) - g).norm() <= tolerance * (g.norm() + 1e-3 * norm)
-            ]
-            if not wrong:
+            if not (wrong := differing(found, truth, max(coarse(f.dtype), self.guard.tolerance))):
                 return
-            if set(wrong) <= set(self.fallback):
-                raise ValueError(f"the gradient of {wrong[0]!r} for one example changes with the examples beside it")
-            self._fall_back(dict.fromkeys(wrong, "its factored gradient is not the true one"))
+            self._distrust(wrong)
 
     # ---- uses one by one
 
@@ -409,25 +436,30 @@ class CapturedSource:
     @torch.no_grad()
     def factors(
         self, examples: Sequence[Tensor], cotangents: Cotangents
-    ) -> dict[str, list[tuple[Float[Tensor, "e t i"], Float[Tensor, "e t o"]]]]:
-        """Every use's input and its output gradient, with respect to all outputs of an example together.
+    ) -> dict[str, list[tuple[Float[Tensor, "e t i"], Float[Tensor, "r e t o"]]]]:
+        """Every use's input and, for every draw, its output gradient with respect to all outputs of an example.
 
-        Cotangents are one for each output. Over its positions, and over its uses, the outer products of the two are
-        the parameter's gradient.
+        Over its positions, and over its uses, the outer products of the two are the parameter's gradient.
 
         Raises:
-            ValueError: if a parameter is not a weight that multiplies, or these examples run other operations.
+            ValueError: if a parameter is not a weight that multiplies, or these examples run other operations, or the
+                sum over uses is not autograd's gradient.
         """
         count = len(examples[0])
         found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.axes()}
         f, trace = self._traced(examples)
-        c = cotangents(f.detach()[:count])[:, :, 0]
+        c = cotangents(f.detach()[:count])
         c = c if count == len(f) else torch.cat([c, torch.zeros_like(c)])
-        deltas = self.pull(Node(f).settle(), trace.uses, c[None])
+        deltas = self.pull(Node(f).settle(), trace.uses, c.movedim(2, 0), c.shape[0] * c.shape[1])
+        terms: dict[str, list[Factored]] = defaultdict(list)
         for use, plan, delta in zip(trace.uses, self.plans, deltas, strict=True):
-            left, right = (side.first(count).full()[0] for side in product_sides(use, plan, delta, len(f)))
+            assert plan.rows is not None
+            left, right = (side.first(count) for side in product_sides(use, plan, delta, len(f)))
+            terms[plan.name].append(Factored(plan.name, self.target.shapes[plan.name], plan.rows, [(left, right)]))
             a, b = (left, right) if plan.left_is_data else (right, left)
-            found[plan.name].append((a.to(b.dtype), b))
+            found[plan.name].append((a.full()[0].to(b.values.dtype), b.full()))
+        if self.guard.due():
+            self.guard.check_sums(examples, cotangents, terms)
         return found
 
     @torch.no_grad()
@@ -448,10 +480,7 @@ class CapturedSource:
         """A recorded run in which every use is recognised; of one example, as two."""
         self.prepare(examples)
         f, trace = self.record(several(examples, 2) if len(examples[0]) == 1 else examples)
-        known = len(trace.uses) == len(self.plans) and all(
-            plan.recognises(use, len(f)) for use, plan in zip(trace.uses, self.plans, strict=True)
-        )
-        if not known:
+        if not self._recognised(trace, len(f)):
             raise ValueError(DIFFERENT)
         return f, trace
 

@@ -171,6 +171,11 @@ class Factored:
         left, right = (Side(none.new_zeros(*none.shape, d), d) for d in (shape[0], math.prod(shape[1:])))
         return cls(name, shape, (0,), [(left, right)])
 
+    def __len__(self) -> int:
+        if self.formed is not None:
+            return len(self.formed)
+        return max(math.prod(side.values.shape[:2]) for term in self.terms for side in term)
+
     def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
         """Eq. 10."""
         left, right = directions.pair(self.names[0], self.rows)
@@ -223,12 +228,22 @@ class Factored:
     def dense(self) -> dict[str, Float[Tensor, "n *shape"]]:
         if self.formed is not None:
             return self.formed.dense()
-        columns = [axis for axis in range(len(self.shape)) if axis not in self.rows]
         dtype = next(side.values.dtype for side in self.terms[0] if not side.lookup)
         matrix = sum_of([_outer(a.full().to(dtype), b.full().to(dtype)) for a, b in self.terms])
-        order = [*self.rows, *columns]
-        tensor = matrix.transpose(0, 1).reshape(-1, *(self.shape[axis] for axis in order))
-        return {self.names[0]: tensor.permute(0, *(1 + order.index(axis) for axis in range(len(order))))}
+        return {self.names[0]: self._tensors(matrix.transpose(0, 1).flatten(0, 1))}
+
+    def _tensors(self, matrices: Float[Tensor, "n l r"]) -> Float[Tensor, "n *shape"]:
+        """Matrices of the left by the right side, in the order of the tensor's own axes."""
+        order = [*self.rows, *(axis for axis in range(len(self.shape)) if axis not in self.rows)]
+        tensor = matrices.reshape(-1, *(self.shape[axis] for axis in order))
+        return tensor.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
+
+    def weighted(self, weights: Float[Tensor, " n"]) -> dict[str, Float[Tensor, "*shape"]]:
+        if self.formed is not None:
+            return self.formed.weighted(weights)
+        by_draw = weights.view(self.terms[0][0].values.shape[1], -1).T  # samples are ordered example by example
+        total = sum_of([_weighted_outer(a, b, by_draw) for a, b in self.terms])
+        return {self.names[0]: self._tensors(total[None])[0]}
 
     def sample(self, n: int) -> "Factored | Formed":
         """The gradient of one sample alone."""
@@ -236,6 +251,25 @@ class Factored:
             return self.formed.sample(n)
         e, c = divmod(n, max(len(side.values) for term in self.terms for side in term))
         return Factored(self.names[0], self.shape, self.rows, [(a.select(e, c), b.select(e, c)) for a, b in self.terms])
+
+
+def _weighted_outer(a: Side, b: Side, weights: Float[Tensor, "c e"]) -> Float[Tensor, "l r"]:
+    """Σ_{c,e} weight_ce Σ_t a_t ⊗ b_t; rows that all cotangents share are met by the sum over cotangents."""
+    if b.lookup or len(a.values) > len(b.values):
+        return _weighted_outer(b, a, weights).T
+    scaled = weights.to(b.values)[..., None, None] * b.values
+    own = a.values.expand(len(weights), *a.values.shape[1:])
+    if len(a.values) == 1:
+        own, scaled = a.values, scaled.sum(0, keepdim=True)
+    left, right = own.flatten(0, 2), scaled.flatten(0, 2)
+    if a.lookup:
+        right = right * (left >= 0).unsqueeze(-1)
+        matrix = right.new_zeros(a.size, right.shape[-1]).index_add_(0, left.clamp_min(0), right)
+    else:
+        matrix = left.T.to(right) @ right
+        if a.index is not None:
+            matrix = matrix.new_zeros(a.size, right.shape[-1]).index_add_(0, a.index, matrix)
+    return matrix if b.index is None else matrix.new_zeros(len(matrix), b.size).index_add_(1, b.index, matrix)
 
 
 def _outer(a: Float[Tensor, "c e t l"], b: Float[Tensor, "d e t r"]) -> Float[Tensor, "m e l r"]:

@@ -191,7 +191,7 @@ def changes(
     both = d.encoder if d.settings.tied else d.encoder.beside(d.decoder)
     p, k = d.target.outputs(single(part)).shape[1:]
     backwards = p * k <= both.n
-    source = d.source(part) if backwards else None
+    source = d.captured(part) if backwards else None
     size = max(1, MEMORY // (p * k * both.n * torch.finfo(d.target.dtype).bits // 8))
     for few in chunks(part, size):
         f = d.target.outputs(few).flatten(0, 1)

@@ -117,7 +117,7 @@ def collect(
         shape = len(part[0]), source.outputs[0]
         draws = Draws.of(reference, divergence, pool, shape, 1, draw)
         for name, ((data, asked),) in source.factors(part, draws).items():
-            found[name].append((data.flatten(0, 1), asked.flatten(0, 1)))
+            found[name].append((data.flatten(0, 1), asked[0].flatten(0, 1)))
     met, wanted = ({name: torch.cat([pair[i] for pair in pairs]) for name, pairs in found.items()} for i in (0, 1))
     counts = {name: len(x) // len(examples[0]) for name, x in met.items()}
     if len(set(counts.values())) != 1:

@@ -102,6 +102,6 @@ def _pair(rows: Directions, name: str, use: Axes) -> tuple[Tensor, Tensor]:
 def _source(d: Decomposition, inputs: Inputs) -> CapturedSource:
     """The decomposition's own, prepared for inputs of this shape."""
     examples = as_examples(inputs)
-    source = d.source(examples)
+    source = d.captured(examples)
     source.prepare(examples)
     return source

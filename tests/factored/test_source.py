@@ -933,7 +933,7 @@ REFUSED = {
     "noise": (lambda m, x: (x + torch.randn_like(x)) @ m.w, "remove randomness"),
     "dropout by hand": (lambda m, x: F.dropout(x @ m.w, 0.5, training=True), "remove randomness"),
     "state": (stateful, "two runs of the model on the same inputs differ"),
-    "branch on data": (branching, "runs different operations for different inputs"),
+    "branch on data": (branching, "changes with the examples beside it"),
     "no chosen parameter in the output": (lambda m, x: x, "does not depend on the chosen parameters"),
 }
 

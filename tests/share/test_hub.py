@@ -103,9 +103,7 @@ def test_what_is_pushed_is_what_is_read(d: ed.Decomposition, tmp_path: Path, mon
         d.push_to_hub("a b")
 
 
-def test_what_cannot_be_found_is_named(
-    d: ed.Decomposition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_found_is_named(d: ed.Decomposition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"holds no decomposition\.safetensors"):
         ed.Decomposition.from_pretrained(tmp_path, model())
     with pytest.raises(ValueError, match="neither a folder nor"):
