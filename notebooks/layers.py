@@ -11,7 +11,9 @@
 #
 # A residual network computes $y = x + \mathrm{ReLU}(x)$ for a hundred features with half as many neurons, in one layer
 # or spread over two or three. Whatever is done for a feature is done by many neurons of every layer, and no neuron
-# works for one feature alone. A direction of parameter space may have a part in every layer.
+# works for one feature alone. **One direction of parameter space holds what all layers do for a feature**: with one and
+# a half directions a feature every feature owns one, and the neuron contributions of all layers together can be read
+# from it. Directions fitted to one layer find the features too, but only that layer's third of the computation.
 
 # %% tags=["parameters"]
 seed = 0

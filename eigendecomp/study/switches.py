@@ -78,7 +78,8 @@ class Switch:
         with move(step) as moved:
             values = self._values(moved)
         change = values - self.base
-        beside = change[: self.size].square().sum() - change[: self.size, self.feature].square().sum()
+        others = torch.arange(change.shape[1]) != self.feature
+        beside = change[: self.size, others].square().sum()
         own, elsewhere = self._gain(values).square().sum() / self.unit, self._rest(change).square().sum() / self.rest
         return Effect(step, own.item(), (beside / self.unit).item(), elsewhere.item())
 
