@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 # The kernel called python3 is this environment's, whatever else the user has registered.
 export JUPYTER_PREFER_ENV_PATH = 1
 
-.PHONY: help all figures paper test screenshots lab lint pairs verify environment clean always
+.PHONY: help all figures paper test screenshots long lab lint pairs verify environment clean always
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,7 +30,7 @@ all: figures ## figures, then paper
 	@$(MAKE) --no-print-directory paper
 
 # The longest first, and the cost notebook, which measures times, alone at the end.
-LONGEST := $(filter notebooks/cnn.ipynb notebooks/tinystories.ipynb notebooks/manifold.ipynb,$(NOTEBOOKS))
+LONGEST := $(filter notebooks/cnn.ipynb notebooks/tinystories.ipynb notebooks/layers.ipynb notebooks/manifold.ipynb,$(NOTEBOOKS))
 figures: | $(READY) ## execute the notebooks: every figure, table and number (FORCE=1: even if nothing changed)
 	@$(MAKE) --no-print-directory -j$(JOBS) $(LONGEST) $(filter-out notebooks/cost.ipynb $(LONGEST),$(NOTEBOOKS))
 	@$(MAKE) --no-print-directory notebooks/cost.ipynb
@@ -49,6 +49,9 @@ ifneq ($(SOURCES),)
 	HF_HUB_OFFLINE=1 EIGENDECOMP_PROFILE=smoke EIGENDECOMP_FIGURES="$(CURDIR)/$(SMOKE)/figures" \
 		$(BIN)/python -m pytest --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 -n $(JOBS) $(SMOKE)/notebooks
 endif
+
+long: $(READY) ## make what data/runs lacks, in hours of one core (stopped and started again, it goes on)
+	@for script in notebooks/tools/long/*.py; do $(BIN)/python $$script || exit 1; done
 
 screenshots: $(READY) ## take pictures of the pages in figures/ (needs Chromium)
 	@$(BIN)/python notebooks/tools/screenshots.py

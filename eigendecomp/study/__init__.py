@@ -11,7 +11,9 @@ from eigendecomp.study import (
     positions,
     rates,
     readings,
+    recovery,
     scores,
+    switches,
 )
 
 __all__ = [
@@ -25,5 +27,7 @@ __all__ = [
     "positions",
     "rates",
     "readings",
+    "recovery",
     "scores",
+    "switches",
 ]

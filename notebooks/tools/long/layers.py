@@ -1,0 +1,146 @@
+"""The fits behind the notebook `layers`, one after another: recovery by layers, embedding, directions and seed.
+
+    python notebooks/tools/long/layers.py [--out data/runs/layers.json] [--minutes M]
+
+Rows are written as they come and those that are there already are not fitted again, so that the command may be stopped
+and given again. A file made with other settings is refused. ``make long`` runs it to the end.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import eigendecomp as ed
+from eigendecomp.report.results import plain, versions
+from eigendecomp.study import floors, recovery
+from eigendecomp.targets.toys import resid_mlp
+from eigendecomp.targets.toys.resid_mlp import ResidMLP
+
+ROOT = Path(__file__).resolve().parents[3]
+SETTINGS: dict[str, Any] = {
+    "samples": resid_mlp.SAMPLES, "kept": resid_mlp.KEPT, "steps": {str(k): n for k, n in resid_mlp.STEPS.items()},
+    "batch_size": resid_mlp.BATCH_SIZE, "learning_rate": resid_mlp.LEARNING_RATE, "rank": 1, "reference": "Mean",
+    "training_steps": resid_mlp.TRAINING_STEPS, "training_batch": 256, "networks": 4, "width": 200,
+}  # fmt: skip
+SWEEP = (0.5, 1.0, 2.0, 4.0)
+Run = dict[str, Any]
+
+
+def run(
+    layers: int, seed: int, embedding: str = "identity", multiple: float = 1.5, width: int = 0, only: int = -1
+) -> Run:
+    """What a row is known by; ``only`` is the layer whose parameters are decomposed alone, −1 for all."""
+    width = (resid_mlp.SIZES[layers]["features"] if embedding == "identity" else 200) if width == 0 else width
+    return {"layers": layers, "embedding": embedding, "width": width, "multiple": multiple, "only": only, "seed": seed}
+
+
+def runs() -> Iterator[Run]:
+    """All of them, what the notebook needs most first."""
+    depths = tuple(resid_mlp.SIZES)
+    yield from (run(layers, 0) for layers in depths)
+    yield from (run(3, 0, only=layer) for layer in range(3))
+    yield run(3, 0, "random")
+    yield from (run(layers, seed) for seed in (1, 2) for layers in depths)
+    yield from (run(layers, 0, "random") for layers in depths[:2])
+    yield from (run(layers, 0, multiple=multiple) for multiple in SWEEP for layers in depths)
+    yield from (run(layers, seed) for seed in range(3, 20) for layers in depths)
+    yield from (run(layers, seed, "random") for seed in (1, 2) for layers in depths)
+    yield from (run(layers, 0, "random", width=1000) for layers in depths)
+    yield from (run(layers, s, multiple=multiple) for s in (1, 2) for multiple in SWEEP for layers in depths)
+    yield from (run(layers, seed, "random") for seed in range(3, 20) for layers in depths)
+    yield from (run(layers, seed, "random", width=1000) for seed in (1, 2) for layers in depths)
+
+
+@cache
+def network(layers: int, embedding: str, width: int, seed: int) -> tuple[ResidMLP, float]:
+    """A trained network and what it misses."""
+    size = {**resid_mlp.SIZES[layers], "width": width}
+    trained = {"steps": SETTINGS["training_steps"][embedding], "batch_size": SETTINGS["training_batch"]}
+    return resid_mlp.train(layers, embedding, seed=seed, **size, **trained)  # type: ignore[arg-type]
+
+
+def floor_rows(d: ed.Decomposition, model: ResidMLP, seed: int) -> dict[str, Any]:
+    """The same scores of random rank-one rows, and of principal components of 1,000 gradients."""
+    truth, shapes = model.truth(), d.target.shapes
+    random = floors.random_directions(shapes, d.decoder.n, 1, seed=seed)
+    x = resid_mlp.data(1000, len(model.W_E), torch.Generator().manual_seed(2000 + seed))
+    g = torch.cat([part.flat() for part in d.gradients(x, 1, seed)])
+    components = recovery.principal_parts(g, d.decoder.n, shapes)
+    found = {
+        "random": (recovery.random_strength(d, random, truth), {name: random.dense(name) for name in shapes}),
+        "principal": (recovery.dense_strength(d, components, truth), components),
+    }
+    return {
+        f"{name} {key}": value
+        for name, (strength, rows) in found.items()
+        for key, value in recovery.recovered(strength, rows, truth).row().items()
+    }
+
+
+def result(one: Run) -> Run:
+    """The row of a run."""
+    model, missed = network(one["layers"], one["embedding"], one["width"], one["seed"] % SETTINGS["networks"])
+    n = round(one["multiple"] * len(model.W_E))
+    started = time.process_time()
+    d = resid_mlp.fit(model, n, seed=one["seed"], only=one["only"])
+    row = {**one, "directions": n, "missed": missed, "fit_cpu_seconds": time.process_time() - started}
+    row |= recovery.recovery(d, model).row()
+    if one["multiple"] == 1.5 and one["only"] < 0 and one["seed"] < 3 and one["width"] < 1000:
+        row |= floor_rows(d, model, one["seed"])
+    return plain(row)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What the file holds, or an empty one.
+
+    Raises:
+        SystemExit: for a file made with other settings.
+    """
+    if not path.exists():
+        command = "make long  # python notebooks/tools/long/layers.py"
+        return {"command": command, "settings": SETTINGS, "versions": versions(), "rows": []}
+    content = json.loads(path.read_text())
+    if content["settings"] != SETTINGS:
+        sys.exit(f"{path} was made with other settings; move it away to make it again")
+    return content
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """One line a row."""
+    head = {key: value for key, value in content.items() if key != "rows"}
+    rows = ",\n".join(json.dumps(row) for row in content["rows"])
+    text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n]\n}}\n'
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def main() -> None:
+    """Make what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "runs" / "layers.json")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no fit after so many")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    content, started = read(options.out), time.monotonic()
+    done = [{key: row[key] for key in run(1, 0)} for row in content["rows"]]
+    for one in runs():
+        if one in done:
+            continue
+        if time.monotonic() - started > 60 * options.minutes:
+            break
+        content["rows"].append(result(one))
+        write(options.out, content)
+        row = content["rows"][-1]
+        print(f"{one}: {row['owned']} of {row['features']} owned, {row['fit_cpu_seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
