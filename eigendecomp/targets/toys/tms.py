@@ -4,21 +4,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eigendecomp.targets.toys.stages import Stage, own_gradients, run
 from eigendecomp.targets.toys.training import minimise
 
 
 class TMS(nn.Module):
-    """x ↦ ReLU(x W_in W_out + b). Tied, W_out is W_inᵀ: one parameter used twice, as in the draft."""
+    """x ↦ ReLU(x W_in W_out + b). Tied, W_out is W_inᵀ: one parameter used twice, as in the draft.
 
-    def __init__(self, features: int, hidden: int, tied: bool) -> None:
+    With ``identity`` there is a matrix H between the two, the identity, as in the networks of the published peers.
+    """
+
+    def __init__(self, features: int, hidden: int, tied: bool, identity: bool = False) -> None:
         super().__init__()
         self.W_in = nn.Parameter(torch.zeros(features, hidden))
         self.W_out = None if tied else nn.Parameter(torch.zeros(hidden, features))
         self.b = nn.Parameter(torch.zeros(features))
+        self.H = nn.Parameter(torch.eye(hidden)) if identity else None
+
+    def stages(self) -> list[Stage]:
+        """The weights in the order in which they are used."""
+        middle = [] if self.H is None else [Stage("H", self.H)]
+        w_out = self.W_in.T if self.W_out is None else self.W_out
+        return [Stage("W_in", self.W_in), *middle, Stage("W_out", w_out, self.b, torch.relu)]
 
     def forward(self, x: Float[Tensor, "n features"]) -> Float[Tensor, "n features"]:
-        w_out = self.W_in.T if self.W_out is None else self.W_out
-        return torch.relu(x @ self.W_in @ w_out + self.b)
+        return run(self.stages(), x)
 
 
 def untie(model: TMS) -> TMS:
@@ -30,6 +40,26 @@ def untie(model: TMS) -> TMS:
         made.W_out.copy_(model.W_in.T if model.W_out is None else model.W_out)
         made.b.copy_(model.b)
     return made
+
+
+def with_identity(model: TMS) -> TMS:
+    """The same function with the identity as a matrix of its own between W_in and W_out."""
+    made = TMS(*model.W_in.shape, tied=model.W_out is None, identity=True)
+    made.load_state_dict(model.state_dict(), strict=False)
+    return made
+
+
+def truth(model: TMS) -> dict[str, Float[Tensor, "features *shape"]]:
+    """For every feature the parameter-space object that computes it: {parameter: (features, *shape)}.
+
+    It is the gradient of half the square of the feature's own output before the ReLU, without the bias, for the
+    feature on alone at 1. In each matrix it has rank one: e_i ⊗ W_out[:, i] in W_in, W_in[i] ⊗ e_i in W_out, and
+    W_in[i] ⊗ W_out[:, i] in H, which no split of the weights themselves would give.
+    """
+    eye = one_hot(len(model.W_in))
+    with torch.no_grad():
+        reach = run([stage._replace(bias=None, act=None) for stage in model.stages()], eye).diagonal()
+    return own_gradients(model, eye, torch.diag(reach))
 
 
 def feature_vectors(model: TMS) -> dict[str, Float[Tensor, "features hidden"]]:

@@ -1,0 +1,100 @@
+"""The toys that the peers are compared on, trained once and kept, so that every method takes apart the same weights.
+
+Weights and long runs lie in data/runs/peers, written by notebooks/tools/long/peers.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from eigendecomp.support import files
+from eigendecomp.targets.toys import circuits, groups, squares, tms
+
+FOLDER = Path(__file__).resolve().parents[3] / "data" / "runs" / "peers"
+LARGE: dict[str, Any] = {"steps": 2000, "learning_rate": 0.01, "instances": 4}  # trains the 40 features faster
+
+
+@dataclass(frozen=True)
+class Network:
+    """A target, the samples that every method gets, and its features one at a time."""
+
+    features: int
+    make: Callable[[], nn.Module]  # untrained, to load weights into
+    train: Callable[[], nn.Module]
+    data: Callable[[int, torch.Generator], Float[Tensor, "n inputs"]]
+    alone: Callable[[], Float[Tensor, "features m inputs"]]
+
+
+def superposed(features: int, hidden: int, **training: Any) -> Network:
+    """Features in superposition: the trained pentagon (or its like), with W_out as a matrix of its own."""
+    return Network(
+        features,
+        lambda: tms.TMS(features, hidden, tied=False),
+        lambda: tms.untie(tms.train(features, hidden, tied=True, seed=0, **training)[0]),
+        lambda n, draw: tms.data(n, features, draw, none_empty=True),
+        lambda: tms.one_hot(features).unsqueeze(1),
+    )
+
+
+SMALL = superposed(5, 2)
+NETWORKS = {
+    "tms": SMALL,
+    "identity": replace(
+        SMALL, make=lambda: tms.TMS(5, 2, tied=False, identity=True), train=lambda: tms.with_identity(small())
+    ),
+    "large": superposed(40, 10, **LARGE),
+    "circuits": Network(
+        10,
+        lambda: tms.TMS(10, 5, tied=False),
+        lambda: circuits.train(10, 5, seed=0)[0],
+        lambda n, draw: circuits.data(n, 10, draw),
+        lambda: tms.one_hot(10).unsqueeze(1),
+    ),
+    "groups": Network(
+        5,
+        lambda: tms.TMS(25, 10, tied=False),
+        lambda: groups.train(5, 5, 10, seed=0)[0],
+        lambda n, draw: groups.data(n, 5, 5, draw),
+        lambda: groups.alone(5, 5, 8, torch.Generator().manual_seed(0)),
+    ),
+    "squares": Network(
+        5,
+        lambda: squares.Squares(5, 10, 4),
+        lambda: squares.train(5, 10, 4, seed=0)[0],
+        lambda n, draw: squares.data(n, 5, draw),
+        lambda: squares.alone(5),
+    ),
+}
+
+
+def path(name: str) -> Path:
+    """Where a run is kept."""
+    return FOLDER / f"{name}.safetensors"
+
+
+def load(target: str) -> nn.Module:
+    """A trained target from its file.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    model = NETWORKS[target].make()
+    model.load_state_dict(files.read(path(f"{target}-network"))[0])
+    return model.eval()
+
+
+def small() -> tms.TMS:
+    """The five features in two dimensions."""
+    model = load("tms")
+    assert isinstance(model, tms.TMS)
+    return model
+
+
+def weights(model: nn.Module) -> list[str]:
+    """The names of the weights, without biases, which not every method takes apart."""
+    return [stage.name for stage in model.stages()]  # type: ignore[operator]

@@ -1,0 +1,42 @@
+"""Networks that are chains of weights, and what computes a given part of their output."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Stage(NamedTuple):
+    """One weight of a chain: x ↦ act(x W + b)."""
+
+    name: str
+    weight: Float[Tensor, "i o"]
+    bias: Float[Tensor, " o"] | None = None
+    act: Callable[[Tensor], Tensor] | None = None
+
+
+def run(stages: Sequence[Stage], x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
+    """The chain's output."""
+    for stage in stages:
+        x = x @ stage.weight
+        x = x if stage.bias is None else x + stage.bias
+        x = x if stage.act is None else stage.act(x)
+    return x
+
+
+def own_gradients(
+    model: nn.Module, x: Float[Tensor, "m i"], cotangents: Float[Tensor, "m o"], count: int = 1
+) -> dict[str, Float[Tensor, "_ *shape"]]:
+    """Jᵀc at each input, as {parameter: (inputs / count, *shape)}: the sum over every ``count`` inputs that follow."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def one(row: Tensor, c: Tensor) -> dict[str, Tensor]:
+        def weighed(w: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(model, w, (row[None],))[0] @ c
+
+        return torch.func.grad(weighed)(weights)
+
+    found = torch.func.vmap(one)(x, cotangents)
+    return {name: g.unflatten(0, (-1, count)).sum(1) for name, g in found.items()}
