@@ -440,10 +440,10 @@ speedups
 
 # %%
 p, feature = problems["tms"], 0
-with torch.no_grad():
-    hidden = p.x @ p.model.W_in
+W_in, W_out = (weight.detach() for name, weight in p.model.named_parameters() if name in ("W_in", "W_out"))
+hidden = p.x @ W_in
 sae = study.autoencoders.train(hidden, 5, 1, seed=0, steps=100 if smoke else 600)
-codes = sae.encode(p.model.W_in.detach())
+codes = sae.encode(W_in)
 unit = int(codes[feature].argmax())
 
 
@@ -452,7 +452,7 @@ def drawn(entry):
     owner = int(scores.impacts(p.alone, entry["reader"])[feature].argmax())
     parts = scores.parts_of(entry["rows"][owner : owner + 1], p.target.shapes)
     table = torch.cat([parts["W_in"][0], parts["W_out"][0].T], 1)
-    return table * (table[feature] @ torch.cat([p.model.W_in[feature], p.model.W_out[:, feature]]).detach()).sign()
+    return table * (table[feature] @ torch.cat([W_in[feature], W_out[:, feature]])).sign()
 
 
 first = {}

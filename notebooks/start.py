@@ -157,7 +157,7 @@ def after(step: float) -> tuple[float, float]:
 
 sign = min((1.0, -1.0), key=lambda sign: after(sign)[0])
 steps = [sign * 2 ** (k / 2) for k in range(-6, 16)]
-course = {0.0: (1.0, 0.0)}
+course, step = {0.0: (1.0, 0.0)}, 0.0
 for step in steps:
     course[step] = after(step)
     if course[step][0] < halved:

@@ -71,9 +71,7 @@ class Rows:
         return torch.einsum("v,vi,vo->io", steps, self.readers, self.writers)
 
 
-def folded(
-    encoder: Float[Tensor, "v in"], decoder: Float[Tensor, "v in"], weight: Float[Tensor, "in out"]
-) -> Rows:
+def folded(encoder: Float[Tensor, "v in"], decoder: Float[Tensor, "v in"], weight: Float[Tensor, "in out"]) -> Rows:
     """An autoencoder's units as changes of the weight after it: what the unit reads, times what W makes of its row."""
     return Rows(encoder, decoder @ weight)
 

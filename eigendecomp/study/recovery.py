@@ -61,7 +61,7 @@ class Recovery:
 
     def row(self) -> dict[str, float]:
         """The scores on one line; of layers the mean of means and the least of all."""
-        few = {name: value for name, value in asdict(self).items() if isinstance(value, (int, float))}
+        few: dict[str, float] = {name: value for name, value in asdict(self).items() if isinstance(value, (int, float))}
         for name in ("cosine", "reader"):
             means, least = asdict(self)[f"mean_{name}"].values(), asdict(self)[f"least_{name}"].values()
             few |= {f"mean_{name}": sum(means) / len(means), f"least_{name}": min(least)}
@@ -91,10 +91,11 @@ def recovered(strength: Float[Tensor, "features v"], rows: Parts, truth: Truth) 
         vectors = [leading(parts[names[0]]) for parts in (own, truth.objects)]
         reader[layer] = torch.cosine_similarity(*vectors, dim=1).abs()
     nc = None if truth.contributions is None else agreement(truth.contributions(own), truth.contributions())
+    means, least = ([each(scores, kind) for scores in (cosine, reader)] for kind in ("mean", "min"))
     return Recovery(
         len(strength), int((owned >= 0).sum()), selective.mean().item(), selective.min().item(),
-        *(each(scores, kind) for scores in (cosine, reader) for kind in ("mean", "min")),
-        *((None, None) if nc is None else (nc.mean().item(), nc.min().item())),
+        means[0], least[0], means[1], least[1],
+        None if nc is None else nc.mean().item(), None if nc is None else nc.min().item(),
     )  # fmt: skip
 
 

@@ -18,7 +18,5 @@ def axes_in(text: str, ndim: int, name: str) -> list[list[int]]:
     axes = [axis for group in left.composition for axis in group]
     alike = left.identifiers == right.identifiers and not (left.has_ellipsis or right.has_ellipsis)
     if not alike or len(left.composition) != len(axes) or len(axes) != ndim:
-        raise ValueError(
-            f"group={text!r} must name each of the {ndim} axes of {name!r} once on both sides{example}"
-        )
+        raise ValueError(f"group={text!r} must name each of the {ndim} axes of {name!r} once on both sides{example}")
     return [[axes.index(axis) for axis in group] for group in right.composition]

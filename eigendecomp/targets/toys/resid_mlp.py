@@ -60,7 +60,7 @@ class ResidMLP(nn.Module):
         """Every layer's name, W_in and W_out."""
         parts = dict(self.named_parameters())
         names = [f"layers.{number}" for number in range(len(self.layers))]
-        return [(name, *(parts[f"{name}.{w}.weight"].detach() for w in ("W_in", "W_out"))) for name in names]
+        return [(name, parts[f"{name}.W_in.weight"].detach(), parts[f"{name}.W_out.weight"].detach()) for name in names]
 
     def computed(self, x: Float[Tensor, "n features"]) -> Float[Tensor, "n features"]:
         """What the layers add to the output: y − x W_E W_U. The network was trained to make it ReLU(x)."""

@@ -47,6 +47,7 @@ def test_losses_against_their_formulas() -> None:
     y = model(x).detach()
     torch.testing.assert_close(found.run(x, {}), y)
     parts = found.components()
+    assert model.W_in is not None and model.W_out is not None
     left = (model.W_in - parts["W_in"].sum(0)).square().sum() + (model.W_out - parts["W_out"].sum(0)).square().sum()
     torch.testing.assert_close(found.faithfulness(), left / 12)
     masks = {name: torch.rand(6, 4) for name in ("W_in", "W_out")}
