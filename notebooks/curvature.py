@@ -7,23 +7,20 @@
 # ---
 
 # %% [markdown]
-# # Curvature: what first-order gradients know of the Hessian
+# # Curvature: what do first-order gradients know of the Hessian?
 #
-# The method is about second derivatives: a direction $u$ matters for a sample $x$ if $u^\top H(x)\,u$ is large, where
-# $H(x)$ is the Hessian of the divergence between the model's output and itself. It works with first derivatives,
-# taken against a reference. This notebook measures what is lost on the way. What comes out:
+# **What comes out: gradients against references drawn from the model have the per-sample Hessian as their second
+# moment, a gradient against one fixed reference may miss nearly all of it.**
 #
-# - the Hessian has a **closed form** without second derivatives, $H = J^\top S J$, equal to autograd's up to
-#   rounding;
-# - a gradient against **one fixed reference** knows all of $H$ only if the output is a single number (or two
-#   classes). With three classes it can leave more than 90% unexplained;
-# - gradients against **references drawn from the model** have $H$ as their second moment, exactly. To rebuild them in
-#   the mean square is to rebuild the Hessian;
-# - a **direct method**, which climbs the curvature itself and sees neither gradients nor references, finds the
-#   directions that the first-order method finds;
-# - which reference is best depends on what is wanted. The model's own draws give the directions that rebuild most of
-#   the Hessian, on both targets tried; on the toy model of superposition another sample's output, a constant or the
-#   mean gives directions that are more one feature's own.
+# ![Share of the Hessian's trace explained, by number of references.](../figures/curvature_references.png)
+#
+# *The share of the Hessian's trace in the span of a sample's gradients. Fixed references stop where they start.*
+#
+# Words: a *sample* is one output vector $f$; a *reference* is what it is compared with; the *cotangent* $c$ is the
+# derivative of the divergence in the output, the *gradient* $g = J^\top c$; the *Hessian* $H(x)$ is that of the
+# divergence between the model's output and itself. A direction $u$ matters for a sample if $u^\top H(x)\,u$ is large.
+# In order: the closed form of $H$; two propositions of the research draft, false as stated, and what repairs them; a
+# reference that is unbiased, and what this says about sparse codes; a direct method as a check; which reference to use.
 
 # %% tags=["parameters"]
 seeds = [0, 1, 2]  # of the fits; settings were chosen on seeds 100 to 109
@@ -260,19 +257,36 @@ LOOK = {
     "constant": (plots.COLORS[3], "^"), "uniform": (plots.COLORS[4], "s"), "mean": (plots.COLORS[5], "v"),
     "other sample": (plots.COLORS[1], "D"), "model sample": (plots.COLORS[0], "o"), "output sum": ("0.4", "P"),
 }  # fmt: skip
-figure, axes = plots.panels(1, 2, height=2.4, sharey=True)
-for ax, (name, of), rank in zip(axes, explained.items(), (5, CLASSES - 1), strict=True):
+NAMES = {"TMS 5-2": "toy model, five features", "classifier": "classifier, five classes"}
+
+
+def shares_panel(ax, name, rank):
     ax.axvline(rank, color="0.85", lw=1, zorder=0)
-    ax.plot(range(1, len(best[name]) + 1), best[name], color="black", lw=1, ls=":", label="best possible")
-    for kind, row in of.items():
+    ax.plot(range(1, len(best[name]) + 1), best[name], color="black", lw=1, ls=":")
+    for kind, row in explained[name].items():
         color, marker = LOOK[kind]
-        ax.plot(DRAWS, row, color=color, marker=marker, ms=4, lw=1.3, mew=0, label=kind)
-    ax.text(rank * 1.05, 0.02, "K = 5" if rank == 5 else "K − 1 = 4", color="0.4", size=7)
-    ax.set(xscale="log", xticks=(ticks := [1, 2, 4, 8, 16, 32]), xticklabels=ticks, xlabel="references", title=name)
-    ax.set(ylim=(0, 1.04))
+        ax.plot(DRAWS, row, color=color, marker=marker, ms=3.5, lw=1.3, mew=0)
+        ax.text(36, row[-1], kind, color=color, size=7, va="center").set_y(spaced(name, kind))
+    ax.text(rank * 1.07, 0.02, "rank of H", color="0.4", size=7)
+    ax.set(xscale="log", xticks=(ticks := [1, 2, 4, 8, 16, 32]), xticklabels=ticks, xlabel="references")
+    ax.set(ylim=(0, 1.06), xlim=(0.9, 34), title=NAMES[name])
     ax.minorticks_off()
+
+
+def spaced(name, kind):
+    """Heights of the labels: those of the lines' ends, kept 0.07 apart."""
+    placed = []
+    for other, row in sorted(explained[name].items(), key=lambda item: item[1][-1]):
+        placed.append((other, max(row[-1], placed[-1][1] + 0.07 if placed else 0.0)))
+    return dict(placed)[kind] - max(0.0, placed[-1][1] - 1.03) * (explained[name][kind][-1] > 0.9)
+
+
+figure, axes = plots.panels(1, 2, height=2.3, sharey=True)
+for ax, name, rank in zip(axes, explained, (5, CLASSES - 1), strict=True):
+    shares_panel(ax, name, rank)
 axes[0].set_ylabel("share of tr H explained")
-axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+axes[1].annotate("fixed references\nstop where they start", (5, 0.31), (5.5, 0.5), size=7, color="0.4", ha="left",
+                 arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.7})  # fmt: skip
 report.figure("references", figure)
 
 # %% [markdown]
@@ -338,8 +352,7 @@ for (name, of), color, marker in zip(converging.items(), plots.COLORS, "os", str
     ax.plot(NUMBERS, of["expected"], color=color, lw=1)
     ax.plot(NUMBERS, of["measured"], marker, color=color, ms=4, label=f"{name}, slope −{-slopes[name]:.2f}")
 ax.set(xscale="log", yscale="log", xlabel="draws", ylabel="relative error of the second moment")
-ax.legend(title="points measured, lines expected", title_fontsize=7)
-report.figure("second_moment", figure)
+_ = ax.legend(title="points measured, lines expected", title_fontsize=7)
 
 # %% [markdown]
 # ## The direct method
@@ -426,7 +439,7 @@ pd.DataFrame({name: {pair: value["mean"] for pair, value in of.items()} for name
 # The same as activations, on XOR's inputs and on TMS features alone; directions are matched to those they respond to:
 
 # %%
-labels = {"XOR": ["[0,1]", "[1,0]", "[1,1]"], "TMS 5-2": ["1", "2", "3", "4", "5"]}
+labels = {"XOR": ["[0,1]", "[1,0]", "[1,1]"], "TMS 5-2": ["0", "1", "2", "3", "4"]}
 
 
 def responses(name, rows):
@@ -442,8 +455,105 @@ for k, name in enumerate(compared):
     for ax, (title, rows) in zip(axes[3 * k :], sets.items(), strict=False):
         plots.heat(ax, responses(name, rows), signed=False, columns=labels[name], numbers=True, limit=(2.3, 3.6)[k])
         ax.set(title=title if k == 0 else "", xlabel=("input", "feature")[k])
-    axes[3 * k].set_ylabel(f"{name}: directions")
+    axes[3 * k].set_ylabel(f"{('XOR', 'toy model')[k]}: directions")
 report.figure("direct", figure)
+
+# %% [markdown]
+# ## A sparse code of every draw is no sparse Hessian
+#
+# The identity above is for one linear map $P$, the same for all draws. A fit keeps those coefficients that are largest
+# *for the draw at hand*: its map changes from draw to draw. With three classes at $p = (\tfrac13, \tfrac13, \tfrac13)$
+# the three directions $u_y \propto J^\top(p - e_y)$ rebuild every draw exactly with one coefficient, while $H$ has
+# rank 2, and one direction holds half of its trace.
+
+# %%
+plane = torch.linalg.qr(torch.tensor([[1.0, 0], [-1, 1], [0, -1]]).double()).Q  # J: logits that add up to zero
+thirds = torch.full((3,), 1 / 3).double()
+g = (thirds - torch.eye(3)) @ plane
+rows = torch.nn.functional.normalize(g, dim=1)
+largest = (g @ rows.T).abs().argmax(1)
+rebuilt = (g * rows[largest]).sum(1, keepdim=True) * rows[largest]
+h = g.T @ g / 3
+report.record(three_equal_classes={
+    "error with one coefficient a draw": (g - rebuilt).square().sum() / g.square().sum(),
+    "rank of H": torch.linalg.matrix_rank(h), "trace in one direction": (rows[0] @ h @ rows[0]) / h.trace(),
+})  # fmt: skip
+report.values["three_equal_classes"]
+
+# %% [markdown]
+# What holds for any code: with $\varepsilon = \mathbb{E}\|g - \hat g\|^2 / \mathrm{tr} H$,
+#
+# $$\| H - \mathbb{E}[\hat g \hat g^\top] \|_* \le (2\sqrt\varepsilon + \varepsilon)\, \mathrm{tr} H,$$
+#
+# which says nothing from $\varepsilon = (\sqrt2 - 1)^2 \approx 0.17$ on, where it exceeds $\mathrm{tr} H$. What
+# repairs the link is **one support for all draws of a sample**: the rows with the largest $\mathbb{E}[z^2] =
+# u^\top H u$, that is, those of largest activation. The map is then fixed for the sample, the identity holds, and
+# $\mathbb{E}[\hat g \hat g^\top]$ has no more dimensions than rows are kept. On the classifier, with all five
+# draws of a sample weighted by their probabilities and kept coefficients refitted by least squares:
+
+# %%
+KEPT = [1, 2, 3, 4, 6, 8]
+
+
+def every_draw(name, n):
+    """√p_y Jᵀ(p − e_y) for every class y: (n, K, w), whose sum of outer products over y is H."""
+    x = test[name][:n].double()
+    j = curvature.jacobian(Target(copy.deepcopy(models[name]).double(), chosen[name]), (x,))
+    p = copy.deepcopy(models[name]).double()(x).detach().softmax(1)
+    return p.sqrt().unsqueeze(2) * ((p.unsqueeze(1) - torch.eye(p.shape[1])) @ j)
+
+
+def with_support(g, d, kept, shared):
+    """Gradients rebuilt from each draw's, or each sample's, ``kept`` strongest rows; and the rows a sample uses."""
+    strength = (g @ d.encoder.flat().double().T).square()
+    strength = strength.sum(1, keepdim=True).expand_as(strength) if shared else strength
+    support = strength.topk(kept, -1).indices
+    basis = study.criteria.orthonormal(d.decoder.flat().double()[support])
+    seen = torch.zeros_like(strength, dtype=torch.bool).scatter(2, support, True)
+    return torch.einsum("nyw,nykw,nykx->nyx", g, basis, basis), seen.any(1).sum(1).double().mean()
+
+
+def against_curvature(g, rebuilt, rows_used):
+    total, h = g.square().sum(), g.mT @ g
+    away = torch.linalg.eigvalsh(h - rebuilt.mT @ rebuilt).abs().sum()
+    return {"error": ((g - rebuilt).square().sum() / total).item(), "H not rebuilt": (away / total).item(),
+            "rows a sample uses": rows_used.item()}  # fmt: skip
+
+
+# %%
+g = every_draw("classifier", 32 if results.profile() == "smoke" else 256)
+classified = [first_order("classifier", seed) for seed in seeds]
+supports = {
+    label: {
+        k: {key: results.spread(values) for key, values in pd.DataFrame(
+            [against_curvature(g, *with_support(g, d, k, shared)) for d in classified]).to_dict("list").items()}
+        for k in KEPT
+    }
+    for label, shared in (("of each draw", False), ("of the sample", True))
+}  # fmt: skip
+report.record(support=supports)
+rows = [{"support": label, "kept": k} | {key: value["mean"] for key, value in row.items()}
+        for label, of in supports.items() for k, row in of.items()]  # fmt: skip
+report.table("support", pd.DataFrame(rows)).round(3)
+
+# %%
+figure, axes = plots.panels(1, 3, height=1.9)
+for (label, of), color, marker in zip(supports.items(), (plots.COLORS[4], plots.OURS), "so", strict=True):
+    for ax, key in zip(axes, ("error", "rows a sample uses"), strict=False):
+        ax.plot(KEPT, [of[k][key]["mean"] for k in KEPT], marker=marker, color=color, ms=3.5, lw=1.2)
+        ax.set(xlabel="coefficients kept a draw", xticks=KEPT, ylim=(0, None))
+    points = [(of[k]["error"]["mean"], of[k]["H not rebuilt"]["mean"]) for k in KEPT]
+    axes[2].plot(*zip(*points, strict=True), marker=marker, color=color, ms=3.5, lw=0, label=f"support {label}")
+eps = torch.linspace(0, 0.45, 100)
+axes[2].plot(eps, 2 * eps.sqrt() + eps, color="black", lw=1)
+axes[2].axhline(1, color="0.7", lw=0.8, ls=":")
+axes[2].text(0.2, 1.27, "bound", size=7, ha="right")
+axes[2].text(0.45, 1.02, "empty from here on", size=6.5, color="0.4", ha="right")
+axes[2].set(xlabel="error ε of the draws", ylim=(0, 1.5), title="share of H not rebuilt")
+axes[0].set_title("share of gradients not rebuilt")
+axes[1].set_title("rows that a sample's draws use")
+axes[1].legend(*axes[2].get_legend_handles_labels(), loc="upper left", handletextpad=0.2)
+report.figure("support", figure)
 
 # %% [markdown]
 # ## Which reference gives the best directions?
@@ -499,20 +609,29 @@ report.record(by_reference={", ".join(key): of for key, of in scores.items()}, r
 rows = [{"target": n, "reference": kind} | {k: v["mean"] for k, v in of.items()} for (n, kind), of in scores.items()]
 report.table("by_reference", pd.DataFrame(rows)).round(3)
 
+
 # %%
-figure, axes = plots.panels(2, 4, height=1.5, sharex="col")
-for k, name in enumerate(kinds):
+def reference_panel(ax, name, measure, filled):
     order = sorted(kinds[name], key=list(LOOK).index, reverse=True)
-    for ax, measure in zip(axes[4 * k :], ("rebuilt", "concentrated", "pure", "stable"), strict=False):
-        for y, kind in enumerate(order):
-            color, marker = LOOK[kind]
-            values = scores[name, kind][measure]["values"]
-            ax.plot(values, [y] * len(values), marker, color=color, ms=4.5, mew=0, alpha=0.8)
-        ax.set(yticks=range(len(order)), yticklabels=order if ax is axes[4 * k] else [], ylim=(-0.6, len(order) - 0.4))
-        ax.set_title(measure if k == 0 else "")
-        ax.grid(axis="y", lw=0.5, color="0.92")
-    axes[4 * k].axvline(ceiling[name], color="black", lw=1, ls="--")
-    axes[4 * k].set_ylabel(name)
+    for y, kind in enumerate(order):
+        color, marker = LOOK[kind]
+        values = scores[name, kind][measure]["values"]
+        ax.plot(values, [y] * len(values), marker, color=color, ms=4.5, mfc=color if filled else "white", alpha=0.85)
+    ax.set(yticks=range(len(order)), yticklabels=order, ylim=(-0.6, len(order) - 0.4))
+    ax.grid(axis="y", lw=0.5, color="0.92")
+
+
+figure, axes = plots.panels(1, 3, height=1.75)
+for ax, (name, measure, title) in zip(axes, (
+    ("classifier", "rebuilt", "classifier: share of tr H rebuilt"),
+    ("TMS 5-2", "rebuilt", "toy model: share of tr H rebuilt"),
+    ("TMS 5-2", "pure", "toy model: curvature on the owner"),
+), strict=True):  # fmt: skip
+    reference_panel(ax, name, measure, filled=True)
+    ax.set(title=title, xlabel="higher is better →")
+    if measure == "rebuilt":
+        ax.axvline(ceiling[name], color="black", lw=1, ls="--")
+axes[0].text(ceiling["classifier"], 4.45, "most possible", size=6.5, ha="right", va="bottom", clip_on=False)
 report.figure("by_reference", figure)
 
 # %% [markdown]
@@ -560,16 +679,21 @@ rows = [{"target": n, "directions": kind, **row} for n, of in measured.items() f
 report.table("criteria", pd.DataFrame(rows)).round(3)
 
 # %%
-LOOKS = [(plots.OURS, "o"), (plots.COLORS[1], "D"), (plots.PCA, "s"), (plots.RANDOM, "v")]
-figure, axes = plots.panels(1, 4, height=2.1, sharey=True)
+LOOKS = {
+    "first order": (plots.OURS, "o"), "direct": (plots.COLORS[3], "D"),
+    "eigenvectors of the mean H": (plots.PCA, "s"), "random": (plots.RANDOM, "v"),
+}  # fmt: skip
+figure, axes = plots.panels(1, 4, height=1.9, sharey=True)
 for ax, (name, of) in zip(axes, sets.items(), strict=True):
     ks = list(range(1, min(8, counts[name]) + 1))
-    for (kind, rows), (color, marker) in zip(of.items(), LOOKS, strict=True):
+    for shift, (kind, rows) in enumerate(of.items()):
+        color, marker = LOOKS[kind]
         values = [study.criteria.strongest_share(roots[name][:256], rows, k) for k in ks]
-        ax.plot(ks, values, marker=marker, color=color, ms=3.5, lw=1.2, mew=0, label=kind)
+        ax.plot([k + 0.08 * (shift - 1.5) for k in ks], values, marker=marker, color=color, ms=3.5, lw=1.1, mew=0)
     ax.set(title=f"{name} ({counts[name]} directions)", ylim=(0, 1.03), xticks=ks, xlabel="strongest directions")
 axes[0].set_ylabel("share of tr H")
-figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+for y, (kind, (color, _)) in zip((0.42, 0.33, 0.24, 0.15), LOOKS.items(), strict=True):
+    axes[1].text(5, y, kind, color=color, size=7, ha="right")
 report.figure("criteria", figure)
 
 # %% [markdown]

@@ -97,6 +97,37 @@ def two_layer(ax: Axes, w: Tensor, b: Tensor, *, limit: float, size: float = 15)
     ax.axis("off")
 
 
+def layered(
+    ax: Axes,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    limit: float,
+    nodes: tuple[Tensor, Tensor] | None = None,
+    size: float = 5,
+) -> None:
+    """A network of layers, left to right: weights (in, out) as coloured edges, biases as coloured units.
+
+    ``biases`` has one entry a layer of units; ``nodes`` fills first and last units in grey by input and output.
+    """
+    color = ScalarMappable(Normalize(-limit, limit), SIGNED).to_rgba
+    sizes = [len(weights[0]), *(w.shape[1] for w in weights)]
+    units = [[(float(x), (n - 1) / 2 - i) for i in range(n)] for x, n in enumerate(sizes)]
+    for left, right, w in zip(units, units[1:], weights, strict=False):
+        for i, j in sorted(np.ndindex(*w.shape), key=lambda at: abs(float(w[at]))):  # the strongest on top
+            strength = abs(float(w[i, j])) / limit
+            xs, ys = zip(left[i], right[j], strict=True)
+            ax.plot(xs, ys, color=color(float(w[i, j])), lw=0.3 + 2.6 * strength, zorder=2 + strength)  # pyright: ignore[reportArgumentType]
+    for layer, bias in zip(units, biases, strict=True):
+        for i, (x, y) in enumerate(layer):
+            fill = "white" if bias is None else color(float(bias[i]))  # pyright: ignore[reportArgumentType]
+            if nodes is not None and layer in (units[0], units[-1]):
+                fill = str(1 - min(1.0, max(0.0, float(nodes[layer is units[-1]][i]))))
+            ax.plot(x, y, "o", ms=size, mfc=fill, mec="0.25", mew=0.6, zorder=4)
+    ax.margins(0.12)
+    ax.axis("off")
+
+
 def node(ax: Axes, x: float, y: float, fill, size: float, text: str) -> None:
     """One unit of a network; dark fills get white text."""
     light = np.dot(to_rgb(fill), (0.3, 0.59, 0.11)) > 0.5

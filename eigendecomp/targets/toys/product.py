@@ -42,17 +42,18 @@ def interacting(owner: Tensor, pairs: Pairs) -> Tensor:
 
 
 def data(
-    n: int, features: int, pairs: Pairs, generator: torch.Generator, *, active: float = 0.15
+    n: int, features: int, pairs: Pairs, generator: torch.Generator, *, active: float = 0.15, sums: Pairs = ()
 ) -> tuple[Float[Tensor, "n features"], Float[Tensor, "n outputs"]]:
     """Features on with probability ``active``, then uniform in [0, 1], and a + b + 2ab or a as the outputs wanted.
 
-    No sample is empty.
+    ``sums`` are pairs that share an output without a product, a + b: controls. No sample is empty.
     """
     size = int(n / (1 - (1 - active) ** features) * 1.1) + 100
     x = torch.rand(size, features, generator=generator) * (torch.rand(size, features, generator=generator) < active)
     x = x[x.any(1)][:n]
-    parts = [x[:, list(needed)] for needed in circuits(features, pairs)]
-    return x, torch.stack([part.sum(1) + (2 * part.prod(1) if part.shape[1] > 1 else 0) for part in parts], 1)
+    parts = [x[:, list(needed)] for needed in circuits(features, pairs + sums)]
+    products = [2 * part.prod(1) if i < len(pairs) else 0 for i, part in enumerate(parts)]
+    return x, torch.stack([part.sum(1) + product for part, product in zip(parts, products, strict=True)], 1)
 
 
 def wiring(
@@ -67,10 +68,12 @@ def wiring(
     return reads.repeat_interleave(units, 0)[order], writes.repeat_interleave(units, 0)[order].T
 
 
-def train(features: int, units: int, pairs: Pairs, *, seed: int, steps: int = 2000) -> tuple[Products, float]:
+def train(
+    features: int, units: int, pairs: Pairs, *, seed: int, steps: int = 2000, sums: Pairs = ()
+) -> tuple[Products, float]:
     """A trained network and the share of the outputs' variance that it explains on fresh data."""
     generator = torch.Generator().manual_seed(seed)
-    masks = wiring(features, units, pairs, seed)
+    masks = wiring(features, units, pairs + sums, seed)
     model = Products(features, len(masks[0]), len(masks[1]))
     weights = (model.hidden.weight, model.out.weight)
     with torch.no_grad():
@@ -81,7 +84,7 @@ def train(features: int, units: int, pairs: Pairs, *, seed: int, steps: int = 20
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
 
     def loss(_: int) -> Tensor:
-        x, y = data(512, features, pairs, generator)
+        x, y = data(512, features, pairs, generator, sums=sums)
         return (model(x) - y).square().sum(-1).mean()
 
     def cut() -> None:
@@ -90,5 +93,5 @@ def train(features: int, units: int, pairs: Pairs, *, seed: int, steps: int = 20
 
     minimise(loss, optimizer, steps, cut)
     with torch.no_grad():
-        x, y = data(20_000, features, pairs, generator)
+        x, y = data(20_000, features, pairs, generator, sums=sums)
         return model.eval(), 1 - ((model(x) - y).square().sum() / (y - y.mean(0)).square().sum()).item()

@@ -100,7 +100,7 @@ def test_refitted_rows_are_the_features_where_learned_ones_are_bent() -> None:
         model.b.fill_(-0.1)
     x = tms.data(4000, 8, torch.Generator().manual_seed(0), none_empty=True)
     d = ed.decompose(
-        model, x, reference=ed.Mean(), parameters=["W_*"], n_directions=8, sparsity=ed.BatchTopK(0.15), steps=200,
+        model, x, reference=ed.Mean(), parameters=["W_*"], n_directions=8, sparsity=ed.BatchTopK(0.15), steps=600,
         seed=0, progress=False,
     )  # fmt: skip
     least = [
