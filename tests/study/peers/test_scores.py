@@ -90,17 +90,16 @@ def test_the_truth_of_the_pentagon_rebuilds_its_features_gradients() -> None:
 
 
 def test_refitted_rows_are_the_features_where_learned_ones_are_bent() -> None:
-    torch.manual_seed(0)
-    model = tms.TMS(8, 4, tied=False)
-    weight = torch.linalg.qr(torch.randn(8, 4)).Q
+    model, turns = tms.TMS(5, 2, tied=False), torch.arange(5) * 2 * torch.pi / 5
+    weight = torch.stack([turns.cos(), turns.sin()], 1)
     with torch.no_grad():
         model.W_in.copy_(weight)
         assert model.W_out is not None
         model.W_out.copy_(weight.T)
-        model.b.fill_(-0.1)
-    x = tms.data(4000, 8, torch.Generator().manual_seed(0), none_empty=True)
+        model.b.fill_(-0.31)
+    x = tms.data(4000, 5, torch.Generator().manual_seed(0), none_empty=True)
     d = ed.decompose(
-        model, x, reference=ed.Mean(), parameters=["W_*"], n_directions=8, sparsity=ed.BatchTopK(0.15), steps=600,
+        model, x, reference=ed.Mean(), parameters=["W_*"], n_directions=5, sparsity=ed.BatchTopK(0.25), steps=600,
         seed=0, progress=False,
     )  # fmt: skip
     least = [
