@@ -29,6 +29,7 @@ draws = 2000  # of the bootstrap over behaviours
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 warnings.filterwarnings("ignore")  # of libraries
 
@@ -39,7 +40,7 @@ from eigendecomp.report import plots, results
 
 plots.style()
 runs = Path(results.__file__).resolve().parents[2] / "data" / "runs"
-rows = pd.read_csv(runs / "edits.csv").query("layer == @layer")
+rows: Any = pd.read_csv(runs / "edits.csv").query("layer == @layer")
 tuning = [json.loads(row) for row in pd.read_csv(runs / "edits_tuning.csv")["setting"]]
 if results.profile() == "smoke":
     draws = 50
@@ -86,7 +87,7 @@ report.table("tuning", tried).round(4)
 ten = rows[rows.examples == examples]
 DAMAGES = ["damage", "worst", "same_words"]
 by = ten.groupby(["method", "behaviour"])[DAMAGES].mean()
-damage = by["damage"].unstack(0)
+damage: Any = by["damage"].unstack(0)
 reached = ten.groupby("method")["damage"].apply(lambda values: int(values.notna().sum()))
 draw = np.random.default_rng(0)
 
@@ -95,7 +96,8 @@ def ratio(method: str, other: str = "one direction") -> tuple[float, float, floa
     """Geometric mean of damage over another method's, over behaviours that both reach, and its 95% interval."""
     logs = np.log(damage[method] / damage[other]).dropna().to_numpy()
     means = logs[draw.integers(len(logs), size=(draws, len(logs)))].mean(1)
-    return tuple(float(np.exp(value)) for value in (logs.mean(), *np.quantile(means, [0.025, 0.975])))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
 
 
 def geometric(values: pd.Series) -> float:
@@ -143,7 +145,7 @@ ax.set_yticks(range(len(order)), [f"{m} ({reached[m]}/{len(ten[ten.method == m])
 # %%
 counts = rows.groupby(["seed", "behaviour"])["examples"].nunique()
 full = rows.set_index(["seed", "behaviour"]).loc[counts[counts == counts.max()].index].reset_index()
-by_examples = full.groupby(["method", "examples", "behaviour"])["damage"].mean()
+by_examples: Any = full.groupby(["method", "examples", "behaviour"])["damage"].mean()
 by_examples = by_examples.groupby(["method", "examples"]).apply(geometric).unstack()
 report.record(by_examples={m: {str(n): float(v) for n, v in row.dropna().items()} for m, row in by_examples.iterrows()},
               by_examples_cases=int((counts == counts.max()).sum()))  # fmt: skip
