@@ -154,8 +154,9 @@ LINES = {"one direction": "-", "span of directions": "--", "gradient step": ":",
 for method, style in LINES.items():
     values = by_examples.loc[method].dropna()
     right.plot(values.index, values, style, color=KINDS.get(method, plots.PCA), lw=1.2, marker="o", ms=2.5)
-    right.annotate(method.replace("LoRA, rank 1, Fisher", "LoRA, Fisher"), (values.index[-1], values.iloc[-1]), (4, 0),
-                   textcoords="offset points", va="center", size=6)  # fmt: skip
+    above = {"gradient step": 4, "K-FAC step": -3}.get(method, 0)  # their ends are close
+    label, end = method.replace(", rank 1", ""), (values.index[-1], values.iloc[-1])
+    right.annotate(label, end, (4, above), textcoords="offset points", va="center", size=6)
 right.set(xscale="log", yscale="log", xlabel="labelled examples", ylabel="KL elsewhere (nats a token)")
 right.set_xticks(list(by_examples.columns), [str(n) for n in by_examples.columns])
 right.minorticks_off()
