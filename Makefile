@@ -30,7 +30,7 @@ all: figures ## figures, then paper
 	@$(MAKE) --no-print-directory paper
 
 # The longest first, and the cost notebook, which measures times, alone at the end.
-LONGEST := $(filter notebooks/cnn.ipynb notebooks/tinystories.ipynb notebooks/layers.ipynb notebooks/manifold.ipynb,$(NOTEBOOKS))
+LONGEST := $(filter notebooks/manifold.ipynb notebooks/tms.ipynb notebooks/layers.ipynb notebooks/tinystories.ipynb notebooks/cnn.ipynb,$(NOTEBOOKS))
 figures: | $(READY) ## execute the notebooks: every figure, table and number (FORCE=1: even if nothing changed)
 	@$(MAKE) --no-print-directory -j$(JOBS) $(LONGEST) $(filter-out notebooks/cost.ipynb $(LONGEST),$(NOTEBOOKS))
 	@$(MAKE) --no-print-directory notebooks/cost.ipynb
