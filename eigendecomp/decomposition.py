@@ -196,7 +196,10 @@ class Decomposition(Shown, Doors):
     # ---- keeping
 
     def save(self, path: str | Path) -> None:
-        """Write the directions as safetensors with the settings as metadata."""
+        """Write the directions as safetensors with the settings as metadata.
+
+        A pool of references above 4 MiB is written as the inputs it came from, if these are smaller: mind who reads it.
+        """
         tensors = {**pack_pool(self.pool, self.seen), **pack("decoder", self.decoder)}
         if not self.settings.tied:
             tensors |= pack("encoder", self.encoder)
@@ -313,6 +316,8 @@ def decompose(
             found = fit(target, data.batches(source, settings), settings, progress=progress, checkpoint=keeper)
             break
         except Mistaken:
+            if parallel.processes() > 1:  # the others would wait for this one
+                raise ValueError("earlier gradients were not autograd's; run this fit in one process") from None
             aside = keeper and keeper.set_aside()
             kept = f"; its checkpoint is at {str(aside)!r}" if aside else ""
             log.warning("earlier gradients were not autograd's: the fit starts again with autograd's%s", kept)

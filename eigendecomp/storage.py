@@ -14,6 +14,7 @@ from eigendecomp.support import files, parallel
 from eigendecomp.support.examples import Examples, Named
 from eigendecomp.target import Target
 
+LARGE_POOL = 4 << 20  # bytes; a smaller pool is written itself, so that no inputs are in the file
 WRITE_SHARE = 1 / 40  # of a long fit's time goes into its checkpoints, at most
 
 
@@ -103,9 +104,10 @@ def pack(prefix: str, directions: Directions) -> dict[str, Tensor]:
 
 
 def pack_pool(pool: Tensor, seen: Examples) -> dict[str, Tensor]:
-    """The pool of references, or the examples that it is made from again, whichever is smaller."""
+    """The pool of references; where it is large, the examples that it is made from again, if these are smaller."""
     inputs = {f"pool of/{number}": tensor for number, tensor in enumerate(seen)}
-    return inputs if 0 < sum(tensor.nbytes for tensor in seen) < pool.nbytes else {"pool": pool}
+    size = sum(tensor.nbytes for tensor in seen)
+    return inputs if 0 < size < pool.nbytes and pool.nbytes > LARGE_POOL else {"pool": pool}
 
 
 def unpack_seen(tensors: Mapping[str, Tensor], arguments: Sequence[str] | None) -> Examples:

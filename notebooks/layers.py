@@ -11,9 +11,10 @@
 #
 # A residual network computes $y = x + \mathrm{ReLU}(x)$ for a hundred features with half as many neurons, in one layer
 # or spread over two or three. Whatever is done for a feature is done by many neurons of every layer, and no neuron
-# works for one feature alone. **One direction of parameter space holds what all layers do for a feature**: with one and
-# a half directions a feature every feature owns one, and the neuron contributions of all layers together can be read
-# from it. Directions fitted to one layer find the features too, but only that layer's third of the computation.
+# works for one feature alone. **One direction of parameter space holds what all layers do for a feature**, where the
+# embedding is the identity: with one and a half directions a feature nearly all features own one (all of them in seven
+# of nine fits), and the neuron contributions of all layers together can be read from it. With a random embedding they
+# agree less. Directions fitted to one layer find the features too, but only that layer's third of the computation.
 
 # %% tags=["parameters"]
 seed = 0

@@ -13,7 +13,7 @@
 # each feature is known, so a decomposition of the parameter space can be checked. Five features in two dimensions, and
 # forty in ten. What comes out:
 #
-# - With five directions, **every feature owns one**, at the rate over seeds and kernels given below, and the
+# - With five directions, **every feature owns one** in the fits below (one processor, few seeds), and the
 #   direction's hidden vectors are parallel to the feature's own.
 # - A direction's impact is about ten times as large for its own feature as for the next. Its activation is twice as
 #   large: a neighbour's output is barely open and yet as sensitive as any.
