@@ -498,5 +498,39 @@ left.set_title("cross-curvature (diagonal left out)")
 center.set_title("used together")
 report.figure("interactions", figure)
 
+# %% [markdown]
+# ## What is claimed
+#
+# A margin is in standard errors over moves or fits. Selectivities are compared by their logarithms, since they span
+# orders of magnitude.
+
+
+# %%
+def logs(model, method):
+    """Natural logarithms of the selectivities of a method's moves."""
+    rows = selectivity.query("model == @model and method == @method")["selectivity"].dropna()
+    return torch.tensor(rows.tolist()).clamp_min(1e-6).log()
+
+
+def claim_difference(name, words, a, b, bound=0.0):
+    """That the mean of ``a`` is above that of ``b`` by more than a bound."""
+    error = (results.error_of_mean(a) ** 2 + results.error_of_mean(b) ** 2) ** 0.5
+    report.claim(name, words, (a.mean() - b.mean()).item(), ">", bound, error)
+
+
+for case in cases:
+    ours = logs(case.name, "direction")
+    for method in ("gradient", "random", "SAE, add"):
+        claim_difference(f"{case.name}, {method}", f"{case.name}: directions are more selective than {method}",
+                         ours, logs(case.name, method))  # fmt: skip
+    mine = tuning.query("model == @case.name and way == 'own directions'")["damage"]
+    lora = tuning.query("model == @case.name and way == 'LoRA, rank 1'")["damage"]
+    claim_difference(f"{case.name}, damage", f"{case.name}: own directions do less damage than LoRA of rank one",
+                     torch.tensor(lora.tolist()), torch.tensor(mine.tolist()))  # fmt: skip
+rate = study.rates.told(int(separated.sum()), len(separated))
+report.claim("pairs", "pairs with a product stand out of all that has none, in more than half of the fits",
+             rate["rate"], ">", 0.5, rate["error"])  # fmt: skip
+pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
+
 # %%
 report.write().name
