@@ -12,9 +12,9 @@
 # A residual network computes $y = x + \mathrm{ReLU}(x)$ for a hundred features with half as many neurons, in one layer
 # or spread over two or three. Whatever is done for a feature is done by many neurons of every layer, and no neuron
 # works for one feature alone. **One direction of parameter space holds what all layers do for a feature**, where the
-# embedding is the identity: with one and a half directions a feature nearly all features own one (all of them in seven
-# of nine fits), and the neuron contributions of all layers together can be read from it. With a random embedding they
-# agree less. Directions fitted to one layer find the features too, but only that layer's third of the computation.
+# embedding is the identity: with one and a half directions a feature nearly all features own one (those that do not are
+# hardly computed by the network itself), and the neuron contributions of all layers together can be read from it. With
+# a random embedding they agree less. Directions fitted to one layer find the features too, but only that layer's third of the computation.
 
 # %% tags=["parameters"]
 seed = 0
@@ -230,6 +230,27 @@ def summary(group):
 seeds = usual.groupby(["embedding", "layers"]).apply(summary, include_groups=False).reset_index()
 report.table("seeds", seeds)
 seeds.round(3)
+
+# %% [markdown]
+# Which features own no direction? Those that the network itself hardly computes. Below, what the layers add to a
+# feature's output where it is on alone at 1: ReLU would add 1. First the features that were lost in these fits, then
+# all features of the network drawn above.
+
+# %%
+lost = [value for row in usual.query("embedding == 'identity'")["lost_computed"].dropna() for value in row]
+with torch.no_grad():
+    computed = {
+        layers: networks[layers, "identity"].computed(torch.eye(sizes[layers]["features"])).diagonal()
+        for layers in sizes
+    }
+strengths = {f"all, {layers} layers": values.tolist() for layers, values in computed.items()}
+report.record(
+    lost={"features": len(lost), "computed": results.spread(lost)} if lost else {"features": 0},
+    computed={str(layers): results.spread(values) | {"values": []} for layers, values in computed.items()},
+)
+pd.DataFrame({
+    name: pd.Series(values, dtype=float).describe() for name, values in {"lost": lost, **strengths}.items()
+}).round(3)  # fmt: skip
 
 
 # %%

@@ -189,7 +189,8 @@ pd.DataFrame(ours.drop(columns="seed").groupby("rows").mean()).round(3)
 # Found: three directions on each of the six circles, and every row in use with at least nine tenths of its squared
 # impact from one circle. Rates over seeds, with Wilson's 95% interval, from `notebooks/tools/long/machines.py`: the
 # network is trained and taken apart with the kernels that the libraries choose on this kind of processor and, by
-# environment variables, with those of two others. Seconds are of the processor, a fit.
+# environment variables, with those of two others. *One fit* is one of three times the steps, whose rows all stay.
+# Seconds are of the processor, a fit.
 
 # %%
 runs = pd.read_csv("../data/runs/machines.csv").query("target == 'circles'")

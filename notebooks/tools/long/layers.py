@@ -49,8 +49,8 @@ def runs() -> Iterator[Run]:
     yield run(3, 0, "random")
     yield from (run(layers, seed) for seed in (1, 2) for layers in depths)
     yield from (run(layers, 0, "random") for layers in depths[:2])
-    yield from (run(layers, 0, multiple=multiple) for multiple in SWEEP for layers in depths)
     yield from (run(layers, seed) for seed in range(3, 20) for layers in depths)
+    yield from (run(layers, 0, multiple=multiple) for multiple in SWEEP for layers in depths)
     yield from (run(layers, seed, "random") for seed in (1, 2) for layers in depths)
     yield from (run(layers, 0, "random", width=1000) for layers in depths)
     yield from (run(layers, s, multiple=multiple) for s in (1, 2) for multiple in SWEEP for layers in depths)
@@ -84,6 +84,17 @@ def floor_rows(d: ed.Decomposition, model: ResidMLP, seed: int) -> dict[str, Any
     }
 
 
+def lost(d: ed.Decomposition, model: ResidMLP) -> list[float]:
+    """For every feature that owns no direction, what the layers add to its own output where it is on alone, at 1.
+
+    ReLU would add 1. A feature that the network itself hardly computes has small gradients and is lost first.
+    """
+    alone = model.truth().inputs
+    owner, _ = recovery.owners(d.impact(alone))
+    with torch.no_grad():
+        return model.computed(alone).diagonal()[owner < 0].tolist()
+
+
 def result(one: Run) -> Run:
     """The row of a run."""
     model, missed = network(one["layers"], one["embedding"], one["width"], one["seed"] % SETTINGS["networks"])
@@ -92,6 +103,8 @@ def result(one: Run) -> Run:
     d = resid_mlp.fit(model, n, seed=one["seed"], only=one["only"])
     row = {**one, "directions": n, "missed": missed, "fit_cpu_seconds": time.process_time() - started}
     row |= recovery.recovery(d, model).row()
+    if one["multiple"] >= 1:
+        row["lost_computed"] = lost(d, model)
     if one["multiple"] == 1.5 and one["only"] < 0 and one["seed"] < 3 and one["width"] < 1000:
         row |= floor_rows(d, model, one["seed"])
     return plain(row)
