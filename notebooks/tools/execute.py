@@ -12,6 +12,7 @@ a run that fails leaves the earlier results alone, and itself, as far as it came
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -111,6 +112,14 @@ def execute(name: str) -> None:
     (build / f"{name}.stamp").write_text(lines)
 
 
+def expected(name: str) -> str:
+    """How long the run took whose results are in figures/; empty if none are."""
+    path = ROOT / "figures" / f"{name}.json"
+    if not path.exists():
+        return ""
+    return f", which took {json.loads(path.read_text())['wall_seconds'] / 60:.1f} minutes last time"
+
+
 def main() -> None:
     """Execute the notebook named on the command line if anything it depends on, or made, is not as it was."""
     parser = argparse.ArgumentParser(description="Execute one notebook from its source.")
@@ -125,6 +134,7 @@ def main() -> None:
         print(f"{name}: up to date")
         return
     more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+    print(f"{name}: executing{expected(name)}", flush=True)
     start, outcome = time.perf_counter(), "failed after"
     try:
         execute(name)
