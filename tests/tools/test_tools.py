@@ -68,7 +68,7 @@ def test_executes_once_and_leaves_nothing_when_it_fails(repository: Path) -> Non
     first = execute(repository)
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
-    assert re.fullmatch(r"toy: executed in \d+\.\d minutes \(not executed here yet\)\n", first.stdout)
+    assert re.fullmatch(r"toy: executing\ntoy: executed in \d+\.\d minutes \(not executed here yet\)\n", first.stdout)
     assert json.loads((repository / "figures" / "toy.json").read_text()) == {"count": 3}
     assert pairs.problems(source) == []
     assert str(repository) not in pair.read_text()
