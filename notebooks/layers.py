@@ -246,7 +246,7 @@ with torch.no_grad():
     }
 strengths = {f"all, {layers} layers": values.tolist() for layers, values in computed.items()}
 report.record(
-    lost={"features": len(lost), "computed": results.spread(lost)} if lost else {"features": 0},
+    lost={"features": len(lost), "largest": max(lost, default=0.0)},
     computed={str(layers): results.spread(values) | {"values": []} for layers, values in computed.items()},
 )
 pd.DataFrame({

@@ -115,7 +115,7 @@ def execute(name: str) -> None:
 def expected(name: str) -> str:
     """How long the run took whose results are in figures/; empty if they do not say."""
     path = ROOT / "figures" / f"{name}.json"
-    found = re.search(r'"wall_seconds": ([\d.]+)', path.read_text()) if path.exists() else None
+    found = re.search(r'^ "wall_seconds": ([\d.]+)', path.read_text(), re.M) if path.exists() else None
     return f", which took {float(found[1]) / 60:.1f} minutes last time" if found else ""
 
 
