@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.directions import NUMBER, Directions, Shapes
+from eigendecomp.directions import OPS_PER_ELEMENT, Directions
+from eigendecomp.support.axes import Shapes
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
@@ -128,11 +129,11 @@ class Formed(Part):
 
     def operations(self, directions: Directions, v: float) -> float:
         n, w = self.values.shape
-        return v * (2 * n * w + NUMBER * (n + w))
+        return v * (2 * n * w + OPS_PER_ELEMENT * (n + w))
 
     def operations_own(self, directions: Directions, m: float) -> float:
         each = (
-            terms_of(directions, name) * (2 * OWN * math.prod(shape) + 2 * NUMBER * sum(shape))
+            terms_of(directions, name) * (2 * OWN * math.prod(shape) + 2 * OPS_PER_ELEMENT * sum(shape))
             for name, shape in self.shapes.items()
         )
         return len(self.values) * m * sum(each)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendecomp.directions import grouped
 from eigendecomp.support import parallel
+from eigendecomp.support.axes import grouped
 from eigendecomp.support.examples import Examples, Inputs, Named, chunks
 from eigendecomp.support.models import (
     LOCK,
