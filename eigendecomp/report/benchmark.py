@@ -26,7 +26,7 @@ from eigendecomp.divergence import Divergence, KLDivergence
 from eigendecomp.factored.kept import coefficients
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.fit import State
-from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Source, spread
+from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Source, at_own_position
 from eigendecomp.objective import Objective
 from eigendecomp.reference import Draws, OtherSample
 from eigendecomp.sparsity import BatchTopK
@@ -45,7 +45,7 @@ class JacobianSource:
 
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
         with torch.no_grad():
-            c = spread(cotangents(self.target.call(examples)))
+            c = at_own_position(cotangents(self.target.call(examples)))
         chosen = {name: p.detach() for name, p in self.target.chosen.items()}
 
         def losses(values: Mapping[str, Tensor]) -> Tensor:
@@ -70,7 +70,7 @@ class OpacusSource:
 
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
         with torch.no_grad():
-            c = spread(cotangents(self.target.call(examples)))
+            c = at_own_position(cotangents(self.target.call(examples)))
         copies, e = c.shape[1], len(c)
         f = self.model(*[tensor.repeat_interleave(copies, 0) for tensor in examples])
         f.backward(c.flatten(0, 1).view_as(f))

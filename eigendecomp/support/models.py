@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 # A run puts other tensors in the place of the model's parameters and switches parts of torch off, for all threads.
@@ -152,6 +153,18 @@ class Watch(TorchDispatchMode):
         if isinstance(result, Tensor) and keeps_channels(func, args, result, self.channels):
             self.channels[result] = True
         return result
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that is made inside."""
+
+    elements = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.elements = max(self.elements, *made, 0)
+        return out
 
 
 def keeps_channels(func: Any, args: tuple, result: Tensor, channels: WeakIdKeyDictionary) -> bool:
