@@ -110,6 +110,14 @@ def largest_rank(shape: Sequence[int], factorization: Factorization) -> int:
     return max(sizes) if factorization == "tucker" else math.prod(sizes) // max(sizes)
 
 
+def factor_sizes(shape: Sequence[int], rank: int, factorization: Factorization) -> list[tuple[int, ...]]:
+    """The sizes of a tensor's factors in one direction; no tensor gets more rank than it can use."""
+    if factorization == "cp":
+        return [(min(rank, largest_rank(shape, "cp")), d) for d in sizes_of(shape)]
+    matrices = [(min(rank, d), d) for d in sizes_of(shape)]
+    return [tuple(r for r, _ in matrices), *matrices]
+
+
 def check_rank(shapes: Shapes, rank: int, factorization: Factorization) -> None:
     """Raises ValueError if the rank is not positive, or no tensor can use it."""
     most = max(largest_rank(shape, factorization) for shape in shapes.values())
@@ -161,12 +169,10 @@ class Directions:
 
         factors: dict[str, list[Tensor]] = {}
         for name, shape in shapes.items():
-            sizes = sizes_of(shape)
-            ranks = [min(rank, d) if factorization == "tucker" else largest_rank(shape, "cp") for d in sizes]
-            matrices = [gauss(n, min(rank, r), d) for r, d in zip(ranks, sizes, strict=True)]
+            sizes = factor_sizes(shape, rank, factorization)
+            factors[name] = [gauss(n, *size) for size in sizes[-len(groups_of(shape)) :]]
             if factorization == "tucker":  # rows of about unit norm, so that they take as large steps as the core
-                matrices = [gauss(n, *ranks), *(matrix / d**0.5 for matrix, d in zip(matrices, sizes, strict=True))]
-            factors[name] = matrices
+                factors[name] = [gauss(n, *sizes[0]), *(matrix / matrix.shape[2] ** 0.5 for matrix in factors[name])]
         made = cls(shapes, factorization, factors)
         for tensor in made.tensor.values():
             tensor.scale_(tensor.square_norms().rsqrt())

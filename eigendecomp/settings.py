@@ -4,20 +4,26 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from eigendecomp import divergence as divergences
 from eigendecomp import reference as references
 from eigendecomp import sparsity as sparsities
-from eigendecomp.directions import Factorization
+from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
-from eigendecomp.reference import Reference
+from eigendecomp.reference import Draws, Reference
 from eigendecomp.sparsity import Sparsity
-from eigendecomp.support.checks import real, whole
+from eigendecomp.support.checks import choice, real, whole
+from eigendecomp.support.random import generator
 from eigendecomp.support.show import Shown
+from eigendecomp.target import Target
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a fit, besides the target and the data."""
+    """Everything that decides a fit, besides the target and the data: arguments of :func:`eigendecomp.decompose`."""
 
     divergence: Divergence
     reference: Reference
@@ -31,12 +37,12 @@ class Settings:
     batch_size: int
     learning_rate: float
     seed: int
-    samples: Literal["outputs", "uses"] = "outputs"  # whose gradients are rebuilt
-    scale: Literal["unit"] | None = None  # whether uses count alike, whatever the size of their gradients
-    group: Mapping[str, str] | None = None  # axes that share a factor, by pattern
+    samples: Literal["outputs", "uses"] = "outputs"
+    scale: Literal["unit"] | None = None
+    group: Mapping[str, str] | None = None
     interference: float | None = None  # weight of the direct method's second loss; None for a fit of gradients
-    prune: float | None = None  # a direction is left out while the training error grows by less; None keeps all
-    restarts: int = 1  # fits, of which that with the lowest training error is kept
+    prune: float | None = None
+    restarts: int = 1
 
     def __post_init__(self) -> None:
         for name in ("n_directions", "rank", "steps", "batch_size", "restarts"):
@@ -47,10 +53,8 @@ class Settings:
             real("interference", self.interference, least=0)
         if self.prune is not None:
             real("prune (share of the squared gradients)", self.prune, above=0, most=1)
-        if self.factorization not in ("cp", "tucker"):
-            raise ValueError(f"factorization={self.factorization!r} must be 'cp' or 'tucker'")
-        if self.samples not in ("outputs", "uses"):
-            raise ValueError(f"samples={self.samples!r} must be 'outputs' or 'uses'")
+        choice("factorization", self.factorization, "cp", "tucker")
+        choice("samples", self.samples, "outputs", "uses")
         if self.scale not in (None, "unit") or (self.scale and self.samples == "outputs"):
             raise ValueError(f"scale={self.scale!r} must be None, or 'unit' with samples='uses'")
         if not isinstance(self.tied, bool):
@@ -61,13 +65,25 @@ class Settings:
                     f"{name}={getattr(self, name)!r} must be a {kind.__name__}, such as those in eigendecomp"
                 )
 
+    def start(self, target: Target, role: str = "directions") -> Directions:
+        """Random directions for a target, from the seed and a role."""
+        like = {"generator": generator(self.seed, role), "dtype": target.dtype, "device": target.device}
+        return Directions.random(target.shapes, self.n_directions, self.rank, self.factorization, **like)
+
+    def pool(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "m k"]:
+        """What references are made of, from the outputs of examples."""
+        predictions = self.divergence.predict(f.flatten(0, 1))
+        return self.reference.prepare(self.divergence, predictions, generator(self.seed, "pool"))
+
+    def draws(self, pool: Tensor, shape: tuple[int, int], draws: int, generator: torch.Generator) -> Draws:
+        """``draws`` references from the pool for each of the (examples, positions) samples."""
+        return Draws.of(self.reference, self.divergence, pool, shape, draws, generator)
+
     def as_json(self) -> dict[str, Any]:
         """Plain values only, each object as its name and its fields."""
-        plain = {key: value for key, value in vars(self).items()}
-        for key in ("divergence", "reference", "sparsity"):
-            value = plain[key]
-            plain[key] = {"name": type(value).__name__, **asdict(value)}
-        return plain | {"parameters": list(self.parameters)}
+        rules = {key: getattr(self, key) for key in ("divergence", "reference", "sparsity")}
+        plain = {key: {"name": type(rule).__name__, **asdict(rule)} for key, rule in rules.items()}
+        return {**vars(self), **plain, "parameters": list(self.parameters)}
 
 
 @dataclass(repr=False)
@@ -96,16 +112,15 @@ class History(Shown):
             held.append(value)
 
     def summary(self) -> list[tuple[str, str]]:
-        """Where the fit ended."""
-        if not self.step:
-            return [("steps", "none logged")]
-        last = f"{self.error[-1]:.3f} of the squared gradients left after {self.step[-1] + 1} steps"
-        found = [
-            ("error", last),
-            ("kept", f"{self.kept[-1]:.2f} coefficients a sample"),
-            ("dead", f"{self.dead[-1]:.0%}"),
-        ]
-        return found + ([("pruned", f"{len(self.pruned)} directions")] if self.pruned else [])
+        """Where the fit ended; what was not logged is left out."""
+        if not self.error:  # the direct method rebuilds nothing
+            return [("loss", f"{self.loss[-1]:.3g} after {self.step[-1] + 1} steps" if self.step else "none logged")]
+        lines = {
+            "error": f"{self.error[-1]:.3f} of the squared gradients left after {self.step[-1] + 1} steps",
+            "kept": f"{self.kept[-1]:.2f} coefficients a sample",
+            "dead": f"{self.dead[-1]:.0%}",
+        }
+        return [*lines.items(), *([("pruned", f"{len(self.pruned)} directions")] if self.pruned else [])]
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> Self:
@@ -121,17 +136,11 @@ def settings_from(plain: Mapping[str, Any]) -> Settings:
 
     def make(module: Any, kind: type, value: Mapping[str, Any]) -> Any:
         fields = dict(value)
-        found = getattr(module, str(fields.pop("name")), None)
-        if not (isinstance(found, type) and issubclass(found, kind)):
+        named = getattr(module, str(fields.pop("name")), None)
+        if not (isinstance(named, type) and issubclass(named, kind)):
             raise ValueError(f"unknown {kind.__name__.lower()} {value['name']!r}")
-        return found(**fields)
+        return named(**fields)
 
-    return Settings(
-        **{
-            **plain,
-            "parameters": tuple(plain["parameters"]),
-            "divergence": make(divergences, Divergence, plain["divergence"]),
-            "reference": make(references, Reference, plain["reference"]),
-            "sparsity": make(sparsities, Sparsity, plain["sparsity"]),
-        }
-    )
+    modules = {Divergence: divergences, Reference: references, Sparsity: sparsities}
+    rules = {k.__name__.lower(): make(module, k, plain[k.__name__.lower()]) for k, module in modules.items()}
+    return Settings(**{**plain, **rules, "parameters": tuple(plain["parameters"])})

@@ -1,97 +1,100 @@
-"""What is written and read back: a fit as it goes on, and the parts of a decomposition's file."""
+"""What a decomposition is, and the file that holds it."""
 
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from eigendecomp.directions import Directions
-from eigendecomp.settings import History, Settings
+from eigendecomp.directions import Directions, factor_sizes
+from eigendecomp.settings import History, Settings, settings_from
 from eigendecomp.support import files, parallel
+from eigendecomp.support.checks import real
 from eigendecomp.support.examples import Examples, Named
 from eigendecomp.target import Target
 
+FORMAT = 1
 LARGE_POOL = 4 << 20  # bytes; a smaller pool is written itself, so that no inputs are in the file
-WRITE_SHARE = 1 / 40  # of a long fit's time goes into its checkpoints, at most
 
 
-class Kept(Protocol):
-    """A state that a file can hold."""
+class Stored:
+    """All that a decomposition holds.
 
-    def tensors(self) -> dict[str, Tensor]: ...
+    Args:
+        encoder: directions that read coefficients; the decoder itself where they are tied.
+        decoder: directions that rebuild gradients.
+        threshold: the |z| from which a coefficient is kept; None keeps all.
+        pool: predictions of which references are made.
+        seen: the examples that the pool was made from, if they are known.
+    """
 
-    def numbers(self) -> dict[str, Any]: ...
+    def __init__(
+        self,
+        target: Target,
+        settings: Settings,
+        encoder: Directions,
+        decoder: Directions,
+        threshold: float | None,
+        pool: Float[Tensor, "m k"],
+        history: History,
+        seen: Examples = (),
+    ) -> None:
+        self.target, self.settings, self.history = target, settings, history
+        self.encoder, self.decoder, self.threshold = encoder, decoder, threshold
+        self.pool, self.seen = pool, seen
 
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None: ...
+    def save(self, path: str | Path) -> None:
+        """Write the directions as safetensors with the settings as metadata.
 
+        A pool of references above 4 MiB is written as the inputs it came from, if these are smaller: mind who reads it.
+        """
+        inputs = {f"pool of/{number}": tensor for number, tensor in enumerate(self.seen)}
+        smaller = 0 < sum(tensor.nbytes for tensor in self.seen) < self.pool.nbytes
+        tensors = inputs if smaller and self.pool.nbytes > LARGE_POOL else {"pool": self.pool}
+        for name, directions in (("decoder", self.decoder), ("encoder", self.encoder)):
+            if name == "decoder" or not self.settings.tied:
+                tensors |= pack(name, directions)
+        metadata = {
+            "format": FORMAT,
+            "settings": self.settings.as_json(),
+            "shapes": self.decoder.shapes,
+            "target": fingerprint(self.target),
+            "threshold": self.threshold,
+            "history": asdict(self.history),
+            "arguments": list(self.seen.names) if isinstance(self.seen, Named) else None,
+        }
+        files.write(path, tensors, metadata)
 
-@dataclass
-class Checkpoint:
-    """Where a fit is kept as it goes on, and what it must be a fit of."""
-
-    path: Path
-    identity: dict[str, Any]  # settings, target and data, as plain values
-    seconds: float  # between two writes, at least
-    written: float = field(default_factory=time.monotonic)
-    taken: float = 0.0
-
-    def due(self) -> bool:
-        return time.monotonic() - self.written >= self.interval()
-
-    def interval(self) -> float:
-        """Seconds between two writes: as chosen, or longer where writing would take more than its share of the time."""
-        return max(self.seconds, self.taken / WRITE_SHARE)
-
-    def set_aside(self) -> Path | None:
-        """Keep what was written under another name, to which nothing is written any more."""
-        aside = self.path.with_name(self.path.name + ".before")
-        return self.path.replace(aside) if self.path.exists() and parallel.leads() else None
-
-    def write(self, state: Kept) -> None:
-        start = time.monotonic()
-        files.write(self.path, state.tensors(), {"identity": self.identity, **state.numbers()})
-        self.written = time.monotonic()
-        self.taken = self.written - start
-
-    def read(self, state: Kept) -> None:
-        """Put what is kept, if anything is, into ``state``.
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> Self:
+        """Read what :meth:`save` wrote; nothing in the file is ever run.
 
         Raises:
-            ValueError: if the file is damaged, or of another fit; the difference is spelled out.
+            ValueError: if the file is not a decomposition, is damaged, or is one of another model.
         """
-        if not self.path.exists():
-            return
-        tensors, numbers = files.read(self.path)
-        identity = numbers.get("identity")
-        theirs, ours = flatten(identity if isinstance(identity, dict) else {}), flatten(self.identity)
-        differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-        if differing:
-            told = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
-            raise ValueError(
-                f"checkpoint {str(self.path)!r} is of another fit ({told}); delete it or choose another path"
-            )
+        tensors, metadata = files.read(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{str(path)!r} is not a decomposition that this version reads (format {FORMAT})")
         try:
-            state.restore(tensors, numbers)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise ValueError(
-                f"checkpoint {str(self.path)!r} does not hold a fit's state ({error}); delete it or choose another path"
-            ) from None
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested plain values under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
-def fingerprint(target: Target) -> str:
-    """sha256 over the names, shapes and values of the chosen parameters."""
-    return files.checksum(target.chosen, "target")
+            settings = settings_from(metadata["settings"])
+            target = Target(model, settings.parameters, settings.group)
+            check_target(target, metadata, path)
+            history = History.read(metadata["history"])
+            n = settings.n_directions - len(history.pruned)
+            decoder = unpack("decoder", tensors, target, settings, n)
+            encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings, n)
+            if metadata["threshold"] is not None:
+                real("threshold", metadata["threshold"], least=0)
+            inputs = sum(name.startswith("pool of/") for name in tensors)
+            seen: Examples = tuple(tensors[f"pool of/{number}"] for number in range(inputs))
+            if seen and metadata.get("arguments") is not None:
+                seen = Named.of(seen, metadata["arguments"])
+            pool = settings.pool(target.outputs(seen)) if seen else tensors["pool"].to(target.device)
+            return cls(target, settings, encoder, decoder, metadata["threshold"], pool, history, seen)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None
 
 
 def pack(prefix: str, directions: Directions) -> dict[str, Tensor]:
@@ -103,35 +106,33 @@ def pack(prefix: str, directions: Directions) -> dict[str, Tensor]:
     }
 
 
-def pack_pool(pool: Tensor, seen: Examples) -> dict[str, Tensor]:
-    """The pool of references; where it is large, the examples that it is made from again, if these are smaller."""
-    inputs = {f"pool of/{number}": tensor for number, tensor in enumerate(seen)}
-    size = sum(tensor.nbytes for tensor in seen)
-    return inputs if 0 < size < pool.nbytes and pool.nbytes > LARGE_POOL else {"pool": pool}
-
-
-def unpack_seen(tensors: Mapping[str, Tensor], arguments: Sequence[str] | None) -> Examples:
-    """The examples that the pool is made from; none where the pool itself was written."""
-    seen = tuple(tensors[f"pool of/{number}"] for number in range(sum(name.startswith("pool of/") for name in tensors)))
-    return seen if arguments is None or not seen else Named.of(seen, arguments)
-
-
-def unpack(
-    prefix: str, tensors: Mapping[str, Tensor], target: Target, settings: Settings, history: History
-) -> Directions:
-    """The directions that :func:`pack` took apart."""
-    like = Directions.random(target.shapes, 1, settings.rank, settings.factorization)
-    factors = {
-        name: [tensors[f"{prefix}/{name}/{number}"].to(target.device) for number in range(len(expected))]
-        for name, expected in like.factors.items()
-    }
-    for name, expected in like.factors.items():
-        for factor, one in zip(factors[name], expected, strict=True):
-            if factor.shape != (settings.n_directions - len(history.pruned), *one.shape[1:]):
+def unpack(prefix: str, tensors: Mapping[str, Tensor], target: Target, settings: Settings, n: int) -> Directions:
+    """The n directions that :func:`pack` took apart; ValueError if a factor has another shape than theirs."""
+    factors: dict[str, list[Tensor]] = {}
+    for name, shape in target.shapes.items():
+        sizes = factor_sizes(shape, settings.rank, settings.factorization)
+        factors[name] = [tensors[f"{prefix}/{name}/{number}"].to(target.device) for number in range(len(sizes))]
+        for factor, size in zip(factors[name], sizes, strict=True):
+            if factor.shape != (n, *size):
                 raise ValueError(
                     f"the factors of {name!r} have shape {tuple(factor.shape)}, which fits no direction of it"
                 )
     return Directions(target.shapes, settings.factorization, factors)
+
+
+def fingerprint(target: Target) -> str:
+    """sha256 over the names, shapes and values of the chosen parameters."""
+    return files.checksum(target.chosen, "target")
+
+
+def identity(target: Target, settings: Settings, seen: Examples, count: int | None) -> dict[str, Any]:
+    """What a checkpoint must be a checkpoint of: the settings, the target, and ``seen`` of ``count`` examples."""
+    return {
+        "settings": settings.as_json(),
+        "target": fingerprint(target),
+        "precision": str(parallel.precision() or target.dtype),
+        "data": files.checksum({str(i): tensor for i, tensor in enumerate(seen)}, f"{count} examples"),
+    }
 
 
 def check_target(target: Target, metadata: Mapping[str, Any], path: str | Path) -> None:

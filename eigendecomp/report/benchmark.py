@@ -30,8 +30,8 @@ from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradient
 from eigendecomp.objective import Objective
 from eigendecomp.reference import Draws, OtherSample
 from eigendecomp.sparsity import BatchTopK
-from eigendecomp.storage import Checkpoint
 from eigendecomp.support import parallel
+from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.random import generator
 from eigendecomp.target import Target
 from eigendecomp.targets import sizes
