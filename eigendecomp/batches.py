@@ -12,6 +12,7 @@ from eigendecomp.gradients import EachOutput, Formed, Gradients, Source
 from eigendecomp.reference import Draws
 from eigendecomp.settings import Settings
 from eigendecomp.support import parallel
+from eigendecomp.support.checks import check_differs, usable
 from eigendecomp.support.examples import Examples, Feed, Inputs, Shuffled, count, feed, fetch, first
 from eigendecomp.support.random import generator
 from eigendecomp.target import Target
@@ -54,23 +55,8 @@ class Data:
             seen = feed(inputs, generator(settings.seed, "pool")).take(some)
         f = target.outputs(seen)
         draws = settings.draws(settings.pool(f), (1, 1), 1, generator(settings.seed, "probe"))
-        check_differs(draws, f, generator(settings.seed, "zero"))
+        check_differs(draws, f, generator(settings.seed, "zero"), ZERO)
         return cls(inputs, n, probe, seen, f, draws, cached)
-
-
-def check_differs(draws: Draws, f: Float[Tensor, "e p k"], generator: torch.Generator) -> None:
-    """Refuse references from which no output differs by more than rounding: a fit would learn the rounding.
-
-    Raises:
-        ValueError: if every cotangent is zero within 16 units of the outputs' last digit.
-    """
-    c = draws.again((f.shape[0], f.shape[1]), 1, generator)
-    for start in range(0, len(f), CHUNK):
-        some = slice(start, start + CHUNK)
-        scale = f[some].abs().amax() + draws.divergence.predict(f[some]).abs().amax()
-        if c[some](f[some]).abs().amax() > 16 * torch.finfo(f.dtype).eps * scale:
-            return
-    raise ValueError(f"all gradients are zero: {ZERO}")
 
 
 class Batches(Protocol):
@@ -115,15 +101,7 @@ class CachedBatches:
         for start in range(0, len(f), CHUNK):
             some = slice(start, start + CHUNK)
             pieces.append(source([tensor[some] for tensor in examples], c[some]).flat())
-        self.jacobian = torch.cat(pieces).view(len(self.f), -1, pieces[0].shape[-1])
-        if not self.jacobian.isfinite().all():
-            bad = ~self.jacobian.isfinite().flatten(1).all(1)
-            raise ValueError(
-                f"the gradient is NaN or infinite for {int(bad.sum())} of {len(bad)} samples, first for sample "
-                f"{int(bad.nonzero()[0])}; remove those examples, or smooth the model where it has no slope"
-            )
-        if not self.jacobian.any():
-            raise ValueError(f"all gradients are zero: {ZERO}")
+        self.jacobian = usable(torch.cat(pieces).view(len(self.f), -1, pieces[0].shape[-1]), ZERO)
         self.feed = Shuffled((self.f,), len(self.f), generator)
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:

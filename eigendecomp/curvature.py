@@ -8,6 +8,7 @@ below is read from R(x) = S^½ J, of which H = RᵀR: nothing here differentiate
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -18,20 +19,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence
 from eigendecomp.gradients import EachOutput, FunctionalSource, Source
-from eigendecomp.support.checks import choice
+from eigendecomp.support.checks import choice, finite
 from eigendecomp.support.examples import Inputs, as_examples, chunks
-from eigendecomp.support.models import Largest
+from eigendecomp.support.models import at_once
 from eigendecomp.target import Target
 
 LARGEST_DENSE = 4096  # parameters beyond which a dense Hessian is refused
 BUDGET = 1 << 28  # bytes of tangents at a time
-AT_ONCE = 200  # pairs of an example and a direction that are pushed at once
 
 log = logging.getLogger(__name__)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Dense, for small models
 
 
 def hessian_root(
@@ -94,10 +90,6 @@ def per_sample_hessian(
 
     hessian = torch.func.vmap(torch.func.hessian(d), in_dims=(None, 0, *[0] * len(examples)))
     return hessian(w0, reference, *examples).flatten(0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Along directions, for any model
 
 
 def push_forward(
@@ -169,7 +161,8 @@ class Push:
 
         pieces, n = [], self.directions.n
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward derivative
-            size, few = split(self.target, examples, n, budget)
+            one = partial(self.target.outputs, tuple(tensor[:1] for tensor in examples))
+            size, few = at_once(one, self.target.chosen, len(examples[0]), n, budget)
             for some in chunks(tuple(examples), size):
                 moved = []
                 for start in range(0, n, few):
@@ -179,24 +172,3 @@ class Push:
                     moved.append(self.keep(self.divergence.root(finite(f[0]), y)))  # all directions have the same f
                 pieces.append(rearrange(torch.cat(moved), "v e p ... -> (e p) v ..."))
         return torch.cat(pieces)
-
-
-def finite(f: Tensor) -> Tensor:
-    """The outputs, if they are finite; ValueError otherwise."""
-    if not f.isfinite().all():
-        raise ValueError("the model's output is not finite for some of the inputs; mend those examples")
-    return f
-
-
-def split(target: Target, examples: Sequence[Tensor], directions: int, budget: int) -> tuple[int, int]:
-    """How many examples and how many directions to push forward at once: few examples and many directions.
-
-    A direction needs about four arrays at a time of its own size and of the largest that the model makes.
-    """
-    with torch.no_grad(), Largest() as largest:
-        target.outputs(tuple(tensor[:1] for tensor in examples))
-    each = 4 * next(iter(target.chosen.values())).element_size()
-    most = max(4, min(64, AT_ONCE // directions))
-    size = min(most, len(examples[0]), max(1, budget // (2 * each * largest.elements)))
-    few = min(directions, AT_ONCE // size, budget // (each * (target.size + size * largest.elements)))
-    return size, max(1, few)

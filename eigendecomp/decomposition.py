@@ -10,28 +10,32 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigendecomp.batches import Batches, CachedBatches, Data, LiveBatches
+from eigendecomp.batches import Data
 from eigendecomp.curvature import curvatures, push_forward
-from eigendecomp.directions import Factorization, check_rank
+from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.factored.guard import Mistaken
+from eigendecomp.factored.samples import SAMPLES, Samples
 from eigendecomp.factored.source import CapturedSource
-from eigendecomp.factored.uses import HELD_BYTES, HeldUses, UseSource
+from eigendecomp.factored.uses import UseSource
 from eigendecomp.fit import Fit, fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.objective import squared_error
 from eigendecomp.reference import Mean, OtherSample, Reference
 from eigendecomp.settings import Settings
 from eigendecomp.sparsity import BatchTopK, Sparsity
-from eigendecomp.storage import Stored, identity
+from eigendecomp.storage import identity
 from eigendecomp.support import files, parallel
+from eigendecomp.support.algebra import strongest
+from eigendecomp.support.axes import check_rank
 from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.checks import choice, patterns, real, whole
 from eigendecomp.support.doors import Doors
-from eigendecomp.support.examples import Examples, Inputs, as_examples, chunks, feed, fetch, first
+from eigendecomp.support.examples import Examples, Inputs, as_examples, chunks, first
+from eigendecomp.support.history import History
 from eigendecomp.support.models import moved
 from eigendecomp.support.random import generator
-from eigendecomp.support.show import Shown
+from eigendecomp.support.show import Shown, of_decomposition
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
@@ -39,40 +43,32 @@ log = logging.getLogger(__name__)
 CHUNK = 64  # examples read at a time; a constant, so that nothing depends on it
 
 
-class OutputSamples:
-    """A sample is one output: its gradient is over all uses of a weight."""
+class Decomposition(Shown, Doors):
+    """Directions learned for a target, with all that is needed to read new samples along them.
 
-    def __init__(self, target: Target, examples: Examples, settings: Settings) -> None:
-        self.source = self.outputs = CapturedSource(target, examples, terms=settings.n_directions * settings.rank)
+    Args:
+        encoder: directions that read coefficients; the decoder itself where they are tied.
+        decoder: directions that rebuild gradients.
+        threshold: the |z| from which a coefficient is kept; None keeps all.
+        pool: predictions of which references are made.
+        seen: the examples that the pool was made from, if they are known.
+    """
 
-    def batches(self, data: Data, order: torch.Generator) -> Batches:
-        if data.cached:
-            return CachedBatches(self.source, data.seen, data.outputs, data.draws, order)
-        return LiveBatches(self.source, feed(data.inputs, order), data.draws, data.outputs.shape[1])
-
-
-class UseSamples:
-    """A sample is one use of a weight: its gradient is over all outputs."""
-
-    def __init__(self, target: Target, examples: Examples, settings: Settings) -> None:
-        self.outputs = CapturedSource(target, examples, terms=settings.n_directions * settings.rank, form=False)
-        self.source = UseSource(self.outputs, examples, settings.scale == "unit")
-
-    def batches(self, data: Data, order: torch.Generator) -> Batches:
-        if data.count and data.draws.reference.fixed and self.source.bytes(data.count) <= HELD_BYTES:
-            return HeldUses(self.source, fetch(data.inputs, range(data.count)), data.draws, order)
-        positions = data.outputs.shape[1]
-        return LiveBatches(self.source, feed(data.inputs, order), data.draws, positions, self.source.positions)
-
-
-Samples = OutputSamples | UseSamples
-SAMPLES: dict[str, type[Samples]] = {"outputs": OutputSamples, "uses": UseSamples}
-
-
-class Decomposition(Stored, Shown, Doors):
-    """Directions learned for a target, with all that is needed to read new samples along them."""
-
-    _samples: Samples | None = None
+    def __init__(
+        self,
+        target: Target,
+        settings: Settings,
+        encoder: Directions,
+        decoder: Directions,
+        threshold: float | None,
+        pool: Float[Tensor, "m k"],
+        history: History,
+        seen: Examples = (),
+    ) -> None:
+        self.target, self.settings, self.history = target, settings, history
+        self.encoder, self.decoder, self.threshold = encoder, decoder, threshold
+        self.pool, self.seen = pool, seen
+        self._samples: Samples | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the source, which belongs to this process and is prepared again when it is needed."""
@@ -80,10 +76,7 @@ class Decomposition(Stored, Shown, Doors):
 
     def summary(self) -> list[tuple[str, str]]:
         """The shapes, what the fit was asked for, and what became of it."""
-        s, shapes = self.settings, ", ".join(f"{name} {shape}" for name, shape in self.decoder.shapes.items())
-        asked = f"{s.divergence}, {s.reference}, samples={s.samples!r}, {s.sparsity}"
-        kind = f"{self.decoder.n} of rank {s.rank} ({s.factorization}{', tied' if s.tied else ''})"
-        return [("directions", kind), ("parameters", shapes), ("rebuilding", asked), *self.history.summary()]
+        return of_decomposition(self)
 
     # ---- reading
 
@@ -117,14 +110,8 @@ class Decomposition(Stored, Shown, Doors):
         """
         choice("by", by, "impact", "activation")
         whole("k", k)
-        best = self.decoder.norms().new_zeros(self.decoder.n, 0)
-        samples, seen = best.long(), 0
-        for some in self._impacts(inputs, references, seed) if by == "impact" else self._activations(inputs):
-            index = torch.arange(seen, seen + len(some), device=some.device).expand(self.decoder.n, -1)
-            seen += len(some)
-            best, order = torch.cat([best, some.T], 1).topk(min(k, seen), 1)
-            samples = torch.cat([samples, index], 1).gather(1, order)
-        return best, samples
+        each = self._impacts(inputs, references, seed) if by == "impact" else self._activations(inputs)
+        return strongest(each, k)
 
     def _activations(self, inputs: Inputs) -> Iterator[Float[Tensor, "n v"]]:
         for some in chunks(inputs, CHUNK):

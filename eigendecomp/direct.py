@@ -20,10 +20,11 @@ from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.fit import rate
 from eigendecomp.reference import ModelSample
-from eigendecomp.settings import History, Settings
+from eigendecomp.settings import Settings
 from eigendecomp.sparsity import L1
 from eigendecomp.support.checks import patterns
 from eigendecomp.support.examples import Feed, Inputs, feed, first
+from eigendecomp.support.history import History
 from eigendecomp.support.random import generator
 from eigendecomp.target import Target
 

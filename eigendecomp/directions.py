@@ -8,16 +8,15 @@ forms a direction unless it is asked to: inner products between directions come 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
-from typing import Any, Literal, Self
+from typing import Self
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.support.axes import Shapes, groups_of, lengths, named, sizes_of
-
-Factorization = Literal["cp", "tucker"]
+from eigendecomp.support.algebra import SelfGram, khatri_rao, kronecker
+from eigendecomp.support.axes import Factorization, Shapes, check_rank, factor_sizes, groups_of, lengths, named
 
 OPS_PER_ELEMENT = 100  # cost of writing one intermediate element, in multiply–adds: measured, see notebooks/cost
 
@@ -91,40 +90,6 @@ class LowRank:
         few = self.factors[:1] if self.tucker else self.factors
         for factor in few:
             factor.mul_((scale ** (1 / len(few))).view(-1, *[1] * (factor.ndim - 1)))
-
-
-def khatri_rao(factors: Sequence[Float[Tensor, "v k _"]]) -> Float[Tensor, "v k d"]:
-    """The flattened outer product over axes of every rank-one term."""
-    return reduce(lambda a, b: (a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2), factors)
-
-
-def kronecker(core: Float[Tensor, "v ..."], factors: Sequence[Float[Tensor, "v r d"]]) -> Float[Tensor, "v r d"]:
-    """The Kronecker product over axes of every direction's factors; of none, a single one."""
-    one = core.new_ones(core.shape[0], 1, 1)
-    return reduce(lambda a, b: torch.einsum("vrd,vse->vrsde", a, b).flatten(3).flatten(1, 2), factors, one)
-
-
-def largest_rank(shape: Sequence[int], factorization: Factorization) -> int:
-    """The rank from which a tensor of this shape gains nothing more."""
-    sizes = sizes_of(shape)
-    return max(sizes) if factorization == "tucker" else math.prod(sizes) // max(sizes)
-
-
-def factor_sizes(shape: Sequence[int], rank: int, factorization: Factorization) -> list[tuple[int, ...]]:
-    """The sizes of a tensor's factors in one direction; no tensor gets more rank than it can use."""
-    if factorization == "cp":
-        return [(min(rank, largest_rank(shape, "cp")), d) for d in sizes_of(shape)]
-    matrices = [(min(rank, d), d) for d in sizes_of(shape)]
-    return [tuple(r for r, _ in matrices), *matrices]
-
-
-def check_rank(shapes: Shapes, rank: int, factorization: Factorization) -> None:
-    """Raises ValueError if the rank is not positive, or no tensor can use it."""
-    most = max(largest_rank(shape, factorization) for shape in shapes.values())
-    if not 1 <= rank <= most:
-        raise ValueError(
-            f"rank={rank} is outside 1 to {most}: no chosen tensor {dict(shapes)} can use more in {factorization}"
-        )
 
 
 class Directions:
@@ -268,21 +233,8 @@ def gram(a: LowRank, b: LowRank) -> Float[Tensor, "v w"]:
         mine, others = ([one.dense().flatten(1).unsqueeze(1)] for one in (a, b))
     v, k, w, j = *mine[0].shape[:2], *others[0].shape[:2]
     matrices = [(x.flatten(0, 1), y.flatten(0, 1)) for x, y in zip(mine, others, strict=True)]
-    product = reduce(torch.mul, (_SelfGram.apply(x) if a is b else x @ y.T for x, y in matrices))
+    product = reduce(torch.mul, (SelfGram.apply(x) if a is b else x @ y.T for x, y in matrices))
     return rearrange(product, "(v k) (w j) -> v k w j", v=v, w=w).sum((1, 3)) if k * j > 1 else product
-
-
-class _SelfGram(torch.autograd.Function):
-    """x xᵀ, whose two equal halves go back as one product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Float[Tensor, "v d"]) -> Float[Tensor, "v v"]:
-        ctx.save_for_backward(x)
-        return x @ x.T
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> Tensor:
-        return (grad[0] + grad[0].T) @ ctx.saved_tensors[0]
 
 
 def better_formed(mine: Sequence[torch.Size], others: Sequence[torch.Size]) -> bool:

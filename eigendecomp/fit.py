@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from eigendecomp.directions import Directions
 from eigendecomp.factored.kept import coefficients
 from eigendecomp.gradients import Gradients, Products
 from eigendecomp.objective import Everything, Objective, squared_error
-from eigendecomp.settings import History, Settings
-from eigendecomp.sparsity import Sparsity
+from eigendecomp.settings import Settings
 from eigendecomp.support import parallel
 from eigendecomp.support.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, under
 from eigendecomp.support.checks import whole
+from eigendecomp.support.history import History
 from eigendecomp.support.random import generator
 from eigendecomp.target import Target
 
@@ -68,15 +68,15 @@ class State:
 
     def objectives(self, gradients: Gradients) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"], Float[Tensor, "n v"]]:
         """Loss and error of every restart, and the sparse coefficients of all."""
-        done, dead = self.step / self.settings.steps, self.dead()
+        done, dead, rule = self.step / self.settings.steps, self.dead(), self.settings.sparsity
         if len(self.blocks) == 1:
             loss, error, s = self.objective(gradients, self.encoder, self.decoder, dead, done)
             return loss[None], error[None], s
         (z, y, gram, squares), results = gradients.products(self.encoder, self.decoder), []
         for b in self.blocks:
-            products, own = Products(z[:, b], y[:, b], gram[b, b], squares), self.decoder.map(lambda x, b=b: x[b])
-            objective = Objective(self.settings.sparsity, partial(of_products, products))
-            results.append(objective(gradients, own, own, dead[b], done))
+            own = self.decoder.map(lambda factor, b=b: factor[b])
+            products = Products(z[:, b], y[:, b], gram[b, b], squares)
+            results.append(self.objective.of(Everything(products, rule.keep_batch(z[:, b], done), own), own, dead[b]))
         losses, errors, s = zip(*results)
         return torch.stack(losses), torch.stack(errors), torch.cat(s, 1)
 
@@ -122,13 +122,6 @@ class State:
         self.batches.feed.restore(under("data/", tensors))
         self.last_kept = tensors["last_kept"].to(self.last_kept.device)
         self.step, self.histories = numbers["step"], [History.read(history) for history in numbers["histories"]]
-
-
-def of_products(
-    products: Products, rule: Sparsity, _: Gradients, __: Directions, own: Directions, done: float
-) -> Everything:
-    """A restart's coefficients, from products that were taken for all restarts at once."""
-    return Everything(products, rule.keep_batch(products.z, done), own)
 
 
 @torch.enable_grad()

@@ -8,7 +8,6 @@ numbers themselves. Samples are ordered example by example, position by position
 import logging
 import math
 from collections.abc import Sequence
-from functools import reduce
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigendecomp.directions import OPS_PER_ELEMENT, Directions
+from eigendecomp.support.algebra import sum_of
 from eigendecomp.support.axes import Shapes, named
 from eigendecomp.target import Target
 
@@ -200,11 +200,6 @@ class Source(Protocol):
 def terms_of(directions: Directions, name: str) -> int:
     """How many terms k the two sides of :meth:`Directions.pair` have in a matrix, or at least in another tensor."""
     return directions.tensor[name].terms
-
-
-def sum_of(terms: Sequence[Tensor]) -> Tensor:
-    """Their sum, without the integer zero that ``sum`` starts from."""
-    return reduce(torch.add, terms)
 
 
 class FunctionalSource:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigendecomp.divergence import Divergence
-from eigendecomp.support.checks import one_output, whole
+from eigendecomp.support.checks import finite, one_output, whole
 
 
 class Reference(ABC):
@@ -70,9 +70,7 @@ class Draws:
         return Draws.of(self.reference, self.divergence, self.pool, shape, draws, generator)
 
     def __call__(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "e p r k"]:
-        if not f.isfinite().all():
-            raise ValueError("the model's output is not finite for some of the inputs; remove or mend those examples")
-        f = repeat(f, "e p k -> e p r k", r=self.noise.shape[2])
+        f = repeat(finite(f), "e p k -> e p r k", r=self.noise.shape[2])
         return self.reference.cotangent(self.divergence, f, self.pool, self.noise)
 
     def __getitem__(self, examples: slice | Tensor) -> "Draws":

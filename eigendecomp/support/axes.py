@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from einops import EinopsError
 from einops.parsing import ParsedExpression
 
+Factorization = Literal["cp", "tucker"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -74,3 +76,26 @@ def axes_in(text: str, ndim: int, name: str) -> list[list[int]]:
     if not alike or len(left.composition) != len(axes) or len(axes) != ndim:
         raise ValueError(f"group={text!r} must name each of the {ndim} axes of {name!r} once on both sides{example}")
     return [[axes.index(axis) for axis in group] for group in right.composition]
+
+
+def largest_rank(shape: Sequence[int], factorization: Factorization) -> int:
+    """The rank from which a tensor of this shape gains nothing more."""
+    sizes = sizes_of(shape)
+    return max(sizes) if factorization == "tucker" else math.prod(sizes) // max(sizes)
+
+
+def factor_sizes(shape: Sequence[int], rank: int, factorization: Factorization) -> list[tuple[int, ...]]:
+    """The sizes of a tensor's factors in one direction; no tensor gets more rank than it can use."""
+    if factorization == "cp":
+        return [(min(rank, largest_rank(shape, "cp")), d) for d in sizes_of(shape)]
+    matrices = [(min(rank, d), d) for d in sizes_of(shape)]
+    return [tuple(r for r, _ in matrices), *matrices]
+
+
+def check_rank(shapes: Shapes, rank: int, factorization: Factorization) -> None:
+    """Raises ValueError if the rank is not positive, or no tensor can use it."""
+    most = max(largest_rank(shape, factorization) for shape in shapes.values())
+    if not 1 <= rank <= most:
+        raise ValueError(
+            f"rank={rank} is outside 1 to {most}: no chosen tensor {dict(shapes)} can use more in {factorization}"
+        )

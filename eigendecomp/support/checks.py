@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -54,3 +55,60 @@ def one_output(c: Any) -> Any:
     if not values.double().isfinite().all():
         raise ValueError(f"Constant({c}) must be finite")
     return c
+
+
+def finite(f: Tensor) -> Tensor:
+    """A model's outputs, if they are finite; ValueError otherwise."""
+    if not f.isfinite().all():
+        raise ValueError("the model's output is not finite for some of the inputs; remove or mend those examples")
+    return f
+
+
+def usable(jacobian: Float[Tensor, "n k w"], remedy: str) -> Float[Tensor, "n k w"]:
+    """Gradients of n samples, if they are finite and not all zero; ValueError, in the latter case with the remedy."""
+    if not jacobian.isfinite().all():
+        bad = ~jacobian.isfinite().flatten(1).all(1)
+        raise ValueError(
+            f"the gradient is NaN or infinite for {int(bad.sum())} of {len(bad)} samples, first for sample "
+            f"{int(bad.nonzero()[0])}; remove those examples, or smooth the model where it has no slope"
+        )
+    if not jacobian.any():
+        raise ValueError(f"all gradients are zero: {remedy}")
+    return jacobian
+
+
+def check_settings(settings: Any, **kinds: type) -> None:
+    """ValueError if a field of the settings is out of range, or one of those named is of another kind."""
+    for name in ("n_directions", "rank", "steps", "batch_size", "restarts"):
+        whole(name, getattr(settings, name))
+    whole("seed", settings.seed, 0)
+    real("learning_rate", settings.learning_rate, above=0)
+    if settings.interference is not None:
+        real("interference", settings.interference, least=0)
+    if settings.prune is not None:
+        real("prune (share of the squared gradients)", settings.prune, above=0, most=1)
+    choice("factorization", settings.factorization, "cp", "tucker")
+    choice("samples", settings.samples, "outputs", "uses")
+    if settings.scale not in (None, "unit") or (settings.scale and settings.samples == "outputs"):
+        raise ValueError(f"scale={settings.scale!r} must be None, or 'unit' with samples='uses'")
+    if not isinstance(settings.tied, bool):
+        raise ValueError(f"tied={settings.tied!r} must be True or False")
+    for name, kind in kinds.items():
+        value = getattr(settings, name)
+        if not isinstance(value, kind):
+            raise ValueError(f"{name}={value!r} must be a {kind.__name__}, such as those in eigendecomp")
+
+
+def check_differs(draws: Any, f: Float[Tensor, "e p k"], generator: torch.Generator, remedy: str) -> None:
+    """Refuse references from which no output differs by more than rounding: a fit would learn the rounding.
+
+    Raises:
+        ValueError: if every cotangent is zero within 16 units of the outputs' last digit; it ends with the remedy.
+    """
+    c = draws.again((f.shape[0], f.shape[1]), 1, generator)
+    for start in range(0, len(f), 256):
+        some = slice(start, start + 256)
+        scale = f[some].abs().amax() + draws.divergence.predict(f[some]).abs().amax()
+        if c[some](f[some]).abs().amax() > 16 * torch.finfo(f.dtype).eps * scale:
+            return
+    raise ValueError(f"all gradients are zero: {remedy}")

@@ -1,6 +1,6 @@
 """What is asked of a model before it is decomposed, and how it is run."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from threading import RLock
@@ -18,6 +18,7 @@ from eigendecomp.support.examples import Named
 
 # A run puts other tensors in the place of the model's parameters and switches parts of torch off, for all threads.
 LOCK = RLock()
+AT_ONCE = 200  # pairs of an example and a direction that are pushed at once
 
 
 class Leaves:
@@ -179,6 +180,23 @@ class Largest(TorchDispatchMode):
         made = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.elements = max(self.elements, *made, 0)
         return out
+
+
+def at_once(
+    run: Callable[[], object], parameters: Mapping[str, Tensor], examples: int, directions: int, budget: int
+) -> tuple[int, int]:
+    """How many examples and how many directions to push forward at once: few examples and many directions.
+
+    A direction needs about four arrays at a time of its own size and of the largest that ``run``, the model on one
+    example, makes.
+    """
+    with torch.no_grad(), Largest() as largest:
+        run()
+    each = 4 * next(iter(parameters.values())).element_size()
+    size = max(4, min(64, AT_ONCE // directions))
+    size = min(size, examples, max(1, budget // (2 * each * largest.elements)))
+    numbers = sum(p.numel() for p in parameters.values()) + size * largest.elements
+    return size, max(1, min(directions, AT_ONCE // size, budget // (each * numbers)))
 
 
 def keeps_channels(func: Any, args: tuple, result: Tensor, channels: WeakIdKeyDictionary) -> bool:

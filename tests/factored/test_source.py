@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import eigendecomp as ed
 from eigendecomp.batches import LiveBatches
-from eigendecomp.directions import Directions, Factorization, largest_rank
+from eigendecomp.directions import Directions, Factorization
 from eigendecomp.factored import terms
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.fit import fit
@@ -29,6 +29,7 @@ from eigendecomp.objective import Objective
 from eigendecomp.reference import Draws
 from eigendecomp.settings import Settings
 from eigendecomp.sparsity import Sparsity
+from eigendecomp.support.axes import largest_rank
 from eigendecomp.support.examples import feed
 from eigendecomp.support.models import Largest
 from eigendecomp.support.random import generator
