@@ -1,5 +1,7 @@
-"""Batches of gradients: differentiated at every step, or from Jacobians that are kept."""
+"""What a fit reads of its data, and batches of gradients: differentiated at every step, or from kept Jacobians."""
 
+import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -7,13 +9,54 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigendecomp.gradients import EachOutput, Formed, Gradients, Source
-from eigendecomp.reference import Draws, Reference
+from eigendecomp.reference import Draws
+from eigendecomp.settings import Settings
 from eigendecomp.support import parallel
-from eigendecomp.support.examples import Examples, Feed, Shuffled
+from eigendecomp.support.checks import check_differs, usable
+from eigendecomp.support.examples import Examples, Feed, Inputs, Shuffled, count, feed, fetch, first
+from eigendecomp.support.random import generator
 from eigendecomp.target import Target
 
 CACHE_BYTES = 1 << 28  # a Jacobian up to this size is kept instead of being computed at every step
+POOL_SAMPLES = 8192  # samples from whose outputs references are made, where there are more
+CHUNK = 256  # examples differentiated at a time, where no loss is taken of them
 ZERO = "does the output depend on the chosen parameters, and differ from the reference?"
+
+
+@dataclass
+class Data:
+    """What a fit reads of its inputs."""
+
+    inputs: Inputs
+    count: int | None  # examples, where that is known
+    probe: Examples  # the first three
+    seen: Examples  # those from whose outputs references are made: all, where that is cheap
+    outputs: Float[Tensor, "e p k"]  # of these
+    draws: Draws
+    cached: bool  # whether Jacobians of all are small enough to be kept
+
+    @classmethod
+    def read(cls, target: Target, inputs: Inputs, settings: Settings, pool_samples: int = POOL_SAMPLES) -> "Data":
+        """Run the target on the inputs that references are made from.
+
+        Raises:
+            ValueError: if the divergence cannot compare the outputs, or no output differs from its reference.
+        """
+        probe = first(inputs, 3)
+        _, p, k = target.outputs(probe).shape
+        settings.divergence.check(k)
+        n = count(inputs)
+        size = p * (1 if settings.reference.fixed else k) * target.size * torch.finfo(target.dtype).bits // 8
+        cached = n is not None and n * size <= CACHE_BYTES
+        some = math.ceil(pool_samples / p)
+        if n and (cached or n <= some):
+            seen = fetch(inputs, range(n))
+        else:
+            seen = feed(inputs, generator(settings.seed, "pool")).take(some)
+        f = target.outputs(seen)
+        draws = settings.draws(settings.pool(f), (1, 1), 1, generator(settings.seed, "probe"))
+        check_differs(draws, f, generator(settings.seed, "zero"), ZERO)
+        return cls(inputs, n, probe, seen, f, draws, cached)
 
 
 class Batches(Protocol):
@@ -34,13 +77,13 @@ class LiveBatches:
     """
 
     def __init__(self, source: Source, feed: Feed, draws: Draws, positions: int, samples: int = 0) -> None:
-        self.source, self.feed, self.draws, self.positions = source, feed, draws, positions
-        self.samples = samples or positions
+        self.source, self.feed, self.draws = source, feed, draws
+        self.positions, self.samples = positions, samples or positions
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        count = max(1, size // self.samples)
-        draws = self.draws.again((count, self.positions), 1, generator)
-        return self.source(self.feed.take(count), draws[parallel.share(count)])
+        examples = max(1, size // self.samples)
+        draws = self.draws.again((examples, self.positions), 1, generator)
+        return self.source(self.feed.take(examples), draws[parallel.share(examples)])
 
 
 class CachedBatches:
@@ -53,35 +96,19 @@ class CachedBatches:
         self, source: Source, examples: Examples, f: Float[Tensor, "e p k"], draws: Draws, generator: torch.Generator
     ) -> None:
         self.shapes, self.draws, self.f = source.target.shapes, draws, f.flatten(0, 1)
-        basis = draws.again((f.shape[0], f.shape[1]), 1, generator) if draws.reference.fixed else EachOutput()
-        rows = []
-        for start in range(0, len(f), 256):
-            part = slice(start, start + 256)
-            rows.append(source([tensor[part] for tensor in examples], basis[part]).flat())
-        self.jacobian = torch.cat(rows).view(len(self.f), -1, rows[0].shape[-1])
-        if not self.jacobian.isfinite().all():
-            bad = ~self.jacobian.isfinite().flatten(1).all(1)
-            raise ValueError(
-                f"the gradient is NaN or infinite for {int(bad.sum())} of {len(bad)} samples, first for sample "
-                f"{int(bad.nonzero()[0])}; remove those examples, or smooth the model where it has no slope"
-            )
-        if not self.jacobian.any():
-            raise ValueError(f"all gradients are zero: {ZERO}")
+        c = draws.again((f.shape[0], f.shape[1]), 1, generator) if draws.reference.fixed else EachOutput()
+        pieces = []
+        for start in range(0, len(f), CHUNK):
+            some = slice(start, start + CHUNK)
+            pieces.append(source([tensor[some] for tensor in examples], c[some]).flat())
+        self.jacobian = usable(torch.cat(pieces).view(len(self.f), -1, pieces[0].shape[-1]), ZERO)
         self.feed = Shuffled((self.f,), len(self.f), generator)
-
-    @staticmethod
-    def size(f: Float[Tensor, "e p k"], examples: int, reference: Reference, target: Target) -> int:
-        """Bytes that the cache of so many examples takes, told from the outputs of a few."""
-        k = 1 if reference.fixed else f.shape[-1]
-        return examples * f.shape[1] * k * target.size * f.element_size()
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
         share = parallel.share(size)
-        rows = self.feed.indices(size)[share]
-        jacobian = self.jacobian[rows]
-        if self.draws.reference.fixed:
-            values = jacobian[:, 0]
-        else:
-            c = self.draws.again((size, 1), 1, generator)[share](self.f[rows].unsqueeze(1))
-            values = torch.bmm(c[:, 0], jacobian)[:, 0]
-        return Gradients(self.shapes, [Formed(self.shapes, values)])
+        index = self.feed.indices(size)[share]
+        gradients = self.jacobian[index]
+        if not self.draws.reference.fixed:
+            c = self.draws.again((size, 1), 1, generator)[share](self.f[index].unsqueeze(1))
+            gradients = torch.bmm(c[:, 0], gradients)
+        return Gradients(self.shapes, [Formed(self.shapes, gradients[:, 0])])

@@ -1,10 +1,8 @@
 """The public door: decompose a model, and what one then asks of its directions."""
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,45 +10,49 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigendecomp.batches import CACHE_BYTES, ZERO, Batches, CachedBatches, LiveBatches
+from eigendecomp.batches import Data
 from eigendecomp.curvature import curvatures, push_forward
-from eigendecomp.directions import Directions, Factorization, check_rank
+from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.factored.guard import Mistaken
+from eigendecomp.factored.samples import SAMPLES, Samples
 from eigendecomp.factored.source import CapturedSource
-from eigendecomp.factored.uses import HELD_BYTES, HeldUses, UseSource
-from eigendecomp.fit import fit
+from eigendecomp.factored.uses import UseSource
+from eigendecomp.fit import Fit, fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.objective import squared_error
-from eigendecomp.reference import Draws, Mean, OtherSample, Reference
-from eigendecomp.settings import History, Settings, settings_from
+from eigendecomp.reference import Mean, OtherSample, Reference
+from eigendecomp.settings import Settings
 from eigendecomp.sparsity import BatchTopK, Sparsity
-from eigendecomp.storage import Checkpoint, check_target, fingerprint, pack, pack_pool, unpack, unpack_seen
+from eigendecomp.storage import identity
 from eigendecomp.support import files, parallel
-from eigendecomp.support.checks import real, whole
+from eigendecomp.support.algebra import strongest
+from eigendecomp.support.axes import check_rank
+from eigendecomp.support.checkpoint import Checkpoint
+from eigendecomp.support.checks import choice, patterns, real, whole
 from eigendecomp.support.doors import Doors
-from eigendecomp.support.examples import Examples, Inputs, Named, as_examples, chunks, count, feed, fetch, first
-from eigendecomp.support.models import LOCK
+from eigendecomp.support.examples import Examples, Inputs, as_examples, chunks, first
+from eigendecomp.support.history import History
+from eigendecomp.support.models import moved
 from eigendecomp.support.random import generator
-from eigendecomp.support.show import Shown
-from eigendecomp.target import Target, patterns
+from eigendecomp.support.show import Shown, of_decomposition
+from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
 CHUNK = 64  # examples read at a time; a constant, so that nothing depends on it
-POOL_SAMPLES = 8192  # samples from whose outputs references are made, where there are more
-
-
-def capture(target: Target, examples: Examples, settings: Settings) -> CapturedSource | UseSource:
-    """The gradients of the samples that are chosen, arranged for this many directions."""
-    whole = settings.samples == "outputs"
-    captured = CapturedSource(target, examples, terms=settings.n_directions * settings.rank, form=whole)
-    return captured if whole else UseSource(captured, examples, settings.scale == "unit")
 
 
 class Decomposition(Shown, Doors):
-    """Directions learned for a target, with all that is needed to read new samples along them."""
+    """Directions learned for a target, with all that is needed to read new samples along them.
+
+    Args:
+        encoder: directions that read coefficients; the decoder itself where they are tied.
+        decoder: directions that rebuild gradients.
+        threshold: the |z| from which a coefficient is kept; None keeps all.
+        pool: predictions of which references are made.
+        seen: the examples that the pool was made from, if they are known.
+    """
 
     def __init__(
         self,
@@ -63,29 +65,23 @@ class Decomposition(Shown, Doors):
         history: History,
         seen: Examples = (),
     ) -> None:
-        self.target, self.settings = target, settings
-        self.encoder, self.decoder, self.threshold, self.pool = encoder, decoder, threshold, pool
-        self.history = history
-        self.seen = seen  # the examples that the pool was made from, if they are known
-        self._source: CapturedSource | UseSource | None = None
+        self.target, self.settings, self.history = target, settings, history
+        self.encoder, self.decoder, self.threshold = encoder, decoder, threshold
+        self.pool, self.seen = pool, seen
+        self._samples: Samples | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the source, which belongs to this process and is prepared again when it is needed."""
-        return self.__dict__ | {"_source": None}
+        return self.__dict__ | {"_samples": None}
 
     def summary(self) -> list[tuple[str, str]]:
         """The shapes, what the fit was asked for, and what became of it."""
-        s, shapes = self.settings, ", ".join(f"{name} {shape}" for name, shape in self.decoder.shapes.items())
-        asked = f"{s.divergence}, {s.reference}, samples={s.samples!r}, {s.sparsity}"
-        return [
-            ("directions", f"{self.decoder.n} of rank {s.rank} ({s.factorization}{', tied' if s.tied else ''})"),
-            ("parameters", shapes), ("rebuilding", asked), *self.history.summary(),
-        ]  # fmt: skip
+        return of_decomposition(self)
 
     # ---- reading
 
     def directions(self) -> dict[str, Float[Tensor, "v *shape"]]:
-        """{parameter: (n_directions, *shape)}: the decoder rows, of unit norm over all tensors together."""
+        """{parameter: (n_directions, *shape)}: the decoder's directions, of unit norm over all tensors together."""
         return {name: self.decoder.dense(name) for name in self.decoder.shapes}
 
     def encode(self, inputs: Inputs, seed: int = 0, *, sparse: bool = False) -> Float[Tensor, "n v"]:
@@ -112,23 +108,15 @@ class Decomposition(Shown, Doors):
         Inputs are read a few at a time and only the best are held, so a dataset may be larger than memory. With fewer
         than k samples there are fewer columns.
         """
-        if by not in ("impact", "activation"):
-            raise ValueError(f"by={by!r} must be 'impact' or 'activation'")
+        choice("by", by, "impact", "activation")
         whole("k", k)
-        values = self.decoder.norms().new_zeros(self.decoder.n, 0)
-        rows, seen = values.long(), 0
-        for part in self._impacts(inputs, references, seed) if by == "impact" else self._activations(inputs):
-            index = torch.arange(seen, seen + len(part), device=part.device).expand(self.decoder.n, -1)
-            seen += len(part)
-            values, rows = torch.cat([values, part.T], 1), torch.cat([rows, index], 1)
-            values, order = values.topk(min(k, seen), 1)
-            rows = rows.gather(1, order)
-        return values, rows
+        each = self._impacts(inputs, references, seed) if by == "impact" else self._activations(inputs)
+        return strongest(each, k)
 
     def _activations(self, inputs: Inputs) -> Iterator[Float[Tensor, "n v"]]:
-        for part in chunks(inputs, CHUNK):
-            source = self.captured(part)
-            yield curvatures(self.target, self.settings.divergence, self.decoder, part, source=source).sqrt()
+        for some in chunks(inputs, CHUNK):
+            source = self.captured(some)
+            yield curvatures(self.target, self.settings.divergence, self.decoder, some, source=source).sqrt()
 
     def _impacts(self, inputs: Inputs, references: int, seed: int) -> Iterator[Float[Tensor, "n v"]]:
         whole("references", references)
@@ -153,22 +141,22 @@ class Decomposition(Shown, Doors):
     def gradients(self, inputs: Inputs, draws: int, seed: int) -> Iterator[Gradients]:
         """Gradients of the samples, ``CHUNK`` examples at a time; references are drawn in the samples' order."""
         noise = generator(seed, "encode")
-        for part in chunks(inputs, CHUNK):
-            positions = self.target.outputs(first(part, 1)).shape[1]
-            shape = len(part[0]), positions
-            s = self.settings
-            yield self.source(part)(part, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
+        for some in chunks(inputs, CHUNK):
+            shape = len(some[0]), self.target.outputs(first(some, 1)).shape[1]
+            yield self.source(some)(some, self.settings.draws(self.pool, shape, draws, noise))
 
     def captured(self, examples: Examples) -> CapturedSource:
         """Where gradients of whole outputs come from."""
-        source = self.source(examples)
-        return source.captured if isinstance(source, UseSource) else source
+        return self._prepared(examples).outputs
 
     def source(self, examples: Examples) -> CapturedSource | UseSource:
         """Where the samples' gradients come from, prepared on the first examples that are asked about."""
-        if self._source is None or self.target.renewed():
-            self._source = capture(self.target, examples, self.settings)
-        return self._source
+        return self._prepared(examples).source
+
+    def _prepared(self, examples: Examples) -> Samples:
+        if self._samples is None or self.target.renewed():
+            self._samples = SAMPLES[self.settings.samples](self.target, examples, self.settings)
+        return self._samples
 
     # ---- acting
 
@@ -180,65 +168,8 @@ class Decomposition(Shown, Doors):
             real(f"the step along direction {number}", delta)
         few = self.decoder.select([int(number) for number in steps])
         sizes = torch.tensor(list(steps.values()), dtype=self.target.dtype, device=self.target.device)
-        with LOCK:  # no other thread runs a model that is moved
-            chosen = self.target.chosen
-            kept = {name: p.detach().clone() for name, p in chosen.items()}
-            try:
-                with torch.no_grad():
-                    for name, p in chosen.items():
-                        p.add_(torch.tensordot(sizes, few.dense(name), 1).view(p.shape))
-                yield self.target.model
-            finally:
-                with torch.no_grad():
-                    for name, p in chosen.items():
-                        p.copy_(kept[name])
-
-    # ---- keeping
-
-    def save(self, path: str | Path) -> None:
-        """Write the directions as safetensors with the settings as metadata.
-
-        A pool of references above 4 MiB is written as the inputs it came from, if these are smaller: mind who reads it.
-        """
-        tensors = {**pack_pool(self.pool, self.seen), **pack("decoder", self.decoder)}
-        if not self.settings.tied:
-            tensors |= pack("encoder", self.encoder)
-        metadata = {
-            "format": FORMAT,
-            "settings": self.settings.as_json(),
-            "shapes": self.decoder.shapes,
-            "target": fingerprint(self.target),
-            "threshold": self.threshold,
-            "history": asdict(self.history),
-            "arguments": list(self.seen.names) if isinstance(self.seen, Named) else None,
-        }
-        files.write(path, tensors, metadata)
-
-    @classmethod
-    def load(cls, path: str | Path, model: nn.Module) -> "Decomposition":
-        """Read what :meth:`save` wrote; nothing in the file is ever run.
-
-        Raises:
-            ValueError: if the file is not a decomposition, is damaged, or is one of another model.
-        """
-        tensors, metadata = files.read(path)
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{str(path)!r} is not a decomposition that this version reads (format {FORMAT})")
-        try:
-            settings = settings_from(metadata["settings"])
-            target = Target(model, settings.parameters, settings.group)
-            check_target(target, metadata, path)
-            history = History.read(metadata["history"])
-            decoder = unpack("decoder", tensors, target, settings, history)
-            encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings, history)
-            threshold = metadata["threshold"]
-            if threshold is not None:
-                real("threshold", threshold, least=0)
-            seen = unpack_seen(tensors, metadata.get("arguments"))
-            pool = pool_of(target, seen, settings)[1] if seen else tensors["pool"].to(target.device)
-            return cls(target, settings, encoder, decoder, threshold, pool, history, seen)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None
+        with moved(self.target.chosen, {name: torch.tensordot(sizes, few.dense(name), 1) for name in few.shapes}):
+            yield self.target.model
 
 
 def decompose(
@@ -309,101 +240,36 @@ def decompose(
     target = Target(model, settings.parameters, settings.group)
     check_rank(target.shapes, rank, factorization)
     data = Data.read(target, inputs, settings)
-    source = capture(target, data.probe, settings)
-    keeper = None if path is None else Checkpoint(path, identity(target, data, settings), checkpoint_seconds)
+    kept = None
+    if path is not None:
+        kept = Checkpoint(path, identity(target, settings, data.seen, data.count), checkpoint_seconds)
+    made, gradients = fit_data(target, data, settings, progress, kept)
+    d = Decomposition(
+        target, settings, made.encoder, made.decoder, made.threshold, data.draws.pool, made.history, data.seen
+    )
+    d._samples = gradients
+    return d
+
+
+def fit_data(
+    target: Target, data: Data, settings: Settings, progress: bool, checkpoint: Checkpoint | None
+) -> tuple[Fit, Samples]:
+    """Fit; once more from the start, by autograd, if factored gradients turn out to be wrong on the way.
+
+    Raises:
+        ValueError: if that happens in one of several processes.
+    """
+    gradients = SAMPLES[settings.samples](target, data.probe, settings)
     while True:
         try:
-            found = fit(target, data.batches(source, settings), settings, progress=progress, checkpoint=keeper)
-            break
+            batches = gradients.batches(data, generator(settings.seed, "data"))
+            return fit(target, batches, settings, progress=progress, checkpoint=checkpoint), gradients
         except Mistaken:
             if parallel.processes() > 1:  # the others would wait for this one
                 raise ValueError("earlier gradients were not autograd's; run this fit in one process") from None
-            aside = keeper and keeper.set_aside()
-            kept = f"; its checkpoint is at {str(aside)!r}" if aside else ""
-            log.warning("earlier gradients were not autograd's: the fit starts again with autograd's%s", kept)
-    made = Decomposition(
-        target, settings, found.encoder, found.decoder, found.threshold, data.pool, found.history, data.seen
-    )
-    made._source = source
-    return made
-
-
-@dataclass
-class Data:
-    """What a fit reads of its inputs."""
-
-    inputs: Inputs
-    count: int | None  # examples, where that is known
-    probe: Examples  # the first three
-    seen: Examples  # those from whose outputs references are made: all, where that is cheap
-    outputs: Float[Tensor, "e p k"]  # of these
-    pool: Float[Tensor, "m k"]
-    draws: Draws
-    cached: bool  # whether Jacobians of all are small enough to be kept
-
-    @classmethod
-    def read(cls, target: Target, inputs: Inputs, settings: Settings) -> "Data":
-        """Run the target on the inputs that references are made from.
-
-        Raises:
-            ValueError: if the divergence cannot compare the outputs, or no output differs from its reference.
-        """
-        s, probe = settings, first(inputs, 3)
-        f = target.outputs(probe)
-        s.divergence.check(f.shape[-1])
-        n = count(inputs)
-        cached = n is not None and CachedBatches.size(f, n, s.reference, target) <= CACHE_BYTES
-        some = math.ceil(POOL_SAMPLES / f.shape[1])
-        everything = n is not None and (cached or n <= some)
-        seen = fetch(inputs, range(n)) if everything and n else feed(inputs, generator(s.seed, "pool")).take(some)
-        f, pool = pool_of(target, seen, s)
-        draws = Draws.of(s.reference, s.divergence, pool, (1, 1), 1, generator(s.seed, "probe"))
-        check_differs(draws, f, generator(s.seed, "zero"))
-        return cls(inputs, n, probe, seen, f, pool, draws, cached)
-
-    def batches(self, source: CapturedSource | UseSource, settings: Settings) -> Batches:
-        """Batches of gradients in the order that the seed gives, from the start."""
-        order, positions = generator(settings.seed, "data"), self.outputs.shape[1]
-        if isinstance(source, UseSource):
-            if self.count and settings.reference.fixed and source.bytes(self.count) <= HELD_BYTES:
-                return HeldUses(source, fetch(self.inputs, range(self.count)), self.draws, order)
-            return LiveBatches(source, feed(self.inputs, order), self.draws, positions, source.positions)
-        if self.cached:
-            return CachedBatches(source, self.seen, self.outputs, self.draws, order)
-        return LiveBatches(source, feed(self.inputs, order), self.draws, positions, positions)
-
-
-def pool_of(target: Target, seen: Examples, settings: Settings) -> tuple[Float[Tensor, "e p k"], Float[Tensor, "m k"]]:
-    """The outputs of examples, and what references are made of them."""
-    f, predict = target.outputs(seen), settings.divergence.predict
-    generated = generator(settings.seed, "pool")
-    return f, settings.reference.prepare(settings.divergence, predict(f.flatten(0, 1)), generated)
-
-
-def identity(target: Target, data: Data, settings: Settings) -> dict[str, Any]:
-    """What a checkpoint must be a checkpoint of."""
-    seen = {str(number): tensor for number, tensor in enumerate(data.seen)}
-    return {
-        "settings": settings.as_json(),
-        "target": fingerprint(target),
-        "precision": str(parallel.precision() or target.dtype),
-        "data": files.checksum(seen, f"{data.count} examples"),
-    }
-
-
-def check_differs(draws: Draws, f: Float[Tensor, "e p k"], generator: torch.Generator) -> None:
-    """Refuse references from which no output differs by more than rounding: a fit would learn the rounding.
-
-    Raises:
-        ValueError: if every cotangent is zero within 16 units of the outputs' last digit.
-    """
-    c = draws.again((f.shape[0], f.shape[1]), 1, generator)
-    for start in range(0, len(f), 256):
-        some = slice(start, start + 256)
-        scale = f[some].abs().amax() + draws.divergence.predict(f[some]).abs().amax()
-        if c[some](f[some]).abs().amax() > 16 * torch.finfo(f.dtype).eps * scale:
-            return
-    raise ValueError(f"all gradients are zero: {ZERO}")
+            aside = checkpoint and checkpoint.set_aside()
+            told = f"; its checkpoint is at {str(aside)!r}" if aside else ""
+            log.warning("earlier gradients were not autograd's: the fit starts again with autograd's%s", told)
 
 
 @torch.no_grad()
@@ -413,10 +279,9 @@ def interactions(d: Decomposition, inputs: Inputs, *, chunk: int = 64) -> Float[
     E is the mean over samples, so the diagonal is one: the cosine, over all samples together, between what two
     directions do to the output. Directions that never move the output have zero rows.
     """
-    total: Tensor | float = 0.0
-    for part in chunks(as_examples(inputs), chunk):
-        moved = push_forward(d.target, d.settings.divergence, d.decoder, part)
-        total = total + torch.einsum("nvk,nwk->vw", moved, moved)
-    assert isinstance(total, Tensor)
+    total = torch.zeros(d.decoder.n, d.decoder.n, dtype=d.target.dtype, device=d.target.device)
+    for some in chunks(as_examples(inputs), chunk):
+        y = push_forward(d.target, d.settings.divergence, d.decoder, some)
+        total += torch.einsum("nvk,nwk->vw", y, y)
     scale = total.diagonal().sqrt()
     return torch.where(scale.outer(scale) > 0, total / scale.outer(scale), torch.zeros_like(total))

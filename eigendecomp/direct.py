@@ -20,11 +20,13 @@ from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.fit import rate
 from eigendecomp.reference import ModelSample
-from eigendecomp.settings import History, Settings
+from eigendecomp.settings import Settings
 from eigendecomp.sparsity import L1
-from eigendecomp.support.examples import Inputs, feed, first
+from eigendecomp.support.checks import patterns
+from eigendecomp.support.examples import Feed, Inputs, feed, first
+from eigendecomp.support.history import History
 from eigendecomp.support.random import generator
-from eigendecomp.target import Target, patterns
+from eigendecomp.target import Target
 
 
 def losses(moved: Float[Tensor, "n v k"], gram: Float[Tensor, "v v"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -72,29 +74,31 @@ def decompose_curvature(
     Raises:
         ValueError: for anything that cannot be handled, or if the outputs move along no direction.
     """
-    divergence = SquaredError() if divergence is None else divergence
     settings = Settings(
-        divergence, ModelSample(), patterns(parameters), n_directions, rank,
+        SquaredError() if divergence is None else divergence, ModelSample(), patterns(parameters), n_directions, rank,
         factorization, True, L1(0.0), steps, batch_size, learning_rate, seed, interference=interference,
     )  # fmt: skip
     target = Target(model, settings.parameters)
     f = target.outputs(first(inputs, 3))
-    directions = Directions.random(
-        target.shapes, n_directions, rank, factorization,
-        generator=generator(seed, "directions"), dtype=target.dtype, device=target.device,
-    ).map(nn.Parameter)  # fmt: skip
-    # A short memory: a direction that was pushed off a peak has small gradients, and must not be given small steps.
-    optimizer = torch.optim.Adam(list(directions.tensors()), lr=learning_rate, betas=(0.9, 0.9))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step / steps))
-    data, count = feed(inputs, generator(seed, "data")), max(1, batch_size // f.shape[1])
-    history, scale = History(), 0.0
+    data, history = feed(inputs, generator(seed, "data")), History()
+    u = climb(target, data, max(1, batch_size // f.shape[1]), settings, interference, history, progress)
+    return Decomposition(target, settings, u, u, None, settings.pool(f), history)
 
+
+def climb(
+    target: Target, data: Feed, count: int, settings: Settings, interference: float, history: History, progress: bool
+) -> Directions:
+    """The directions after all steps, each on ``count`` examples; the loss of some is added to the history."""
+    u, steps, scale = settings.start(target).map(nn.Parameter), settings.steps, 0.0
+    # A short memory: a direction that was pushed off a peak has small gradients, and must not be given small steps.
+    optimizer = torch.optim.Adam(list(u.tensors()), lr=settings.learning_rate, betas=(0.9, 0.9))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step / steps))
     bar = tqdm(range(steps), disable=not progress, desc="direct", mininterval=0.5)
     for step in bar:
         examples, loss = data.take(count), torch.zeros(())
         for weight in (0.0, interference):
-            moved = push_forward(target, divergence, directions, examples)
-            steep, overlap = losses(moved, directions.gram())
+            moved = push_forward(target, settings.divergence, u, examples)
+            steep, overlap = losses(moved, u.gram())
             loss = steep + weight * overlap
             scale = scale or -steep.item()  # that of the start, so that the step does not depend on the outputs' unit
             if not (scale > 0 and math.isfinite(scale)):
@@ -102,15 +106,14 @@ def decompose_curvature(
             optimizer.zero_grad()
             (loss / scale).backward()
             optimizer.step()
-            directions.normalize_()
+            u.normalize_()
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
             if not math.isfinite(loss.item()):
-                raise ValueError(f"the loss is {loss.item()} at step {step}; learning_rate={learning_rate} is too high")
+                raise ValueError(
+                    f"the loss is {loss.item()} at step {step}; learning_rate={settings.learning_rate} is too high"
+                )
             history.step.append(step)
             history.loss.append(loss.item())
             bar.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
-
-    directions = directions.map(lambda factor: factor.detach())
-    pool = settings.reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(seed, "pool"))
-    return Decomposition(target, settings, directions, directions, None, pool, history)
+    return u.map(Tensor.detach)

@@ -6,96 +6,104 @@ forms a direction unless it is asked to: inner products between directions come 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from typing import Self
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.support.axes import axes_in
+from eigendecomp.support.algebra import SelfGram, khatri_rao, kronecker
+from eigendecomp.support.axes import Factorization, Shapes, check_rank, factor_sizes, groups_of, lengths, named
 
-Factorization = Literal["cp", "tucker"]
-Shapes = Mapping[str, tuple[int, ...]]
-
-NUMBER = 100  # what an intermediate number costs beside its arithmetic, in operations: measured, see notebooks/cost
+OPS_PER_ELEMENT = 100  # cost of writing one intermediate element, in multiply–adds: measured, see notebooks/cost
 
 
-class Grouped(tuple[int, ...]):
-    """A tensor's shape some of whose axes share one factor: rank one of (head, d_model, d_head) may mean a matrix's."""
+class LowRank:
+    """One tensor of n directions, as factors each of which covers one axis, or axes that are grouped.
 
-    groups: tuple[tuple[int, ...], ...]  # the axes of every factor
-
-    @classmethod
-    def of(cls, shape: Sequence[int], groups: Sequence[Sequence[int]]) -> "Grouped":
-        made = cls(shape)
-        made.groups = tuple(tuple(group) for group in groups)
-        return made
-
-
-def grouped(shapes: Shapes, group: Mapping[str, str] | None) -> dict[str, tuple[int, ...]]:
-    """The shapes, those whose names a pattern of ``group`` matches with axes grouped as it says.
-
-    Raises:
-        ValueError: if a pattern matches no tensor, or its text does not name each axis of one on both sides.
+    For CP these are (n, k, d) matrices, one an axis (eq. 8); for Tucker a core (n, r_1, …, r_m) and then (n, r_a, d_a).
     """
-    found = dict(shapes)
-    for pattern, text in (group or {}).items():
-        names = [name for name in shapes if fnmatchcase(name, pattern)]
-        if not names:
-            raise ValueError(f"group={pattern!r} matches none of the chosen parameters {list(shapes)}")
-        for name in names:
-            found[name] = Grouped.of(shapes[name], axes_in(text, len(shapes[name]), name))
-    return found
 
+    def __init__(self, shape: tuple[int, ...], tucker: bool, factors: list[Tensor]) -> None:
+        self.shape, self.tucker, self.factors, self.groups = shape, tucker, factors, groups_of(shape)
+        self.first = sorted(self.groups[0])  # the axes of the first factor: a split that is always there
+        ranks = factors[0].shape[1:]
+        # How many terms the two sides of `pair` have in a matrix, or at least in another tensor.
+        self.terms = min(ranks[0], math.prod(ranks[1:])) if tucker else ranks[0]
 
-def groups_of(shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The axes of every factor of a tensor: one each, if nothing else is said."""
-    return shape.groups if isinstance(shape, Grouped) else tuple((axis,) for axis in range(len(shape)))
+    def splits(self, rows: Sequence[int]) -> bool:
+        """Whether the axes ``rows`` are those of some factors, so that the others are those of the rest."""
+        return all(set(group) <= set(rows) or not set(group) & set(rows) for group in self.groups)
 
+    def pair(self, rows: Sequence[int]) -> tuple[Float[Tensor, "v k r"], Float[Tensor, "v k c"]]:
+        """Factors L, R with u = Σ_k L_k ⊗ R_k once the axes ``rows`` are flattened into rows and the rest into columns.
 
-def sizes_of(shape: Sequence[int]) -> list[int]:
-    """The length of every factor."""
-    return [math.prod(shape[axis] for axis in group) for group in groups_of(shape)]
+        With no axis on a side, that side is a single one.
+        """
+        left = [i for i, group in enumerate(self.groups) if group[0] in rows]
+        right = [i for i in range(len(self.groups)) if i not in left]
+        if self.tucker:
+            core, *factors = self.factors
+            a, b = (kronecker(core, [factors[i] for i in side]) for side in (left, right))
+            ranks = lengths(core.shape[1:], range(core.ndim - 1))
+            matrix = rearrange(core, f"v {named(range(core.ndim - 1))} -> v ({named(left)}) ({named(right)})", **ranks)
+            # The side of smaller rank stays bare and the core joins the other, so k is the smaller of the two ranks.
+            a, b = (a, matrix @ b) if a.shape[1] <= b.shape[1] else (matrix.mT @ a, b)
+        else:
+            ones = self.factors[0].new_ones(*self.factors[0].shape[:2], 1)
+            a, b = (khatri_rao([self.factors[i] for i in side]) if side else ones for side in (left, right))
+        rest = [axis for axis in range(len(self.shape)) if axis not in rows]
+        return self._in_order(a, left, rows), self._in_order(b, right, rest)
 
+    def _in_order(self, x: Float[Tensor, "v k d"], factors: Sequence[int], wanted: Sequence[int]) -> Tensor:
+        """The flattened product of some factors, with its entries in the order of the axes that are wanted."""
+        axes = [axis for i in factors for axis in self.groups[i]]
+        if axes == list(wanted):
+            return x
+        return rearrange(x, f"v k ({named(axes)}) -> v k ({named(wanted)})", **lengths(self.shape, axes))
 
-def largest_rank(shape: Sequence[int], factorization: Factorization) -> int:
-    """The rank from which a tensor of this shape gains nothing more."""
-    shape = sizes_of(shape)
-    if factorization == "tucker":
-        return max(shape)
-    return math.prod(shape) // max(shape)
+    def canonical(self) -> Sequence[Float[Tensor, "v k _"]]:
+        """Factors of a sum of k outer products: one each for CP, the first and the rest for Tucker."""
+        return self.pair(self.first) if self.tucker else self.factors
 
+    def dense(self) -> Float[Tensor, "v *shape"]:
+        """The tensor of every direction, formed."""
+        axes = range(len(self.shape))
+        rest = [axis for axis in axes if axis not in self.first]
+        left, right = self.pair(self.first)
+        pattern = f"v ({named(self.first)}) ({named(rest)}) -> v {named(axes)}"
+        return rearrange(left.mT @ right, pattern, **lengths(self.shape, axes))
 
-def check_rank(shapes: Shapes, rank: int, factorization: Factorization) -> None:
-    """Raises ValueError if the rank is not positive, or no tensor can use it."""
-    most = max(largest_rank(shape, factorization) for shape in shapes.values())
-    if not 1 <= rank <= most:
-        raise ValueError(
-            f"rank={rank} is outside 1 to {most}: no chosen tensor {dict(shapes)} can use more in {factorization}"
-        )
+    def square_norms(self) -> Float[Tensor, " v"]:
+        """Every direction's squared norm in this tensor."""
+        # Terms that nearly cancel grow without bound in a direction that is not used: in single precision what is left
+        # of their norms can come out as zero, and dividing by it ends the fit.
+        wide = (factor.double() if factor.shape[1] > 1 else factor for factor in self.canonical())
+        product = reduce(torch.mul, (factor @ factor.mT for factor in wide))
+        return product.sum((1, 2)).clamp_min(0).to(self.factors[0].dtype)
 
-
-def khatri_rao(factors: Sequence[Float[Tensor, "v k _"]]) -> Float[Tensor, "v k d"]:
-    """The flattened outer product over axes of every rank-one term."""
-    product = factors[0]
-    for factor in factors[1:]:
-        product = (product.unsqueeze(-1) * factor.unsqueeze(-2)).flatten(-2)
-    return product
+    def scale_(self, scale: Float[Tensor, " v"]) -> None:
+        """Multiply every direction's part in this tensor by a number, in place."""
+        few = self.factors[:1] if self.tucker else self.factors
+        for factor in few:
+            factor.mul_((scale ** (1 / len(few))).view(-1, *[1] * (factor.ndim - 1)))
 
 
 class Directions:
     """``n`` directions over named tensors.
 
-    ``factors[name]`` holds, for CP, one (n, rank, d) matrix an axis; for Tucker a core (n, r_1, …, r_m) and then one
-    (n, r_a, d_a) matrix an axis. Vectors have rank one, and no tensor gets more rank than it can use.
+    ``factors[name]`` holds the factors of :class:`CP` or :class:`Tucker`. Vectors have rank one, and no tensor gets
+    more rank than it can use.
     """
 
     def __init__(self, shapes: Shapes, factorization: Factorization, factors: dict[str, list[Tensor]]) -> None:
         self.shapes = dict(shapes)
         self.factorization: Factorization = factorization
         self.factors = factors
+        self.tensor = {name: LowRank(shape, factorization == "tucker", factors[name]) for name, shape in shapes.items()}
 
     @classmethod
     def random(
@@ -126,17 +134,13 @@ class Directions:
 
         factors: dict[str, list[Tensor]] = {}
         for name, shape in shapes.items():
-            if factorization == "cp":
-                k = min(rank, largest_rank(shape, "cp"))
-                factors[name] = [gauss(n, k, d) for d in sizes_of(shape)]
-            else:
-                ranks = [min(rank, d) for d in sizes_of(shape)]
-                # Rows of about unit norm, so that a step of the optimiser is as large for them as for the core.
-                matrices = [gauss(n, r, d) / d**0.5 for r, d in zip(ranks, sizes_of(shape), strict=True)]
-                factors[name] = [gauss(n, *ranks), *matrices]
+            sizes = factor_sizes(shape, rank, factorization)
+            factors[name] = [gauss(n, *size) for size in sizes[-len(groups_of(shape)) :]]
+            if factorization == "tucker":  # rows of about unit norm, so that they take as large steps as the core
+                factors[name] = [gauss(n, *sizes[0]), *(matrix / matrix.shape[2] ** 0.5 for matrix in factors[name])]
         made = cls(shapes, factorization, factors)
-        for name, square in made._square_norms().items():
-            made._scale(name, square.rsqrt())
+        for tensor in made.tensor.values():
+            tensor.scale_(tensor.square_norms().rsqrt())
         return made.normalize_()
 
     @property
@@ -146,21 +150,26 @@ class Directions:
     @property
     def sums_terms(self) -> bool:
         """Whether a direction is a sum of CP terms, which can cancel."""
-        return self.factorization == "cp" and any(factors[0].shape[1] > 1 for factors in self.factors.values())
+        return self.factorization == "cp" and any(tensor.terms > 1 for tensor in self.tensor.values())
 
     def tensors(self) -> Iterator[Tensor]:
         """Every factor, in a fixed order."""
         return (factor for factors in self.factors.values() for factor in factors)
 
-    def map(self, function) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same directions with ``function`` applied to every factor."""
         factors = {name: [function(factor) for factor in factors] for name, factors in self.factors.items()}
         return type(self)(self.shapes, self.factorization, factors)
 
     def select(self, index: Sequence[int] | Tensor) -> Self:
         """The chosen directions alone."""
-        rows = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.long)
-        return self.map(lambda factor: factor.index_select(0, rows.to(factor.device)))
+        index = torch.as_tensor(index, dtype=torch.long)
+        return self.map(lambda factor: factor.index_select(0, index.to(factor.device)))
+
+    def over(self, names: Sequence[str]) -> "Directions":
+        """The directions in some of their tensors alone."""
+        shapes = {name: self.shapes[name] for name in names}
+        return Directions(shapes, self.factorization, {name: self.factors[name] for name in names})
 
     def beside(self, other: "Directions") -> Self:
         """These directions and then others of the same kind, as one set."""
@@ -168,72 +177,22 @@ class Directions:
         return self.map(lambda factor: torch.cat([factor, next(rest)]))
 
     def splits(self, name: str, rows: Sequence[int]) -> bool:
-        """Whether the axes ``rows`` are those of some factors, so that the others are those of the rest."""
-        return all(set(group) <= set(rows) or not set(group) & set(rows) for group in groups_of(self.shapes[name]))
+        """:meth:`LowRank.splits` of one tensor."""
+        return self.tensor[name].splits(rows)
 
     def first(self, name: str) -> list[int]:
-        """The axes of a tensor's first factor, in order: a split that is always there."""
-        return sorted(groups_of(self.shapes[name])[0])
+        """The axes of a tensor's first factor, in order."""
+        return self.tensor[name].first
 
     def pair(self, name: str, rows: Sequence[int]) -> tuple[Float[Tensor, "v k r"], Float[Tensor, "v k c"]]:
-        """Factors L, R with u = Σ_k L_k ⊗ R_k once the axes ``rows`` are flattened into rows and the rest into columns.
-
-        With no axis on a side, that side is a single one.
-
-        Raises:
-            ValueError: if axes that share a factor are on both sides.
-        """
+        """L (v, k, r) and R (v, k, c) of one tensor; ValueError if axes that share a factor are on both sides."""
         if not self.splits(name, rows):
             raise ValueError(f"axes of {name!r} that are grouped stand on two sides of its use; group others")
-        groups = groups_of(self.shapes[name])
-        mine = [number for number, group in enumerate(groups) if group[0] in rows]
-        others = [number for number in range(len(groups)) if number not in mine]
-        if self.factorization == "cp":
-            factors = self.factors[name]
-            ones = factors[0].new_ones(*factors[0].shape[:2], 1)
-            left, right = (khatri_rao([factors[i] for i in side]) if side else ones for side in (mine, others))
-            return self._in_order(name, left, mine, rows), self._in_order(name, right, others)
-        core, *factors = self.factors[name]
-
-        def kron(side: Sequence[int]) -> Tensor:  # (v, Π r_a, Π d_a)
-            product = core.new_ones(core.shape[0], 1, 1)
-            for i in side:
-                product = torch.einsum("vrd,vse->vrsde", product, factors[i]).flatten(3).flatten(1, 2)
-            return self._in_order(name, product, side, rows if side is mine else None)
-
-        # The side of smaller rank stays bare and the core joins the other, so k is the smaller of the two ranks.
-        left, right = kron(mine), kron(others)
-        matrix = core.permute(0, *(i + 1 for i in (*mine, *others))).reshape(
-            core.shape[0], left.shape[1], right.shape[1]
-        )
-        if left.shape[1] <= right.shape[1]:
-            return left, matrix @ right
-        return matrix.mT @ left, right
-
-    def _in_order(
-        self, name: str, x: Float[Tensor, "v k d"], side: Sequence[int], wanted: Sequence[int] | None = None
-    ) -> Float[Tensor, "v k d"]:
-        """Some factors' flattened product with its entries in the order of the axes that are wanted, or of all axes."""
-        axes = [axis for number in side for axis in groups_of(self.shapes[name])[number]]
-        wanted = sorted(axes) if wanted is None else list(wanted)
-        if axes == wanted:
-            return x
-        order = [2 + axes.index(axis) for axis in wanted]
-        return x.unflatten(2, [self.shapes[name][axis] for axis in axes]).permute(0, 1, *order).flatten(2)
-
-    def _canonical(self, name: str) -> Sequence[Float[Tensor, "v k _"]]:
-        """Factors of a sum of outer products: a factor each for CP, the first one and the rest for Tucker."""
-        return self.factors[name] if self.factorization == "cp" else self.pair(name, self.first(name))
+        return self.tensor[name].pair(rows)
 
     def dense(self, name: str) -> Float[Tensor, "v *shape"]:
         """One tensor of every direction, formed."""
-        shape, rows = self.shapes[name], self.first(name)
-        left, right = self.pair(name, rows)
-        if len(rows) == len(shape):
-            return (left * right).sum(1).unflatten(1, shape)
-        order = [*rows, *(axis for axis in range(len(shape)) if axis not in rows)]
-        formed = (left.mT @ right).reshape(-1, *(shape[axis] for axis in order))
-        return formed.permute(0, *(1 + order.index(axis) for axis in range(len(shape))))
+        return self.tensor[name].dense()
 
     def flat(self, names: Iterable[str] | None = None) -> Float[Tensor, "v w"]:
         """The directions as rows over the flattened tensors ``names`` (all, in order)."""
@@ -244,80 +203,43 @@ class Directions:
         other = self if other is None else other
         if self.shapes != other.shapes:
             raise ValueError("the two sets of directions are over different tensors")
-        total: Tensor | None = None
-        for name in self.shapes:
-            mine, others = self._canonical(name), other._canonical(name)
-            alike = groups_of(self.shapes[name]) == groups_of(other.shapes[name])
-            if len(mine) != len(others) and alike:
-                mine, others = (d.pair(name, self.first(name)) for d in (self, other))
-            if not alike or _better_formed([a.shape for a in mine], [b.shape for b in others]):
-                mine, others = ([d.dense(name).reshape(d.n, 1, -1)] for d in (self, other))
-            product: Tensor | None = None
-            for a, b in zip(mine, others, strict=True):
-                a, b = a.flatten(0, 1), b.flatten(0, 1)
-                gram = _SelfGram.apply(a) if other is self else a @ b.T
-                product = gram if product is None else product * gram
-            assert product is not None
-            if mine[0].shape[1] * others[0].shape[1] > 1:
-                product = product.unflatten(1, others[0].shape[:2]).unflatten(0, mine[0].shape[:2]).sum((1, 3))
-            total = product if total is None else total + product
-        assert total is not None
-        return total
-
-    def _square_norms(self) -> dict[str, Float[Tensor, " v"]]:
-        norms = {}
-        for name in self.shapes:
-            product: Tensor | float = 1.0
-            for factor in self._canonical(name):
-                # Terms that nearly cancel grow without bound in a direction that is not used: in single precision
-                # what is left of their norms can come out as zero, and dividing by it ends the fit.
-                wide = factor.double() if factor.shape[1] > 1 else factor
-                product = product * (wide @ wide.mT)
-            assert isinstance(product, Tensor)
-            norms[name] = product.sum((1, 2)).clamp_min(0).to(self.factors[name][0].dtype)
-        return norms
+        return reduce(torch.add, (gram(a, other.tensor[name]) for name, a in self.tensor.items()))
 
     def norms(self, by_tensor: bool = False) -> Float[Tensor, " v"] | Float[Tensor, "v tensors"]:
         """Each direction's norm over all tensors together, or its share in every tensor."""
-        squares = torch.stack(list(self._square_norms().values()), -1)
+        squares = torch.stack([tensor.square_norms() for tensor in self.tensor.values()], -1)
         return squares.sqrt() if by_tensor else squares.sum(-1).sqrt()
 
     def cancellation(self) -> Float[Tensor, " v"]:
         """Σ_k ‖term k‖² over all tensors of every unit direction: about 1, and large where its CP terms cancel."""
         squares = [[factor.square().sum(-1) for factor in factors] for factors in self.factors.values()]
-        return torch.stack([math.prod(axes, start=axes[0].new_ones(())).sum(1) for axes in squares]).sum(0)
-
-    def _scale(self, name: str, scale: Float[Tensor, " v"]) -> None:
-        factors = self.factors[name]
-        for factor in factors if self.factorization == "cp" else factors[:1]:
-            power = scale ** (1 / len(factors)) if self.factorization == "cp" else scale
-            factor.mul_(power.view(-1, *[1] * (factor.ndim - 1)))
+        return torch.stack([reduce(torch.mul, axes).sum(1) for axes in squares]).sum(0)
 
     @torch.no_grad()
     def normalize_(self) -> Self:
         """Scale every direction to unit norm over all tensors together, in place; no direction is formed."""
         scale = self.norms().clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
-        for name in self.shapes:
-            self._scale(name, scale)
+        for tensor in self.tensor.values():
+            tensor.scale_(scale)
         return self
 
 
-class _SelfGram(torch.autograd.Function):
-    """x xᵀ, whose two equal halves go back as one product."""
+def gram(a: LowRank, b: LowRank) -> Float[Tensor, "v w"]:
+    """⟨u_v, u'_w⟩ in one tensor: the factors' Gram matrices, multiplied over axes and summed over terms (eq. 9)."""
+    mine, others = a.canonical(), b.canonical()
+    if a.groups == b.groups and len(mine) != len(others):
+        mine, others = a.pair(a.first), b.pair(a.first)
+    if a.groups != b.groups or better_formed([x.shape for x in mine], [y.shape for y in others]):
+        mine, others = ([one.dense().flatten(1).unsqueeze(1)] for one in (a, b))
+    v, k, w, j = *mine[0].shape[:2], *others[0].shape[:2]
+    matrices = [(x.flatten(0, 1), y.flatten(0, 1)) for x, y in zip(mine, others, strict=True)]
+    product = reduce(torch.mul, (SelfGram.apply(x) if a is b else x @ y.T for x, y in matrices))
+    return rearrange(product, "(v k) (w j) -> v k w j", v=v, w=w).sum((1, 3)) if k * j > 1 else product
 
-    @staticmethod
-    def forward(ctx: Any, x: Float[Tensor, "v d"]) -> Float[Tensor, "v v"]:
-        ctx.save_for_backward(x)
-        return x @ x.T
 
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> Tensor:
-        return (grad[0] + grad[0].T) @ ctx.saved_tensors[0]
-
-
-def _better_formed(mine: Sequence[torch.Size], others: Sequence[torch.Size]) -> bool:
+def better_formed(mine: Sequence[torch.Size], others: Sequence[torch.Size]) -> bool:
     """Whether a tensor's Gram matrix costs less from formed directions than from factors (v, k, d), by operations."""
     (v, k, _), (w, j, _) = mine[0], others[0]
     size = math.prod(shape[2] for shape in mine)
-    factored = v * k * w * j * sum(2 * shape[2] + NUMBER for shape in mine)
-    return (v + w) / 2 * size * (v + w + k + j + NUMBER) < factored
+    factored = v * k * w * j * sum(2 * shape[2] + OPS_PER_ELEMENT for shape in mine)
+    return (v + w) / 2 * size * (v + w + k + j + OPS_PER_ELEMENT) < factored

@@ -6,6 +6,7 @@ space of *predictions*: the outputs themselves for a squared error, probabilitie
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,8 +16,20 @@ from torch import Tensor
 class Divergence(ABC):
     """How far an output is from a reference, one number a sample."""
 
+    has_minimum: ClassVar[bool] = True  # whether D(f', f) is smallest at f' = f, so that its curvature is S
+
     def check(self, k: int) -> None:  # noqa: B027 (most compare any number of outputs)
         """Raise ValueError if outputs of ``k`` numbers cannot be compared this way."""
+
+    def check_reference(self, r: Float[Tensor, "... k"]) -> None:  # noqa: B027
+        """Raise ValueError if ``r`` is no prediction, so that nothing can be compared with it."""
+
+    def uniform(self, k: int) -> float:
+        """The entries of the uniform prediction; ValueError where predictions are no distributions."""
+        raise ValueError(
+            f"Uniform() is a distribution over classes and {type(self).__name__} compares numbers; "
+            "use KLDivergence() if the outputs are logits, else Constant(c) or Mean()"
+        )
 
     @abstractmethod
     def predict(self, f: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
@@ -75,6 +88,8 @@ class OutputSum(SquaredError):
     Curvature, and with it ``activation``, is that of the squared error, as in the draft.
     """
 
+    has_minimum: ClassVar[bool] = False
+
     def value(self, f: Tensor, r: Tensor) -> Tensor:
         return (f - r).sum(-1)
 
@@ -89,6 +104,15 @@ class KLDivergence(Divergence):
     def check(self, k: int) -> None:
         if k < 2:
             raise ValueError("KLDivergence compares distributions and the model has one output; use SquaredError()")
+
+    def check_reference(self, r: Tensor) -> None:
+        if (r < 0).any() or ((r.sum(-1) - 1).abs() > 1e-4).any():
+            raise ValueError(
+                f"under KLDivergence a reference is a distribution over the {r.shape[-1]} classes; got {r.tolist()}"
+            )
+
+    def uniform(self, k: int) -> float:
+        return 1 / k
 
     def predict(self, f: Tensor) -> Tensor:
         return f.softmax(-1)

@@ -1,9 +1,9 @@
 """Fitting: the state of a fit, and the loop that learns the directions."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from eigendecomp.directions import Directions
 from eigendecomp.factored.kept import coefficients
 from eigendecomp.gradients import Gradients, Products
 from eigendecomp.objective import Everything, Objective, squared_error
-from eigendecomp.settings import History, Settings
-from eigendecomp.sparsity import Sparsity
-from eigendecomp.storage import Checkpoint
+from eigendecomp.settings import Settings
 from eigendecomp.support import parallel
+from eigendecomp.support.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, under
 from eigendecomp.support.checks import whole
+from eigendecomp.support.history import History
 from eigendecomp.support.random import generator
 from eigendecomp.target import Target
 
@@ -47,14 +47,11 @@ class State:
 
     def __init__(self, target: Target, settings: Settings, batches: Batches) -> None:
         self.settings, self.batches, self.objective = settings, batches, Objective(settings.sparsity, coefficients)
-        n, like = settings.n_directions, {"dtype": target.dtype, "device": target.device}
+        n = settings.n_directions
         self.blocks = [slice(i * n, (i + 1) * n) for i in range(settings.restarts)]
-        starts = [generator(settings.seed, f"directions {i}" if i else "directions") for i in range(len(self.blocks))]
-        self.decoder = reduce(Directions.beside, (
-            Directions.random(target.shapes, n, settings.rank, settings.factorization, generator=start, **like)
-            for start in starts
-        )).map(torch.nn.Parameter)  # fmt: skip
-        self.encoder = self.decoder
+        roles = [f"directions {i}" if i else "directions" for i in range(settings.restarts)]
+        starts = [settings.start(target, role) for role in roles]
+        self.decoder = self.encoder = reduce(Directions.beside, starts).map(torch.nn.Parameter)
         if not settings.tied:
             self.encoder = self.decoder.map(lambda factor: torch.nn.Parameter(factor.detach().clone()))
         self.weights = [*self.decoder.tensors(), *([] if settings.tied else self.encoder.tensors())]
@@ -71,86 +68,60 @@ class State:
 
     def objectives(self, gradients: Gradients) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"], Float[Tensor, "n v"]]:
         """Loss and error of every restart, and the sparse coefficients of all."""
-        done, dead = self.step / self.settings.steps, self.dead()
+        done, dead, rule = self.step / self.settings.steps, self.dead(), self.settings.sparsity
         if len(self.blocks) == 1:
             loss, error, s = self.objective(gradients, self.encoder, self.decoder, dead, done)
             return loss[None], error[None], s
-        (z, y, gram, squares), found = gradients.products(self.encoder, self.decoder), []
+        (z, y, gram, squares), results = gradients.products(self.encoder, self.decoder), []
         for b in self.blocks:
-            products, own = Products(z[:, b], y[:, b], gram[b, b], squares), self.decoder.map(lambda x, b=b: x[b])
-            objective = Objective(self.settings.sparsity, partial(of_products, products))
-            found.append(objective(gradients, own, own, dead[b], done))
-        losses, errors, s = zip(*found)
+            own = self.decoder.map(lambda factor, b=b: factor[b])
+            products = Products(z[:, b], y[:, b], gram[b, b], squares)
+            results.append(self.objective.of(Everything(products, rule.keep_batch(z[:, b], done), own), own, dead[b]))
+        losses, errors, s = zip(*results)
         return torch.stack(losses), torch.stack(errors), torch.cat(s, 1)
 
     def log(self, losses: Tensor, errors: Tensor, kept: Tensor, samples: int) -> None:
-        """Add what this step found to every restart's history."""
+        """Add this step to every restart's history."""
         dead, n = self.dead().double().view(len(self.blocks), -1).mean(1), self.settings.n_directions
         each = kept.view(-1, n).sum(1) / samples
         for history, *values in zip(self.histories, losses, errors, each, dead, strict=True):
             history.add(self.step, *(value.item() for value in values))
 
     def update(self, loss: Tensor, *others: Tensor) -> Callable[[], list[Tensor]]:
-        """Start one step of the optimiser; what is returned ends it, back on unit norm.
+        """Backpropagate and start the all-reduce of the gradients and of ``others``.
 
-        It gives the sums of ``others`` over processes. Until it is called, these sums are under way, and whatever does
-        not need the directions can go on.
+        Call what is returned to apply the step and renormalise; it gives the sums of ``others`` over processes.
         """
         self.optimizer.zero_grad()
         loss.backward()
         sums = parallel.sums(*(weight.grad for weight in self.weights), *others)
 
         def end() -> list[Tensor]:
-            found = sums()
-            for weight, grad in zip(self.weights, found, strict=False):
+            summed = sums()
+            for weight, grad in zip(self.weights, summed, strict=False):
                 weight.grad = grad
             self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * rate(self.step / self.settings.steps)
             self.optimizer.step()
             self.decoder.normalize_()
-            return found[len(self.weights) :]
+            return summed[len(self.weights) :]
 
         return end
 
     def tensors(self) -> dict[str, Tensor]:
-        kept = {f"weight/{i}": weight for i, weight in enumerate(self.weights)}
-        for i, weight in enumerate(self.weights):
-            kept |= {f"adam/{i}/{key}": value for key, value in self.optimizer.state[weight].items()}
-        return (
-            kept
-            | {"draw": self.draw.get_state(), "last_kept": self.last_kept}
-            | {f"data/{key}": value for key, value in self.batches.feed.state().items()}
-        )
+        place = {f"data/{key}": value for key, value in self.batches.feed.state().items()}
+        own = {"draw": self.draw.get_state(), "last_kept": self.last_kept}
+        return {**optimizer_tensors(self.optimizer, self.weights), **own, **place}
 
     def numbers(self) -> dict[str, Any]:
         return {"step": self.step, "histories": [asdict(history) for history in self.histories]}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         whole("step", numbers["step"], 0, self.settings.steps)
-        for i, weight in enumerate(self.weights):
-            prefix = f"adam/{i}/"
-            moments = {
-                name.removeprefix(prefix): value.to(weight.device)
-                for name, value in tensors.items()
-                if name.startswith(prefix)
-            }
-            for value in (tensors[f"weight/{i}"], moments["exp_avg"], moments["exp_avg_sq"]):
-                if value.shape != weight.shape:
-                    raise ValueError(f"a factor's shape there is {tuple(value.shape)}, here {tuple(weight.shape)}")
-            weight.data.copy_(tensors[f"weight/{i}"])
-            self.optimizer.state[weight] = moments
+        restore_optimizer(self.optimizer, self.weights, tensors)
         self.draw.set_state(tensors["draw"])
-        prefix = "data/"
-        data = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        self.batches.feed.restore(data)
+        self.batches.feed.restore(under("data/", tensors))
         self.last_kept = tensors["last_kept"].to(self.last_kept.device)
         self.step, self.histories = numbers["step"], [History.read(history) for history in numbers["histories"]]
-
-
-def of_products(
-    products: Products, rule: Sparsity, _: Gradients, __: Directions, own: Directions, done: float
-) -> Everything:
-    """A restart's coefficients, from products that were taken for all restarts at once."""
-    return Everything(products, rule.keep_batch(products.z, done), own)
 
 
 @torch.enable_grad()
@@ -162,10 +133,12 @@ def fit(
     progress: bool = True,
     log_every: int = 50,
     checkpoint: Checkpoint | None = None,
+    threshold_samples: int = THRESHOLD_SAMPLES,
+    on_step: Callable[[State], None] = lambda _: None,
 ) -> Fit:
     """Learn the directions: of all restarts, pruned, those with the lowest training error.
 
-    An interrupt (Ctrl-C) ends the fit early with what is learned so far.
+    An interrupt (Ctrl-C) ends the fit early with what is learned so far. ``on_step`` is called after every step.
 
     Raises:
         ValueError: if gradients are zero or not finite, or the checkpoint is of another fit.
@@ -186,11 +159,12 @@ def fit(
             bar.update()
             if checkpoint is not None and write:
                 checkpoint.write(state)
+            on_step(state)
     except KeyboardInterrupt:
         bar.write(f"interrupted: returning the directions of step {state.step}")
     bar.close()
     with torch.no_grad():
-        return chosen(state, progress)
+        return chosen(state, fresh(state, threshold_samples, progress))
 
 
 def step(state: State, gradients: Gradients | None, *, ahead: bool, log: bool) -> Gradients | None:
@@ -218,24 +192,20 @@ def step(state: State, gradients: Gradients | None, *, ahead: bool, log: bool) -
     return following
 
 
-def chosen(state: State, progress: bool) -> Fit:
-    """What a state comes to: its directions with the threshold, those of the best restart where there are several."""
+def chosen(state: State, fresh: Iterable[Gradients]) -> Fit:
+    """What a state comes to, judged on fresh samples: the best restart's directions that earn their place."""
     settings = state.settings
-    decoder = state.decoder.map(lambda factor: factor.detach())
-    encoder = decoder if settings.tied else state.encoder.map(lambda factor: factor.detach())
+    decoder = state.decoder.map(Tensor.detach)
+    encoder = decoder if settings.tied else state.encoder.map(Tensor.detach)
     if settings.prune is None and settings.restarts == 1:
-        z = (g.inner(encoder) for g in fresh(state, progress))
-        return Fit(encoder, decoder, settings.sparsity.threshold(z), state.histories[0])
-    rows = [(g.inner(encoder), g.inner(decoder), g.square_norms().sum()) for g in fresh(state, progress)]
-    z, y = (torch.cat(column) for column in list(zip(*rows, strict=True))[:2])
-    total = torch.stack([squares for _, _, squares in rows]).sum()
-    found = []
-    for block in state.blocks:
-        gram = decoder.map(lambda factor, b=block: factor[b]).gram()
-        found.append(earning(z[:, block], y[:, block], gram, total, settings))
-    errors = [error for _, error in found]
+        return Fit(encoder, decoder, settings.sparsity.threshold(g.inner(encoder) for g in fresh), state.histories[0])
+    zs, ys, squares = zip(*((g.inner(encoder), g.inner(decoder), g.square_norms().sum()) for g in fresh))
+    z, y, total = torch.cat(zs), torch.cat(ys), torch.stack(squares).sum()
+    grams = [decoder.map(lambda factor, b=b: factor[b]).gram() for b in state.blocks]
+    judged = [earning(z[:, b], y[:, b], gram, total, settings) for b, gram in zip(state.blocks, grams)]
+    errors = [error for _, error in judged]
     best = errors.index(min(errors))
-    live, block, history = found[best][0], state.blocks[best], state.histories[best]
+    live, block, history = judged[best][0], state.blocks[best], state.histories[best]
     history.restarts, history.pruned = errors, (live == 0).nonzero()[:, 0].tolist()
     keep = block.start + live.nonzero()[:, 0]
     decoder = decoder.select(keep)
@@ -243,10 +213,10 @@ def chosen(state: State, progress: bool) -> Fit:
     return Fit(encoder, decoder, settings.sparsity.threshold([z[:, block] * live]), history)
 
 
-def fresh(state: State, progress: bool) -> Iterator[Gradients]:
+def fresh(state: State, most: int, progress: bool) -> Iterator[Gradients]:
     """Fresh samples to judge directions by: at most half as many as the fit has seen."""
     batch = state.settings.batch_size
-    samples = min(THRESHOLD_SAMPLES, max(1, state.step // 2) * batch)
+    samples = min(most, max(1, state.step // 2) * batch)
     size = min(batch * math.ceil(256 / batch), batch * math.ceil(samples / batch))  # small batches would take too many
     hidden = not (progress and parallel.leads())
     for _ in tqdm(range(math.ceil(samples / size)), disable=hidden, desc="threshold", leave=False):

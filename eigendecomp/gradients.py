@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.directions import NUMBER, Directions, Shapes
+from eigendecomp.directions import OPS_PER_ELEMENT, Directions
+from eigendecomp.support.algebra import sum_of
+from eigendecomp.support.axes import Shapes, named
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
@@ -27,9 +30,20 @@ class Cotangents(Protocol):
 
     def __call__(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "e p r k"]: ...
 
-    def __getitem__(self, rows: slice) -> "Cotangents":
+    def __getitem__(self, examples: slice) -> "Cotangents":
         """The same for some of the examples."""
         ...
+
+
+class EachOutput(Cotangents):
+    """Cotangents that are one for one output and zero for the others: their gradients are J."""
+
+    def __call__(self, f: Tensor) -> Tensor:
+        k = f.shape[-1]
+        return torch.eye(k, dtype=f.dtype, device=f.device).expand(*f.shape[:2], k, k)
+
+    def __getitem__(self, examples: slice) -> "EachOutput":
+        return self
 
 
 class Products(NamedTuple):
@@ -42,60 +56,39 @@ class Products(NamedTuple):
 
 
 class Part(Protocol):
-    """The gradients of some of the tensors, for n samples."""
+    """The gradients of some of the tensors, for n samples: as in :class:`Gradients`, over these tensors alone.
+
+    What takes ``own`` directions is given m for each sample; operations are counted for v or m directions of a kind,
+    and are infinite where a way is no choice.
+    """
 
     names: tuple[str, ...]
 
-    def __len__(self) -> int:
-        """The number of samples."""
-        ...
+    def __len__(self) -> int: ...
+    def inner(self, directions: Directions) -> Float[Tensor, "n v"]: ...
+    def inner_own(self, own: Directions) -> Float[Tensor, "n m"]: ...
+    def square_norms(self) -> Float[Tensor, " n"]: ...
+    def operations(self, directions: Directions, v: float) -> float: ...
+    def operations_own(self, directions: Directions, m: float) -> float: ...
+    def dense(self) -> dict[str, Float[Tensor, "n *shape"]]: ...
+    def weighted(self, weights: Float[Tensor, " n"]) -> dict[str, Float[Tensor, "*shape"]]: ...
 
-    def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
-        """⟨g, u⟩ over these tensors; differentiable in the directions."""
-        ...
-
-    def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
-        """⟨g, u⟩ of each sample with m directions of its own: those of the first sample come first, and so on."""
-        ...
-
-    def square_norms(self) -> Float[Tensor, " n"]:
-        """‖g‖² over these tensors."""
+    def sample(self, n: int) -> "Part":
+        """The gradient of one sample alone."""
         ...
 
     def products(self, encoder: Directions, decoder: Directions) -> Products:
         """All that the objective needs, over these tensors, with nothing computed twice."""
         y = self.inner(decoder)
         z = y if encoder is decoder else self.inner(encoder)
-        return Products(z, y, over(decoder, self.names).gram(), self.square_norms())
-
-    def operations(self, directions: Directions, v: float) -> float:
-        """Operations that :meth:`inner` takes for v directions of this kind."""
-        ...
-
-    def operations_own(self, directions: Directions, m: float) -> float:
-        """Operations that :meth:`inner_own` takes for m directions a sample; infinite where they are no choice."""
-        ...
-
-    def dense(self) -> dict[str, Float[Tensor, "n *shape"]]:
-        """The gradients, formed."""
-        ...
-
-    def sample(self, n: int) -> "Part":
-        """The gradient of one sample alone."""
-        ...
-
-    def weighted(self, weights: Float[Tensor, " n"]) -> dict[str, Float[Tensor, "*shape"]]:
-        """Σ_n weight_n g_n."""
-        ...
+        return Products(z, y, decoder.over(self.names).gram(), self.square_norms())
 
 
 class Formed(Part):
     """Gradients as numbers, flattened tensor after tensor."""
 
     def __init__(self, shapes: Shapes, values: Float[Tensor, "n w"]) -> None:
-        self.shapes = dict(shapes)
-        self.names = tuple(shapes)
-        self.values = values
+        self.shapes, self.names, self.values = dict(shapes), tuple(shapes), values
 
     def __len__(self) -> int:
         return len(self.values)
@@ -106,41 +99,39 @@ class Formed(Part):
     def inner_own(self, own: Directions) -> Tensor:
         products, n = [], len(self.values)
         for name, g in self.dense().items():
-            rows = own.first(name)
-            left, right = own.pair(name, rows)
-            k = left.shape[1]
-            left, right = (side.reshape(n, -1, side.shape[2]) for side in (left, right))  # (n, m·k, d)
-            g = g.movedim([1 + axis for axis in rows], list(range(1, 1 + len(rows))))
-            met = (g.reshape(n, left.shape[2], -1) @ right.mT).mT * left
-            products.append(met.sum(2).unflatten(1, (-1, k)).sum(2))
+            axes = own.first(name)
+            left, right = (rearrange(side, "(n m) k d -> n (m k) d", n=n) for side in own.pair(name, axes))
+            rest = [axis for axis in range(g.ndim - 1) if axis not in axes]
+            g = rearrange(g, f"n {named(range(g.ndim - 1))} -> n ({named(axes)}) ({named(rest)})")
+            terms = ((g @ right.mT).mT * left).sum(2)
+            products.append(terms.unflatten(1, (own.n // n, -1)).sum(2))
         return sum_of(products)
 
     def square_norms(self) -> Tensor:
         return self.values.square().sum(-1)
 
     def products(self, encoder: Directions, decoder: Directions) -> Products:
-        rows = decoder.flat(self.names)
-        y = self.values @ rows.T
+        u = decoder.flat(self.names)
+        y = self.values @ u.T
         z = y if encoder is decoder else self.inner(encoder)
         # The directions are formed already; of more directions than samples the factors give the Gram matrix sooner.
-        gram = rows @ rows.T if decoder.n <= len(y) else over(decoder, self.names).gram()
+        gram = u @ u.T if decoder.n <= len(y) else decoder.over(self.names).gram()
         return Products(z, y, gram, self.square_norms())
 
     def operations(self, directions: Directions, v: float) -> float:
         n, w = self.values.shape
-        return v * (2 * n * w + NUMBER * (n + w))
+        return v * (2 * n * w + OPS_PER_ELEMENT * (n + w))
 
     def operations_own(self, directions: Directions, m: float) -> float:
         each = (
-            terms_of(directions, name) * (2 * OWN * math.prod(shape) + 2 * NUMBER * sum(shape))
+            terms_of(directions, name) * (2 * OWN * math.prod(shape) + 2 * OPS_PER_ELEMENT * sum(shape))
             for name, shape in self.shapes.items()
         )
         return len(self.values) * m * sum(each)
 
     def dense(self) -> dict[str, Tensor]:
-        sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
-        parts = self.values.split(sizes, 1)
-        return {name: part.unflatten(1, shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        flat = self.values.split([math.prod(shape) for shape in self.shapes.values()], 1)
+        return {name: g.unflatten(1, shape) for (name, shape), g in zip(self.shapes.items(), flat, strict=True)}
 
     def sample(self, n: int) -> "Formed":
         return Formed(self.shapes, self.values[n : n + 1])
@@ -151,11 +142,10 @@ class Formed(Part):
 
 
 class Gradients:
-    """The gradients of n samples over all chosen tensors."""
+    """The gradients of n samples over all chosen tensors: each method is the sum over parts of :class:`Part`'s."""
 
     def __init__(self, shapes: Shapes, parts: Sequence[Part]) -> None:
-        self.shapes = dict(shapes)
-        self.parts = list(parts)
+        self.shapes, self.parts = dict(shapes), list(parts)
 
     def __len__(self) -> int:
         return len(self.parts[0])
@@ -165,13 +155,13 @@ class Gradients:
         return sum_of([part.inner(directions) for part in self.parts])
 
     def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
-        """⟨g_n, u_nm⟩ with m directions for each sample, given sample by sample; differentiable in them."""
+        """⟨g_n, u_nm⟩ with m directions for each sample: first those of the first sample; differentiable in them."""
         return sum_of([part.inner_own(own) for part in self.parts])
 
     def products(self, encoder: Directions, decoder: Directions) -> Products:
         """⟨g, u⟩ for encoder and decoder, the decoder's Gram matrix, and ‖g‖²: in one pass over the gradients."""
-        found = [part.products(encoder, decoder) for part in self.parts]
-        return Products(*(sum_of(terms) for terms in zip(*found, strict=True)))
+        each = [part.products(encoder, decoder) for part in self.parts]
+        return Products(*(sum_of(terms) for terms in zip(*each, strict=True)))
 
     def operations(self, directions: Directions) -> float:
         """Operations that :meth:`inner` takes."""
@@ -195,7 +185,7 @@ class Gradients:
         return {name: formed[name] for name in self.shapes}
 
     def flat(self) -> Float[Tensor, "n w"]:
-        """The gradients as rows: small problems only."""
+        """The gradients over the flattened tensors, in order: small problems only."""
         return torch.cat([value.flatten(1) for value in self.dense().values()], 1)
 
 
@@ -207,54 +197,25 @@ class Source(Protocol):
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients: ...
 
 
-def over(directions: Directions, names: Sequence[str]) -> Directions:
-    """The directions in some of their tensors alone."""
-    shapes = {name: directions.shapes[name] for name in names}
-    return Directions(shapes, directions.factorization, {name: directions.factors[name] for name in names})
-
-
 def terms_of(directions: Directions, name: str) -> int:
     """How many terms k the two sides of :meth:`Directions.pair` have in a matrix, or at least in another tensor."""
-    ranks = directions.factors[name][0].shape[1:]
-    return ranks[0] if directions.factorization == "cp" else min(ranks[0], math.prod(ranks[1:]))
-
-
-def sum_of(terms: Sequence[Tensor]) -> Tensor:
-    """Their sum, without the integer zero that ``sum`` starts from."""
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
-
-
-class EachOutput:
-    """Cotangents that are one for one output and zero for the others: their gradients are J."""
-
-    def __call__(self, f: Tensor) -> Tensor:
-        k = f.shape[-1]
-        return torch.eye(k, dtype=f.dtype, device=f.device).expand(*f.shape[:2], k, k)
-
-    def __getitem__(self, rows: slice) -> "EachOutput":
-        return self
+    return directions.tensor[name].terms
 
 
 class FunctionalSource:
     """The oracle: ``torch.func.vmap`` of a vector–Jacobian product, one example at a time, every gradient formed.
 
     With ``loop`` each example and cotangent is an ordinary backward pass of its own: slower still, and turned to of
-    itself for the few operations (an LSTM's) that vmap does not know.
+    itself for the few operations (an LSTM's) that vmap does not know. ``names`` are the parameters, all if not given.
     """
 
-    def __init__(
-        self, target: Target, names: Sequence[str] | None = None, *, loop: bool = False, chunk: int | None = None
-    ) -> None:
-        self.target = target
+    def __init__(self, target: Target, names: Sequence[str] | None = None, *, loop: bool = False) -> None:
+        self.target, self.loop = target, loop
         self.names = list(target.names if names is None else names)
-        self.loop, self.chunk = loop, chunk
 
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
         with torch.no_grad():
-            c = spread(cotangents(self.target.call(examples)))
+            c = at_own_position(cotangents(self.target.call(examples)))
         shapes = {name: self.target.shapes[name] for name in self.names}
         return Gradients(shapes, [Formed(shapes, self.pull_back(examples, c))])
 
@@ -272,26 +233,28 @@ class FunctionalSource:
 
         if not self.loop:
             try:
-                formed = torch.func.vmap(one, chunk_size=self.chunk)(c, *examples)
+                formed = torch.func.vmap(one)(c, *examples)
                 sizes = {name: p.numel() for name, p in chosen.items()}  # which vmap gets wrong for PReLU
                 return torch.cat([g.reshape(c.shape[0] * c.shape[1], sizes[name]) for name, g in formed.items()], 1)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 log.warning("torch.func.vmap cannot run this model, so examples are taken one by one: %s", error)
                 self.loop = True
         leaves = {name: value.requires_grad_() for name, value in chosen.items()}
-        rows = []
+        gradients = []
         for i in range(len(c)):
             with torch.enable_grad():
                 f = call(leaves, [tensor[i] for tensor in examples])
             for row in c[i]:
                 g = torch.autograd.grad(f, list(leaves.values()), row, retain_graph=True, materialize_grads=True)
-                rows.append(torch.cat([part.flatten() for part in g]))
-        return torch.stack(rows)
+                gradients.append(torch.cat([value.flatten() for value in g]))
+        return torch.stack(gradients)
 
 
-def spread(c: Float[Tensor, "e p r k"]) -> Float[Tensor, "e pr p k"]:
-    """Cotangents of whole outputs: a sample's is zero at every position but its own."""
+def at_own_position(c: Float[Tensor, "e p r k"]) -> Float[Tensor, "e pr p k"]:
+    """Cotangents of samples as cotangents of whole outputs, which are zero at every position but the sample's own."""
     if c.shape[1] == 1:
-        return c.movedim(1, 2)
+        return rearrange(c, "e 1 r k -> e r 1 k")
     own = torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
-    return (own[:, None, :, None] * c.unsqueeze(3)).flatten(1, 2)
+    return rearrange(own[:, None, :, None] * c.unsqueeze(3), "e p r q k -> e (p r) q k")

@@ -43,10 +43,8 @@ class Coefficients(Protocol):
     gram: Tensor
     squares: Float[Tensor, " n"]
 
-    def of_residual(
-        self, rule: Sparsity, dead: Bool[Tensor, " v"]
-    ) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"], Tensor]:
-        """s, y and gram with which the dead directions rebuild the residual e = g − ĝ.
+    def of_residual(self, rule: Sparsity, dead: Bool[Tensor, " v"]) -> tuple[Tensor, Tensor, Tensor]:
+        """s, y (n, m) and gram with which the dead directions rebuild the residual e = g − ĝ.
 
         Of the residual only ⟨e, u⟩ = ⟨g, u⟩ − s·gram is needed. It has no derivative: the directions that leave it
         learn nothing from how it is rebuilt.
@@ -71,7 +69,7 @@ class Everything(Coefficients):
 def everything(
     rule: Sparsity, gradients: Gradients, encoder: Directions, decoder: Directions, progress: float
 ) -> Coefficients:
-    """A batch's coefficients, all with derivatives."""
+    """A batch's coefficients, all with derivatives; ``progress`` is the share of the steps done."""
     products = gradients.products(encoder, decoder)
     return Everything(products, rule.keep_batch(products.z, progress), decoder)
 
@@ -86,16 +84,21 @@ class Objective:
     def __call__(
         self, gradients: Gradients, encoder: Directions, decoder: Directions, dead: Tensor, progress: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, normalised error of the batch, and the sparse coefficients (n, v).
+        """:meth:`of` the batch's coefficients, which ``coefficients`` computes from the gradients."""
+        return self.of(self.coefficients(self.sparsity, gradients, encoder, decoder, progress), decoder, dead)
 
-        With several processes loss and error are this one's parts: over all processes they add up to the batch's.
-        ``progress`` is the share of the steps done.
+    def of(
+        self, batch: Coefficients, decoder: Directions, dead: Bool[Tensor, " v"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "n v"]]:
+        """Loss, normalised error of the batch, and the sparse coefficients.
+
+        With several processes loss and error are this one's terms: over all processes they add up to the batch's.
         """
-        batch = self.coefficients(self.sparsity, gradients, encoder, decoder, progress)
         sums = parallel.sums(batch.squares.sum())
         left, n = squared_error(batch.squares, batch.s, batch.y, batch.gram), len(batch.z) * parallel.processes()
         total = sums()[0]
-        total = total.where(total >= torch.finfo(total.dtype).tiny, 1)  # without gradients there is no error
+        # If every gradient in the batch is zero, the error is zero too, with zero derivative.
+        total = total.where(total >= torch.finfo(total.dtype).tiny, 1)
         error = left / total
         loss = error + self.sparsity.penalty(batch.z, n, (total / n).sqrt())
         if self.sparsity.auxiliary and dead.any():

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.divergence import Divergence, KLDivergence
-from eigendecomp.support.checks import whole
+from eigendecomp.divergence import Divergence
+from eigendecomp.support.checks import finite, one_output, whole
 
 
 class Reference(ABC):
@@ -31,9 +32,7 @@ class Reference(ABC):
         """
         return predictions.new_zeros(0, predictions.shape[-1])
 
-    def noise(
-        self, divergence: Divergence, shape: tuple[int, ...], k: int, pool: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    def noise(self, divergence: Divergence, shape: tuple[int, ...], pool: Tensor, generator: torch.Generator) -> Tensor:
         """The random numbers of samples of this shape, drawn at once so that no batch size changes them."""
         return torch.zeros(shape)
 
@@ -64,23 +63,18 @@ class Draws:
         generator: torch.Generator,
     ) -> "Draws":
         """``draws`` references for each of the (examples, positions) samples."""
-        noise = reference.noise(divergence, (*shape, draws), pool.shape[-1], pool, generator)
-        return cls(reference, divergence, pool, noise)
+        return cls(reference, divergence, pool, reference.noise(divergence, (*shape, draws), pool, generator))
 
     def again(self, shape: tuple[int, int], draws: int, generator: torch.Generator) -> "Draws":
         """Other draws from the same pool."""
         return Draws.of(self.reference, self.divergence, self.pool, shape, draws, generator)
 
     def __call__(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "e p r k"]:
-        if not f.isfinite().all():
-            raise ValueError("the model's output is not finite for some of the inputs; remove or mend those examples")
-        draws = self.noise.shape[2]
-        return self.reference.cotangent(
-            self.divergence, f.unsqueeze(2).expand(-1, -1, draws, -1), self.pool, self.noise
-        )
+        f = repeat(finite(f), "e p k -> e p r k", r=self.noise.shape[2])
+        return self.reference.cotangent(self.divergence, f, self.pool, self.noise)
 
-    def __getitem__(self, rows: slice | Tensor) -> "Draws":
-        return replace(self, noise=self.noise[rows])
+    def __getitem__(self, examples: slice | Tensor) -> "Draws":
+        return replace(self, noise=self.noise[examples])
 
 
 @dataclass(frozen=True)
@@ -91,29 +85,15 @@ class Constant(Reference):
     fixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.c, Tensor):
-            object.__setattr__(self, "c", self.c.tolist())
-        try:
-            values = torch.as_tensor(self.c)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"Constant({self.c!r}) must be a number or a list of numbers") from None
-        if not torch.is_floating_point(values) and values.ndim > 0:
-            raise ValueError(
-                f"Constant({self.c}) holds whole numbers, which look like class labels; give one real number an "
-                "output (probabilities for KLDivergence, e.g. a float one-hot row)"
-            )
-        if not values.double().isfinite().all():
-            raise ValueError(f"Constant({self.c}) must be finite")
+        object.__setattr__(self, "c", one_output(self.c))
 
     def prepare(self, divergence: Divergence, predictions: Tensor, generator: torch.Generator) -> Tensor:
         k = predictions.shape[-1]
         c = torch.as_tensor(self.c, dtype=predictions.dtype)
         if c.ndim > 1 or c.numel() not in (1, k):
             raise ValueError(f"Constant has {tuple(c.shape)} values and the model {k} outputs; give 1 or {k} values")
-        c = c.expand(k).reshape(1, k)
-        if isinstance(divergence, KLDivergence) and ((c < 0).any() or abs(c.sum().item() - 1) > 1e-4):
-            raise ValueError(f"under KLDivergence a Constant is a distribution over the {k} classes; got {self.c}")
-        return c.clone()
+        divergence.check_reference(c.expand(k))
+        return c.expand(k).reshape(1, k).clone()
 
     def cotangent(self, divergence: Divergence, f: Tensor, pool: Tensor, noise: Tensor) -> Tensor:
         return divergence.cotangent(f, pool[0].to(f))
@@ -126,13 +106,8 @@ class Uniform(Reference):
     fixed: ClassVar[bool] = True
 
     def prepare(self, divergence: Divergence, predictions: Tensor, generator: torch.Generator) -> Tensor:
-        if not isinstance(divergence, KLDivergence):
-            raise ValueError(
-                f"Uniform() is a distribution over classes and {type(divergence).__name__} compares numbers; "
-                "use KLDivergence() if the outputs are logits, else Constant(c) or Mean()"
-            )
         k = predictions.shape[-1]
-        return predictions.new_full((1, k), 1 / k)
+        return predictions.new_full((1, k), divergence.uniform(k))
 
     cotangent = Constant.cotangent
 
@@ -164,9 +139,7 @@ class OtherSample(Reference):
         order = torch.randperm(len(predictions), generator=generator)[: self.pool]
         return predictions[order].clone()
 
-    def noise(
-        self, divergence: Divergence, shape: tuple[int, ...], k: int, pool: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    def noise(self, divergence: Divergence, shape: tuple[int, ...], pool: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randint(len(pool), shape, generator=generator)
 
     def cotangent(self, divergence: Divergence, f: Tensor, pool: Tensor, noise: Tensor) -> Tensor:
@@ -180,10 +153,8 @@ class ModelSample(Reference):
     Under KLDivergence the cotangent is p − onehot(y) with y ~ p; under SquaredError it is √2 times standard noise.
     """
 
-    def noise(
-        self, divergence: Divergence, shape: tuple[int, ...], k: int, pool: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        return divergence.noise(shape, k, generator)
+    def noise(self, divergence: Divergence, shape: tuple[int, ...], pool: Tensor, generator: torch.Generator) -> Tensor:
+        return divergence.noise(shape, pool.shape[-1], generator)
 
     def cotangent(self, divergence: Divergence, f: Tensor, pool: Tensor, noise: Tensor) -> Tensor:
         return divergence.draw(f, noise)

@@ -1,23 +1,25 @@
-"""What decides a fit, and what happened in it."""
+"""What decides a fit."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from eigendecomp import divergence as divergences
-from eigendecomp import reference as references
-from eigendecomp import sparsity as sparsities
-from eigendecomp.directions import Factorization
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
-from eigendecomp.reference import Reference
+from eigendecomp.reference import Draws, Reference
 from eigendecomp.sparsity import Sparsity
-from eigendecomp.support.checks import real, whole
-from eigendecomp.support.show import Shown
+from eigendecomp.support.checks import check_settings
+from eigendecomp.support.random import generator
+from eigendecomp.target import Target
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a fit, besides the target and the data."""
+    """Everything that decides a fit, besides the target and the data: arguments of :func:`eigendecomp.decompose`."""
 
     divergence: Divergence
     reference: Reference
@@ -31,107 +33,32 @@ class Settings:
     batch_size: int
     learning_rate: float
     seed: int
-    samples: Literal["outputs", "uses"] = "outputs"  # whose gradients are rebuilt
-    scale: Literal["unit"] | None = None  # whether uses count alike, whatever the size of their gradients
-    group: Mapping[str, str] | None = None  # axes that share a factor, by pattern
+    samples: Literal["outputs", "uses"] = "outputs"
+    scale: Literal["unit"] | None = None
+    group: Mapping[str, str] | None = None
     interference: float | None = None  # weight of the direct method's second loss; None for a fit of gradients
-    prune: float | None = None  # a direction is left out while the training error grows by less; None keeps all
-    restarts: int = 1  # fits, of which that with the lowest training error is kept
+    prune: float | None = None
+    restarts: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("n_directions", "rank", "steps", "batch_size", "restarts"):
-            whole(name, getattr(self, name))
-        whole("seed", self.seed, 0)
-        real("learning_rate", self.learning_rate, above=0)
-        if self.interference is not None:
-            real("interference", self.interference, least=0)
-        if self.prune is not None:
-            real("prune (share of the squared gradients)", self.prune, above=0, most=1)
-        if self.factorization not in ("cp", "tucker"):
-            raise ValueError(f"factorization={self.factorization!r} must be 'cp' or 'tucker'")
-        if self.samples not in ("outputs", "uses"):
-            raise ValueError(f"samples={self.samples!r} must be 'outputs' or 'uses'")
-        if self.scale not in (None, "unit") or (self.scale and self.samples == "outputs"):
-            raise ValueError(f"scale={self.scale!r} must be None, or 'unit' with samples='uses'")
-        if not isinstance(self.tied, bool):
-            raise ValueError(f"tied={self.tied!r} must be True or False")
-        for name, kind in (("divergence", Divergence), ("reference", Reference), ("sparsity", Sparsity)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be a {kind.__name__}, such as those in eigendecomp"
-                )
+        check_settings(self, divergence=Divergence, reference=Reference, sparsity=Sparsity)
+
+    def start(self, target: Target, role: str = "directions") -> Directions:
+        """Random directions for a target, from the seed and a role."""
+        like = {"generator": generator(self.seed, role), "dtype": target.dtype, "device": target.device}
+        return Directions.random(target.shapes, self.n_directions, self.rank, self.factorization, **like)
+
+    def pool(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "m k"]:
+        """What references are made of, from the outputs of examples."""
+        predictions = self.divergence.predict(f.flatten(0, 1))
+        return self.reference.prepare(self.divergence, predictions, generator(self.seed, "pool"))
+
+    def draws(self, pool: Tensor, shape: tuple[int, int], draws: int, generator: torch.Generator) -> Draws:
+        """``draws`` references from the pool for each of the (examples, positions) samples."""
+        return Draws.of(self.reference, self.divergence, pool, shape, draws, generator)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values only, each object as its name and its fields."""
-        plain = {key: value for key, value in vars(self).items()}
-        for key in ("divergence", "reference", "sparsity"):
-            value = plain[key]
-            plain[key] = {"name": type(value).__name__, **asdict(value)}
-        return plain | {"parameters": list(self.parameters)}
-
-
-@dataclass(repr=False)
-class History(Shown):
-    """What happened, by step: loss, normalised error, coefficients kept a sample, share of dead directions.
-
-    And after it: ``pruned``, the numbers of the directions that were left out, and ``restarts``, the training error of
-    every fit that was compared.
-    """
-
-    step: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    error: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
-    dead: list[float] = field(default_factory=list)
-    pruned: list[int] = field(default_factory=list)
-    restarts: list[float] = field(default_factory=list)
-
-    def by_step(self) -> dict[str, list[float]]:
-        """The lists that have one entry for each step that was logged."""
-        return {name: getattr(self, name) for name in ("step", "loss", "error", "kept", "dead")}
-
-    def add(self, *values: float) -> None:
-        """What is new at a step, in the order of :meth:`by_step`."""
-        for held, value in zip(self.by_step().values(), values, strict=True):
-            held.append(value)
-
-    def summary(self) -> list[tuple[str, str]]:
-        """Where the fit ended."""
-        if not self.step:
-            return [("steps", "none logged")]
-        last = f"{self.error[-1]:.3f} of the squared gradients left after {self.step[-1] + 1} steps"
-        found = [
-            ("error", last),
-            ("kept", f"{self.kept[-1]:.2f} coefficients a sample"),
-            ("dead", f"{self.dead[-1]:.0%}"),
-        ]
-        return found + ([("pruned", f"{len(self.pruned)} directions")] if self.pruned else [])
-
-    @classmethod
-    def read(cls, plain: Mapping[str, Any]) -> Self:
-        """The history whose fields a file holds; ValueError if they are not lists of numbers."""
-        for name, values in plain.items():
-            if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
-                raise ValueError(f"the history of {name!r} is not a list of numbers")
-        return cls(**{name: list(values) for name, values in plain.items()})
-
-
-def settings_from(plain: Mapping[str, Any]) -> Settings:
-    """The settings that :meth:`Settings.as_json` described; only classes of this package can be named."""
-
-    def make(module: Any, kind: type, value: Mapping[str, Any]) -> Any:
-        fields = dict(value)
-        found = getattr(module, str(fields.pop("name")), None)
-        if not (isinstance(found, type) and issubclass(found, kind)):
-            raise ValueError(f"unknown {kind.__name__.lower()} {value['name']!r}")
-        return found(**fields)
-
-    return Settings(
-        **{
-            **plain,
-            "parameters": tuple(plain["parameters"]),
-            "divergence": make(divergences, Divergence, plain["divergence"]),
-            "reference": make(references, Reference, plain["reference"]),
-            "sparsity": make(sparsities, Sparsity, plain["sparsity"]),
-        }
-    )
+        rules = {key: getattr(self, key) for key in ("divergence", "reference", "sparsity")}
+        plain = {key: {"name": type(rule).__name__, **asdict(rule)} for key, rule in rules.items()}
+        return {**vars(self), **plain, "parameters": list(self.parameters)}

@@ -1,26 +1,17 @@
 """The target: a trained model, the parameters chosen of it, and its outputs as samples."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendecomp.directions import grouped
-from eigendecomp.support import parallel
-from eigendecomp.support.examples import Examples, Inputs, Named, chunks
-from eigendecomp.support.models import (
-    LOCK,
-    Leaves,
-    Watch,
-    check_mode,
-    check_parameters,
-    listing,
-    plain_operations,
-    standard,
-)
+from eigendecomp.support import models
+from eigendecomp.support.axes import grouped
+from eigendecomp.support.checks import patterns
+from eigendecomp.support.examples import Examples, Inputs, chunks
+from eigendecomp.support.models import LOCK
 
 
 class Target:
@@ -47,22 +38,17 @@ class Target:
         self.model = model
         self.patterns = patterns(parameters)
         named = dict(model.named_parameters())
-        for pattern in self.patterns:
-            if not any(fnmatchcase(name, pattern) for name in named):
-                raise ValueError(f"parameters={pattern!r} matches none of the model's parameters: {listing(named)}")
-        self.names = [name for name in named if any(fnmatchcase(name, pattern) for pattern in self.patterns)]
-        if not self.names:
-            raise ValueError(f"no parameter is chosen; give patterns over {listing(named)}")
-        check_parameters({name: named[name] for name in self.names})
-        check_mode(model)
+        self.names = models.matching(named, self.patterns)
+        models.check_parameters({name: named[name] for name in self.names})
+        models.check_mode(model)
         # A scalar parameter is a vector of one number to the directions.
         self.shapes = grouped({name: tuple(named[name].shape) or (1,) for name in self.names}, group)
         self.dtype = named[self.names[0]].dtype
         self.device = named[self.names[0]].device
         # oneDNN runs an LSTM as one opaque operation, which has no forward derivative and cannot be looked into.
         self.onednn = not any(isinstance(module, nn.LSTM) for module in model.modules())
-        self.keywords: tuple[str, ...] | None = None  # what the inputs are called; empty where they are positional
-        self._leaves = Leaves(model, {name: named[name] for name in self.names})
+        self._arguments = models.Arguments(self.device)
+        self._leaves = models.Leaves(model, {name: named[name] for name in self.names})
         assert len(self.chosen) + len(self.frozen) == len(named)  # held before a transform can be the first to ask
 
     @property
@@ -88,94 +74,45 @@ class Target:
     def call(self, examples: Sequence[Tensor], chosen: dict[str, Tensor] | None = None) -> Float[Tensor, "e p k"]:
         """Outputs as examples × positions × outputs, with ``chosen`` in the place of the chosen parameters."""
         with LOCK:
-            return standard(self._run(examples, chosen)).to(self.dtype)
+            return models.standard(self._run(examples, chosen)).to(self.dtype)
 
-    @contextmanager
-    def differentiable(self) -> Iterator[list[nn.Parameter]]:
+    def differentiable(self) -> AbstractContextManager[list[nn.Parameter]]:
         """Inside, the chosen parameters of the model itself, which autograd follows whatever they were set to."""
-        with LOCK, torch.enable_grad():
-            own = dict(self.model.named_parameters())
-            chosen = [own[name] for name in self.names]
-            frozen = [p for p in chosen if not p.requires_grad]
-            try:
-                for p in frozen:
-                    p.requires_grad_()
-                yield chosen
-            finally:
-                for p in frozen:
-                    p.requires_grad_(False)
+        return models.differentiable(self.model, self.names)
 
     def itself(self, examples: Sequence[Tensor]) -> Float[Tensor, "e p k"]:
         """Outputs of the model as it is, with nothing put in the place of its parameters."""
         positional, named = self._arguments(examples)
-        with self._as_run():
-            return standard(self.model(*positional, **named)).to(self.dtype)
+        with models.as_run(self.device.type, self.onednn):
+            return models.standard(self.model(*positional, **named)).to(self.dtype)
 
     def _run(self, examples: Sequence[Tensor], chosen: dict[str, Tensor] | None) -> object:
         """What the model returns with these values in the place of its parameters."""
         values = {**self.frozen, **(self.chosen if chosen is None else chosen)}
         positional, named = self._arguments(examples)
-        with self._as_run():
+        with models.as_run(self.device.type, self.onednn):
             return torch.func.functional_call(self.model, values, positional, named)
-
-    @contextmanager
-    def _as_run(self) -> Iterator[None]:
-        """How the model is run: by one thread, in the precision of the processes, without opaque operations."""
-        mixed = parallel.precision()
-        coarse = torch.autocast(self.device.type, mixed) if mixed else nullcontext()
-        with LOCK, plain_operations(self.onednn), coarse:
-            yield
-
-    def _arguments(self, examples: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        self._learn_names(examples)
-        here = tuple(tensor.to(self.device) for tensor in examples)
-        return ((), dict(zip(self.keywords, here, strict=True))) if self.keywords else (here, {})
-
-    def _learn_names(self, examples: Sequence[Tensor]) -> None:
-        names = examples.names if isinstance(examples, Named) else ()
-        if self.keywords is None:
-            self.keywords = names
-        if (names and names != self.keywords) or (self.keywords and len(examples) != len(self.keywords)):
-            first = f"the keywords {list(self.keywords)}" if self.keywords else "no keywords"
-            raise ValueError(
-                f"inputs have the keywords {list(names)}, but those first given have {first}; give the same"
-            )
-
-    def _watched(self, examples: Examples) -> Float[Tensor, "e p k"]:
-        """Outputs of a run in which nothing may be changed in place, nor channels be left on axis 1."""
-        with LOCK, Watch.over(self.model, examples) as watch:
-            output = self._run(examples, None)
-            watch.check_channels(getattr(output, "logits", output))
-            return standard(output).to(self.dtype)
 
     @torch.no_grad()
     def outputs(self, inputs: Inputs | Examples, chunk: int = 256) -> Float[Tensor, "e p k"]:
-        """Outputs of all examples, ``chunk`` at a time.
+        """Outputs of all examples, ``chunk`` at a time; of the first, nothing may be changed in place.
 
         Raises:
             ValueError: if outputs are not real, not finite, or not one row an example.
         """
-        rows = []
-        for number, part in enumerate(chunks(inputs, chunk)):
+        outputs = []
+        for number, some in enumerate(chunks(inputs, chunk)):
             try:
-                f = self.call(part) if number else self._watched(part)
+                f = self.call(some) if number else self._watched(some)
             except (RuntimeError, TypeError, IndexError, AttributeError) as error:
                 raise ValueError(f"the model does not run on these inputs: {error}") from error
-            if len(f) != len(part[0]):
-                raise ValueError(
-                    f"the model gives {len(f)} outputs for {len(part[0])} examples; the first axis of its output must "
-                    "count the examples"
-                )
-            if not f.isfinite().all():
-                bad = int((~f.isfinite()).flatten(1).any(1).nonzero()[0])
-                raise ValueError(f"the model's output is not finite, first for example {number * chunk + bad}")
-            rows.append(f)
-        return torch.cat(rows)
+            models.check_outputs(f, some, number * chunk)
+            outputs.append(f)
+        return torch.cat(outputs)
 
-
-def patterns(parameters: object) -> tuple[str, ...]:
-    """The patterns as a tuple; ValueError if they are not a sequence of strings."""
-    found = (parameters,) if isinstance(parameters, str) else parameters
-    if not isinstance(found, Sequence) or not all(isinstance(pattern, str) for pattern in found):
-        raise ValueError(f"parameters={parameters!r} must be a list of glob patterns, such as ['*'] for all")
-    return tuple(found)
+    def _watched(self, examples: Examples) -> Float[Tensor, "e p k"]:
+        """Outputs of a run in which nothing may be changed in place, nor channels be left on axis 1."""
+        with LOCK, models.Watch.over(self.model, examples) as watch:
+            output = self._run(examples, None)
+            watch.check_channels(getattr(output, "logits", output))
+            return models.standard(output).to(self.dtype)

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from eigendecomp.directions import NUMBER, Directions
+from eigendecomp.directions import OPS_PER_ELEMENT as NUMBER
+from eigendecomp.directions import Directions
 from eigendecomp.gradients import Gradients, sum_of, terms_of
 from eigendecomp.objective import Coefficients, Everything, everything
 from eigendecomp.sparsity import Sparsity

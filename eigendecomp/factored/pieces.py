@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eigendecomp.directions import Directions
-from eigendecomp.gradients import Formed, Gradients, Part, Products, over
+from eigendecomp.gradients import Formed, Gradients, Part, Products
 
 
 class Recomputed(Part):
@@ -44,7 +44,7 @@ class Recomputed(Part):
             z = y = self.inner(decoder)
         else:
             z, y = self.inner(encoder.beside(decoder)).split((encoder.n, decoder.n), 1)
-        return Products(z, y, over(decoder, self.names).gram(), self.square_norms())
+        return Products(z, y, decoder.over(self.names).gram(), self.square_norms())
 
     def operations(self, directions: Directions, v: float) -> float:
         return 0.0  # beside making the gradients

@@ -28,7 +28,8 @@ from eigendecomp.factored.pieces import Recomputed
 from eigendecomp.factored.record import Node, Trace, Use, storages
 from eigendecomp.factored.rules import Layout, NotUnderstood, Plan, find_layout, make_plan, product_sides, summed
 from eigendecomp.factored.terms import Factored, Side, Term
-from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, spread, sum_of
+from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, sum_of
+from eigendecomp.gradients import at_own_position as spread
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from eigendecomp.directions import NUMBER, Directions
+from eigendecomp.directions import OPS_PER_ELEMENT as NUMBER
+from eigendecomp.directions import Directions
 from eigendecomp.gradients import OWN, Formed, Part, sum_of, terms_of
 
 PASSES = 4  # encoder and decoder, each forward and backward, to one squared norm

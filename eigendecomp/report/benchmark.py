@@ -15,23 +15,25 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from eigendecomp.decomposition import decompose
+from eigendecomp.batches import Data
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence, KLDivergence
 from eigendecomp.factored.kept import coefficients
+from eigendecomp.factored.samples import OutputSamples
 from eigendecomp.factored.source import CapturedSource
-from eigendecomp.fit import State
-from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Source, spread
+from eigendecomp.fit import State, fit
+from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Source, at_own_position
 from eigendecomp.objective import Objective
 from eigendecomp.reference import Draws, OtherSample
+from eigendecomp.settings import Settings
 from eigendecomp.sparsity import BatchTopK
-from eigendecomp.storage import Checkpoint
+from eigendecomp.storage import identity
 from eigendecomp.support import parallel
+from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.random import generator
 from eigendecomp.target import Target
 from eigendecomp.targets import sizes
@@ -45,7 +47,7 @@ class JacobianSource:
 
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
         with torch.no_grad():
-            c = spread(cotangents(self.target.call(examples)))
+            c = at_own_position(cotangents(self.target.call(examples)))
         chosen = {name: p.detach() for name, p in self.target.chosen.items()}
 
         def losses(values: Mapping[str, Tensor]) -> Tensor:
@@ -70,7 +72,7 @@ class OpacusSource:
 
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients:
         with torch.no_grad():
-            c = spread(cotangents(self.target.call(examples)))
+            c = at_own_position(cotangents(self.target.call(examples)))
         copies, e = c.shape[1], len(c)
         f = self.model(*[tensor.repeat_interleave(copies, 0) for tensor in examples])
         f.backward(c.flatten(0, 1).view_as(f))
@@ -234,29 +236,24 @@ def _fits(
     vocabulary: int, width: int, layers: int, directions: int, batch_sizes: Sequence[int], steps: int, examples: int
 ) -> dict[str, Any]:
     torch.manual_seed(0)
-    model, data = sizes.Transformer(vocabulary, width, 8, layers, 16).eval(), Windows(examples, vocabulary)
-    started: list[float] = []
-    plainly = State.update
-
-    def update(state: State, *given: Tensor) -> Callable[[], list[Tensor]]:
-        started.append(time.perf_counter())
-        return plainly(state, *given)
-
-    each = []
+    model, data_set = sizes.Transformer(vocabulary, width, 8, layers, 16).eval(), Windows(examples, vocabulary)
+    target, each = Target(model), []
     for batch_size in batch_sizes:
-        started.clear()
-        # What is done once, before and after the steps, is made small.
-        with (
-            patch("eigendecomp.fit.THRESHOLD_SAMPLES", 1),
-            patch("eigendecomp.decomposition.POOL_SAMPLES", 256),
-            patch.object(State, "update", update),
-        ):
-            decompose(
-                model, data, divergence=KLDivergence(), n_directions=directions, rank=1, batch_size=batch_size,
-                steps=steps + 2, progress=False,
-            )  # fmt: skip
-        each.append(statistics.median(b - a for a, b in pairwise(started[1:])))  # the first step counts for nothing
-    return {"parameters": Target(model).size, "step_seconds": each, "process_memory": _peak_of_process()}
+        ended: list[float] = []
+        settings = fit_settings(directions, steps + 2, batch_size)
+        data = Data.read(target, data_set, settings, pool_samples=256)  # what is done once is made small
+        batches = OutputSamples(target, data.probe, settings).batches(data, generator(0, "data"))
+        stamp = lambda _, ended=ended: ended.append(time.perf_counter())  # noqa: E731
+        fit(target, batches, settings, progress=False, threshold_samples=1, on_step=stamp)
+        each.append(statistics.median(b - a for a, b in pairwise(ended)))  # the first step counts for nothing
+    return {"parameters": target.size, "step_seconds": each, "process_memory": _peak_of_process()}
+
+
+def fit_settings(n_directions: int, steps: int, batch_size: int) -> Settings:
+    """Settings of a fit of all parameters at rank one, else those of :func:`eigendecomp.decompose`."""
+    return Settings(
+        KLDivergence(), OtherSample(), ("*",), n_directions, 1, "cp", False, BatchTopK(0.1), steps, batch_size, 1e-2, 0
+    )
 
 
 def _peak_of_process() -> int:
@@ -270,24 +267,20 @@ def _peak_of_process() -> int:
 
 def checkpoint_writes(model: nn.Module, examples: Sequence[Tensor], n_directions: int) -> dict[str, float]:
     """Bytes of a fit's checkpoint, seconds a write takes, and the share of a long run's time that writing it is."""
-    kept: list[Checkpoint] = []
+    target, settings = Target(model), fit_settings(n_directions, 2, 16)
+    data = Data.read(target, tuple(examples), settings)
+    batches = OutputSamples(target, data.probe, settings).batches(data, generator(0, "data"))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "fit"
+        checkpoint = Checkpoint(path, identity(target, settings, data.seen, data.count), seconds=30.0)
 
-        def write(checkpoint: Checkpoint, state: State) -> None:
+        def write(state: State) -> None:
             for _ in range(3):
-                plainly(checkpoint, state)
-            kept.append(checkpoint)
+                checkpoint.write(state)
 
-        plainly = Checkpoint.write
-        with patch.object(Checkpoint, "write", write), patch("eigendecomp.fit.THRESHOLD_SAMPLES", 1):
-            decompose(
-                model, tuple(examples), divergence=KLDivergence(), n_directions=n_directions, rank=1, steps=2,
-                batch_size=16, progress=False, checkpoint=path,
-            )  # fmt: skip
-        last = kept[-1]
-        share = last.taken / last.interval()
-        return {"bytes": path.stat().st_size, "write_seconds": last.taken, "share_of_time": share}
+        fit(target, batches, settings, progress=False, threshold_samples=1, on_step=write)
+        share = checkpoint.taken / checkpoint.interval()
+        return {"bytes": path.stat().st_size, "write_seconds": checkpoint.taken, "share_of_time": share}
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 """Sparse autoencoders to compare with: sae-lens on activations held in memory, offline, from a seed.
 
-sae-lens is imported when it is needed (pip install "eigendecomp[comparisons]"); it takes seconds to import.
+sae-lens is imported when it is needed (pip install "eigendecomp[study]"); it takes seconds to import.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eigendecomp.support.checks import choice
 from eigendecomp.support.random import generator
+
+NORM_BATCHES = 10  # from whose rows the common norm is taken
 
 
 class Autoencoder:
@@ -96,38 +97,50 @@ def train(
     Raises:
         ValueError: if the activations are not finite rows, or no such SAE can be built.
     """
-    if activations.ndim != 2 or not activations.isfinite().all():
-        raise ValueError(f"activations {tuple(activations.shape)} must be finite rows, one a sample")
-    if kind not in ("batchtopk", "topk"):
-        raise ValueError(f"kind={kind!r} must be 'batchtopk' or 'topk'")
-    if not 0 < kept <= units:
-        raise ValueError(f"kept={kept} must be positive and at most units={units}")
-    if kind == "topk" and kept != int(kept):
-        raise ValueError(f"kept={kept} must be whole for kind='topk', which keeps as many in every sample")
+    check(activations, units, kept, kind)
     import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     size = {"d_in": activations.shape[1], "d_sae": units, "normalize_activations": "expected_average_only_in"}
-    bar = partial(tqdm, disable=not progress)
-    with (
-        torch.random.fork_rng(devices=[]),
-        patch("sae_lens.training.sae_trainer.tqdm", bar),
-        patch("sae_lens.training.activation_scaler.tqdm", bar),
-    ):
+    settings = SAETrainerConfig(
+        total_training_samples=steps * batch_size, train_batch_size_samples=batch_size, lr=learning_rate,
+        lr_end=0.0, lr_decay_steps=steps // 2, dead_feature_window=100,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "batchtopk":
             model = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(k=kept, **size))  # type: ignore
         else:
             model = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(k=int(kept), **size))  # type: ignore
-        settings = SAETrainerConfig(
-            total_training_samples=steps * batch_size, train_batch_size_samples=batch_size, lr=learning_rate,
-            lr_end=0.0, lr_decay_steps=steps // 2, dead_feature_window=100, n_batches_for_norm_estimate=10,
-        )  # fmt: skip
-        SAETrainer(settings, model, _batches(activations, batch_size, generator(seed, "sae"))).fit()
+        data = _batches(activations, batch_size, generator(seed, "sae"))
+        optimise(SAETrainer(settings, model, data), data, steps, progress)
         with TemporaryDirectory() as folder:  # the library's own way from the training form to the other
             model.save_inference_model(folder)
             return Autoencoder(sae_lens.SAE.load_from_disk(folder).eval())
+
+
+def check(activations: Tensor, units: int, kept: float, kind: str) -> None:
+    """Raises ValueError where :func:`train` cannot be asked for this."""
+    if activations.ndim != 2 or not activations.isfinite().all():
+        raise ValueError(f"activations {tuple(activations.shape)} must be finite rows, one a sample")
+    choice("kind", kind, "batchtopk", "topk")
+    if not 0 < kept <= units:
+        raise ValueError(f"kept={kept} must be positive and at most units={units}")
+    if kind == "topk" and kept != int(kept):
+        raise ValueError(f"kept={kept} must be whole for kind='topk', which keeps as many in every sample")
+
+
+def optimise(trainer: Any, data: Iterator[Tensor], steps: int, progress: bool) -> None:
+    """All steps of a sae-lens trainer, as its own ``fit`` takes them, with a progress bar that can be left out."""
+    total = sum(next(data).norm(dim=-1).float().sum().item() for _ in range(NORM_BATCHES))
+    mean = total / (NORM_BATCHES * trainer.cfg.train_batch_size_samples)
+    trainer.activation_scaler.scaling_factor = trainer.sae.cfg.d_in**0.5 / mean
+    for _ in tqdm(range(steps), disable=not progress, desc="autoencoder"):
+        trainer.maybe_reset_sparsity()
+        trainer.step(next(data))
+        trainer.n_training_steps += 1
+    trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
 
 
 def _batches(activations: Tensor, size: int, draw: torch.Generator) -> Iterator[Tensor]:

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigendecomp.decomposition import POOL_SAMPLES, Decomposition
+from eigendecomp.batches import POOL_SAMPLES
+from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Factorization
 from eigendecomp.divergence import Divergence
 from eigendecomp.factored.source import CapturedSource
@@ -27,9 +28,10 @@ from eigendecomp.objective import squared_error
 from eigendecomp.reference import Draws, Reference
 from eigendecomp.settings import Settings
 from eigendecomp.sparsity import Sparsity
+from eigendecomp.support.checks import patterns
 from eigendecomp.support.examples import Feed, Inputs, Shuffled, as_examples, chunks
 from eigendecomp.support.random import generator
-from eigendecomp.target import Target, patterns
+from eigendecomp.target import Target
 
 CHUNK = 64  # examples at a time
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,7 +11,27 @@ from eigendecomp.support.examples import Inputs
 
 
 class Doors:
-    """One-line doors to the page and to what is handed on."""
+    """One-line doors to the page, the file and what else is handed on."""
+
+    def save(self: Any, path: str | Path) -> None:
+        """Write the directions as safetensors with the settings as metadata.
+
+        A pool of references above 4 MiB is written as the inputs it came from, if these are smaller: mind who reads it.
+        """
+        from eigendecomp.share.file import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> Self:
+        """Read what :meth:`save` wrote; nothing in the file is ever run.
+
+        Raises:
+            ValueError: if the file is not a decomposition, is damaged, or is one of another model.
+        """
+        from eigendecomp.share.file import load
+
+        return cast(Self, load(cast(Any, cls), path, model))
 
     def browse(self: Any, inputs: Inputs, path: str | Path, **options: Any) -> Path:
         """Write one HTML file to look at the directions on these inputs; see :mod:`eigendecomp.page`."""

@@ -1,7 +1,8 @@
 """What is asked of a model before it is decomposed, and how it is run."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatchcase
 from threading import RLock
 from typing import Any, Self
 
@@ -9,10 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from eigendecomp.support import parallel
+from eigendecomp.support.examples import Named
 
 # A run puts other tensors in the place of the model's parameters and switches parts of torch off, for all threads.
 LOCK = RLock()
+AT_ONCE = 200  # pairs of an example and a direction that are pushed at once
 
 
 class Leaves:
@@ -66,6 +72,16 @@ class Leaves:
         """Whether a parameter that was asked for got other memory since this was last asked."""
         moved, self.moved = self.moved, False
         return moved
+
+
+def matching(named: Mapping[str, Tensor], patterns: Sequence[str]) -> list[str]:
+    """The names that a pattern matches, in order; ValueError if a pattern matches none, or there is none."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise ValueError(f"parameters={pattern!r} matches none of the model's parameters: {listing(named)}")
+    if not patterns:
+        raise ValueError(f"no parameter is chosen; give patterns over {listing(named)}")
+    return [name for name in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def check_parameters(chosen: Mapping[str, Tensor]) -> None:
@@ -154,6 +170,35 @@ class Watch(TorchDispatchMode):
         return result
 
 
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that is made inside."""
+
+    elements = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.elements = max(self.elements, *made, 0)
+        return out
+
+
+def at_once(
+    run: Callable[[], object], parameters: Mapping[str, Tensor], examples: int, directions: int, budget: int
+) -> tuple[int, int]:
+    """How many examples and how many directions to push forward at once: few examples and many directions.
+
+    A direction needs about four arrays at a time of its own size and of the largest that ``run``, the model on one
+    example, makes.
+    """
+    with torch.no_grad(), Largest() as largest:
+        run()
+    each = 4 * next(iter(parameters.values())).element_size()
+    size = max(4, min(64, AT_ONCE // directions))
+    size = min(size, examples, max(1, budget // (2 * each * largest.elements)))
+    numbers = sum(p.numel() for p in parameters.values()) + size * largest.elements
+    return size, max(1, min(directions, AT_ONCE // size, budget // (each * numbers)))
+
+
 def keeps_channels(func: Any, args: tuple, result: Tensor, channels: WeakIdKeyDictionary) -> bool:
     """Whether a result has channels on axis 1: a convolution's, or what other operations make of one."""
     name = func._schema.name
@@ -179,6 +224,79 @@ def plain_operations(onednn: bool) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+class Arguments:
+    """How a model takes its examples: by position, or by the keywords that the first examples have."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.keywords: tuple[str, ...] | None = None  # empty where they are positional; None before the first
+
+    def __call__(self, examples: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Positional and keyword arguments on the device; ValueError if the keywords are not those of before."""
+        names = examples.names if isinstance(examples, Named) else ()
+        if self.keywords is None:
+            self.keywords = names
+        if (names and names != self.keywords) or (self.keywords and len(examples) != len(self.keywords)):
+            first = f"the keywords {list(self.keywords)}" if self.keywords else "no keywords"
+            raise ValueError(
+                f"inputs have the keywords {list(names)}, but those first given have {first}; give the same"
+            )
+        here = tuple(tensor.to(self.device) for tensor in examples)
+        return ((), dict(zip(self.keywords, here, strict=True))) if self.keywords else (here, {})
+
+
+@contextmanager
+def as_run(device: str, onednn: bool) -> Iterator[None]:
+    """How a model is run: in the precision of the processes, without operations that cannot be looked into."""
+    mixed = parallel.precision()
+    with LOCK, torch.autocast(device, mixed) if mixed else nullcontext(), plain_operations(onednn):
+        yield
+
+
+@contextmanager
+def differentiable(model: nn.Module, names: Iterable[str]) -> Iterator[list[nn.Parameter]]:
+    """Inside, autograd follows these parameters of a model, whatever they were set to."""
+    with LOCK, torch.enable_grad():
+        own = dict(model.named_parameters())
+        chosen = [own[name] for name in names]
+        frozen = [p for p in chosen if not p.requires_grad]
+        try:
+            for p in frozen:
+                p.requires_grad_()
+            yield chosen
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+
+@contextmanager
+def moved(chosen: Mapping[str, Tensor], steps: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the steps are added to parameters; afterwards these are bit for bit what they were."""
+    with LOCK:  # no other thread runs a model that is moved
+        kept = {name: p.detach().clone() for name, p in chosen.items()}
+        try:
+            with torch.no_grad():
+                for name, p in chosen.items():
+                    p.add_(steps[name].view(p.shape))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in chosen.items():
+                    p.copy_(kept[name])
+
+
+def check_outputs(f: Float[Tensor, "e p k"], examples: Sequence[Tensor], before: int) -> None:
+    """Raises ValueError if outputs are not finite, or not one an example; ``before`` examples came before these."""
+    if len(f) != len(examples[0]):
+        raise ValueError(
+            f"the model gives {len(f)} outputs for {len(examples[0])} examples; the first axis of its output must "
+            "count the examples"
+        )
+    if not f.isfinite().all():
+        bad = int((~f.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"the model's output is not finite, first for example {before + bad}")
 
 
 def standard(output: object) -> Float[Tensor, "e p k"]:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from html import escape
+from typing import Any
 
 
 class Shown:
@@ -20,3 +21,11 @@ class Shown:
             f"<tr><th align=left>{escape(label)}</th><td>{escape(value)}</td></tr>" for label, value in self.summary()
         )
         return f"<table><caption>{escape(type(self).__name__)}</caption>{''.join(rows)}</table>"
+
+
+def of_decomposition(d: Any) -> list[tuple[str, str]]:
+    """The shapes, what the fit was asked for, and what became of it."""
+    s, shapes = d.settings, ", ".join(f"{name} {shape}" for name, shape in d.decoder.shapes.items())
+    asked = f"{s.divergence}, {s.reference}, samples={s.samples!r}, {s.sparsity}"
+    kind = f"{d.decoder.n} of rank {s.rank} ({s.factorization}{', tied' if s.tied else ''})"
+    return [("directions", kind), ("parameters", shapes), ("rebuilding", asked), *d.history.summary()]

@@ -20,8 +20,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import eigendecomp as ed
 from eigendecomp.batches import LiveBatches
-from eigendecomp.curvature import Largest
-from eigendecomp.directions import Directions, Factorization, largest_rank
+from eigendecomp.directions import Directions, Factorization
 from eigendecomp.factored import terms
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.fit import fit
@@ -30,7 +29,9 @@ from eigendecomp.objective import Objective
 from eigendecomp.reference import Draws
 from eigendecomp.settings import Settings
 from eigendecomp.sparsity import Sparsity
+from eigendecomp.support.axes import largest_rank
 from eigendecomp.support.examples import feed
+from eigendecomp.support.models import Largest
 from eigendecomp.support.random import generator
 from eigendecomp.target import Target
 from tests.cases import Model
@@ -876,7 +877,7 @@ def test_nothing_of_the_size_of_the_gradients_is_ever_made() -> None:
         gradients = source(inputs, Recorder())
         loss = gradients.inner(directions).square().sum() + gradients.square_norms().sum() + directions.gram().sum()
         loss.backward()
-    assert largest.numbers <= target.size < 32 * target.size / 16
+    assert largest.elements <= target.size < 32 * target.size / 16
 
 
 def test_the_fitted_loss_is_that_of_the_oracle_in_float32() -> None:

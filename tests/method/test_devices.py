@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 import eigendecomp as ed
 from eigendecomp.factored.record import Trace
-from eigendecomp.storage import Checkpoint
+from eigendecomp.support.checkpoint import Checkpoint
 from tests.pretend import GPU, Pretended
 
 
@@ -95,7 +95,7 @@ def test_everything_runs_on_a_gpu(
 ) -> None:
     """Fit, readings, save and load, readings again; with inputs on the CPU or on the device."""
     if not cached:
-        monkeypatch.setattr("eigendecomp.decomposition.CACHE_BYTES", 0)
+        monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
     make, inputs = CASES[case]
     model, x = gpu.move(make().eval()), inputs()
     for place in (x, gpu.put(x.clone())):
@@ -118,7 +118,7 @@ def test_everything_runs_on_a_gpu(
 def test_a_fit_goes_on_from_its_checkpoint_on_a_gpu(
     kind: str, tmp_path: Path, gpu: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eigendecomp.decomposition.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
     model, x = gpu.move(Reader().eval()), torch.randint(7, (12, 5))
     data = {"map-style": TensorDataset(x), "iterable": Stream(x), "tensors": x}[kind]
     path = tmp_path / "fit.safetensors"
@@ -144,7 +144,7 @@ def test_a_fit_goes_on_from_its_checkpoint_on_a_gpu(
 @pytest.mark.slow
 def test_a_step_fetches_nothing_large(gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool of references stays on the device while the fit goes on."""
-    monkeypatch.setattr("eigendecomp.decomposition.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
     model, x = gpu.move(Reader().eval()), gpu.put(torch.randint(7, (12, 5)))
     fetched = []
     for steps in (2, 4):

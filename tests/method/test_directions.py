@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eigendecomp.directions import Directions, Factorization, largest_rank
+from eigendecomp.directions import Directions, Factorization
+from eigendecomp.support.axes import largest_rank
 
 Shapes = dict[str, tuple[int, ...]]
 FACTORIZATIONS: tuple[Factorization, ...] = ("cp", "tucker")

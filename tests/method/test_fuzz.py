@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import eigendecomp as ed
 from eigendecomp.fit import State
-from eigendecomp.storage import Checkpoint
+from eigendecomp.support.checkpoint import Checkpoint
 
 CALLS, FILES, CHECKPOINTS = 4000, 5000, 2000
 ANY: Any = ed  # whose arguments' types nobody checks

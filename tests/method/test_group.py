@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import eigendecomp as ed
-from eigendecomp.directions import Directions, Factorization, Grouped
-from eigendecomp.support.axes import axes_in
+from eigendecomp.directions import Directions, Factorization
+from eigendecomp.support.axes import Grouped, axes_in
 
 HEADS, MODEL, D = 3, 4, 2
 GROUP = {"w": "head model d -> (head d) model"}

@@ -15,8 +15,8 @@ from torch import nn
 import eigendecomp as ed
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.fit import State
-from eigendecomp.storage import Checkpoint
 from eigendecomp.support import files
+from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.examples import Shuffled
 
 SETTINGS: dict[str, Any] = dict(n_directions=4, steps=60, batch_size=32, progress=False)
@@ -65,7 +65,7 @@ def test_resumed_fit_is_bit_identical(interrupted: Path) -> None:
 def test_resumed_fit_is_bit_identical_when_live(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eigendecomp.decomposition.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
     data = torch.utils.data.TensorDataset(inputs())
     whole = ed.decompose(model(), data, **SETTINGS, **settings)
     path = tmp_path / "fit.safetensors"
@@ -145,7 +145,7 @@ def test_the_interval_between_writes_is_chosen(tmp_path: Path, monkeypatch: pyte
     writes, write = [], Checkpoint.write
     monkeypatch.setattr(Checkpoint, "write", lambda self, state: (writes.append(state.step), write(self, state)))
     for seconds, expected in ((0.0, range(2, 61)), (3600.0, [60])):
-        monkeypatch.setattr("eigendecomp.storage.WRITE_SHARE", 1e9)
+        monkeypatch.setattr("eigendecomp.support.checkpoint.WRITE_SHARE", 1e9)
         ed.decompose(model(), inputs(), checkpoint=tmp_path / str(seconds), checkpoint_seconds=seconds, **SETTINGS)
         assert set(expected) <= set(writes)
         assert len(writes) <= len(expected) + 1

@@ -18,9 +18,9 @@ from eigendecomp.targets import sizes
 
 SCRIPT = """
 import sys, torch, eigendecomp as ed
-from eigendecomp import decomposition
+from eigendecomp import batches
 from eigendecomp.fit import State
-from eigendecomp.storage import Checkpoint
+from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.parallel import leads
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.GELU(), torch.nn.Linear(5, 3)).double()
@@ -45,7 +45,7 @@ if dies:  # in step 20, some steps after the last checkpoint
         return step(self, *given)
     State.update = update
 for name, case in cases.items():
-    decomposition.CACHE_BYTES = case.pop("cache", 1 << 28)
+    batches.CACHE_BYTES = case.pop("cache", 1 << 28)
     data = case.pop("data", x)
     checkpoint = f"{checkpoints}/{name}"
     settings = dict(n_directions=6, steps=30, batch_size=32, progress=False, checkpoint=checkpoint)

@@ -119,18 +119,12 @@ def common(*splits: Concepts, least: int = LEAST) -> list[Concepts]:
     return [c.select(keep) for c in splits]
 
 
-class Rules:
-    """The rules for one tokenizer.
-
-    ``rules(tokens, logits)`` gives the concepts of every position of windows (n, positions), in the order in which a
-    decomposition counts samples; ``logits`` are the model's on them.
-    """
+class Vocabulary:
+    """Sets of a tokenizer's tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.text = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
         self.end = int(tokenizer.eos_token_id or 0)  # type: ignore[arg-type]
-
-    # ---- sets of tokens
 
     def tokens(self, test: Callable[[str], bool]) -> Bool[Tensor, " vocabulary"]:
         """The tokens whose text passes; the end token never does."""
@@ -170,7 +164,13 @@ class Rules:
         """Letters without a space before them: the rest of a word, or the first word of a line or quotation."""
         return self.tokens(str.isalpha)
 
-    # ---- the two families
+
+class Rules(Vocabulary):
+    """The rules for one tokenizer.
+
+    ``rules(tokens, logits)`` gives the concepts of every position of windows (n, positions), in the order in which a
+    decomposition counts samples; ``logits`` are the model's on them.
+    """
 
     def context(self, tokens: Int[Tensor, "n t"]) -> dict[str, Bool[Tensor, "n t"]]:
         """Concepts of the token and of what came before it in its window."""

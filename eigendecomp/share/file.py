@@ -1,0 +1,98 @@
+"""The file of a decomposition: its directions, settings and references; safetensors with JSON metadata."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from eigendecomp import divergence as divergences
+from eigendecomp import reference as references
+from eigendecomp import sparsity as sparsities
+from eigendecomp.decomposition import Decomposition
+from eigendecomp.divergence import Divergence
+from eigendecomp.reference import Reference
+from eigendecomp.settings import Settings
+from eigendecomp.sparsity import Sparsity
+from eigendecomp.storage import fingerprint, pack, unpack
+from eigendecomp.support import files
+from eigendecomp.support.checks import real
+from eigendecomp.support.examples import Examples, Named
+from eigendecomp.support.history import History
+from eigendecomp.target import Target
+
+FORMAT = 1
+LARGE_POOL = 4 << 20  # bytes; a smaller pool is written itself, so that no inputs are in the file
+
+
+def save(d: Decomposition, path: str | Path) -> None:
+    """:meth:`Decomposition.save`."""
+    inputs = {f"pool of/{number}": tensor for number, tensor in enumerate(d.seen)}
+    smaller = 0 < sum(tensor.nbytes for tensor in d.seen) < d.pool.nbytes
+    tensors = inputs if smaller and d.pool.nbytes > LARGE_POOL else {"pool": d.pool}
+    for name, directions in (("decoder", d.decoder), ("encoder", d.encoder)):
+        if name == "decoder" or not d.settings.tied:
+            tensors |= pack(name, directions)
+    metadata = {
+        "format": FORMAT,
+        "settings": d.settings.as_json(),
+        "shapes": d.decoder.shapes,
+        "target": fingerprint(d.target),
+        "threshold": d.threshold,
+        "history": asdict(d.history),
+        "arguments": list(d.seen.names) if isinstance(d.seen, Named) else None,
+    }
+    files.write(path, tensors, metadata)
+
+
+def load(cls: type[Decomposition], path: str | Path, model: nn.Module) -> Decomposition:
+    """:meth:`Decomposition.load`."""
+    tensors, metadata = files.read(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} is not a decomposition that this version reads (format {FORMAT})")
+    try:
+        settings = settings_from(metadata["settings"])
+        target = Target(model, settings.parameters, settings.group)
+        check_target(target, metadata, path)
+        history = History.read(metadata["history"])
+        n = settings.n_directions - len(history.pruned)
+        decoder = unpack("decoder", tensors, target, settings, n)
+        encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings, n)
+        if metadata["threshold"] is not None:
+            real("threshold", metadata["threshold"], least=0)
+        inputs = sum(name.startswith("pool of/") for name in tensors)
+        seen: Examples = tuple(tensors[f"pool of/{number}"] for number in range(inputs))
+        if seen and metadata.get("arguments") is not None:
+            seen = Named.of(seen, metadata["arguments"])
+        pool = settings.pool(target.outputs(seen)) if seen else tensors["pool"].to(target.device)
+        return cls(target, settings, encoder, decoder, metadata["threshold"], pool, history, seen)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None
+
+
+def settings_from(plain: Mapping[str, Any]) -> Settings:
+    """The settings that :meth:`Settings.as_json` described; only classes of this package can be named."""
+
+    def make(module: Any, kind: type, value: Mapping[str, Any]) -> Any:
+        fields = dict(value)
+        named = getattr(module, str(fields.pop("name")), None)
+        if not (isinstance(named, type) and issubclass(named, kind)):
+            raise ValueError(f"unknown {kind.__name__.lower()} {value['name']!r}")
+        return named(**fields)
+
+    modules = {Divergence: divergences, Reference: references, Sparsity: sparsities}
+    rules = {k.__name__.lower(): make(module, k, plain[k.__name__.lower()]) for k, module in modules.items()}
+    return Settings(**{**plain, **rules, "parameters": tuple(plain["parameters"])})
+
+
+def check_target(target: Target, metadata: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a file made from another model, saying what differs."""
+    theirs = {name: tuple(shape) for name, shape in metadata["shapes"].items()}
+    if theirs != target.shapes:
+        names = sorted(set(theirs.items()) ^ set(target.shapes.items()))
+        raise ValueError(f"{str(path)!r} decomposes another model: they differ in {names[0][0]!r} {names[0][1]}")
+    if metadata["target"] != fingerprint(target):
+        raise ValueError(
+            f"{str(path)!r} was made for other weights of the same shapes; load the model that was decomposed"
+        )
