@@ -287,13 +287,13 @@ class CapturedSource(Capture):
                 sum over uses is not autograd's gradient.
         """
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.axes()}
-        trace, f = self._recognised(examples)
+        trace, products, f = self._products(examples)
         c, count = cotangents(f), len(f)
         if count == 1:
             c = torch.cat([c, torch.zeros_like(c)])
         deltas = self.recorder.pull(trace.output, trace.uses, c.movedim(2, 0), c.shape[0] * c.shape[1])
         by_name: dict[str, list[Factored]] = defaultdict(list)
-        for use, plan, delta in zip(self._products(trace), self.reading.plans, deltas, strict=True):
+        for use, plan, delta in zip(products, self.reading.plans, deltas, strict=True):
             left, right = (side.first(count) for side in use.sides(plan, delta, len(c)))
             by_name[plan.name].append(Factored(plan.name, plan.shape, plan.axes.left, [(left, right)]))
             a, b = (left, right) if plan.axes.input_is_left else (right, left)
@@ -313,21 +313,18 @@ class CapturedSource(Capture):
             ValueError: if a parameter is not a weight that multiplies, or these examples run other operations.
         """
         by_name: dict[str, list[Side]] = {name: [] for name in self.axes()}
-        trace, f = self._recognised(examples)
-        for use, plan in zip(self._products(trace), self.reading.plans, strict=True):
+        trace, products, f = self._products(examples)
+        for use, plan in zip(products, self.reading.plans, strict=True):
             by_name[plan.name].append(use.input_side(plan, len(trace.output.output)).first(len(f)))
         return by_name
 
-    def _recognised(self, examples: Sequence[Tensor]) -> tuple[Trace, Float[Tensor, "e p k"]]:
-        """A recorded run in which every use is recognised, and the outputs."""
+    def _products(self, examples: Sequence[Tensor]) -> tuple[Trace, list[Product], Float[Tensor, "e p k"]]:
+        """A recorded run in which every use is recognised, its uses, and the outputs."""
         self.prepare(examples)
         trace, f = self.run(examples)
         if not self.reading.recognises(trace, len(trace.output.output)):
             raise ValueError(DIFFERENT)
-        return trace, f
-
-    def _products(self, trace: Trace) -> list[Product]:
-        return [use for use in trace.uses if isinstance(use, Product)]
+        return trace, [use for use in trace.uses if isinstance(use, Product)], f
 
 
 def sums_of(parts: Mapping[str, Sequence[Part]]) -> Callable[[Tensor], dict[str, Tensor]]:
