@@ -7,13 +7,13 @@ signs. Without them, gradients that are given to the wrong samples would not sho
 alone would leave nothing but rounding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.gradients import Cotangents, Gradients, Part, sum_of
+from eigendecomp.gradients import Cotangents
 from eigendecomp.support import parallel
 from eigendecomp.target import Target
 
@@ -43,11 +43,18 @@ class Guard:
         self.calls += 1
         return self.calls & (self.calls - 1) == 0
 
-    def wrong(self, pieces: Sequence[Piece], gradients: Gradients) -> list[str]:
+    def wrong(
+        self,
+        pieces: Sequence[Piece],
+        weighted: Callable[[Float[Tensor, " n"]], Mapping[str, Tensor]],
+        whole: bool = False,
+    ) -> list[str]:
         """Names of the parameters whose captured gradients are not autograd's.
 
         Args:
             pieces: the examples of the gradients, in order, in parts that fit into memory.
+            weighted: gives Σ_n weight_n g_n of the captured gradients, for every parameter.
+            whole: whether a sample is an example with all its positions, instead of one position.
 
         Raises:
             ValueError: if an example's output depends on the examples beside it.
@@ -57,32 +64,13 @@ class Guard:
             with self.target.differentiable() as chosen:
                 f = self.target.itself(examples)
                 c = cotangents(f.detach())
-                weights.append(torch.randn(c.shape[:3], generator=self.generator).to(c))
-                total = torch.einsum("epr,eprk->epk", weights[-1], c)
-                found = torch.autograd.grad(f, chosen, total, allow_unused=True, materialize_grads=True)
-            totals = {name: totals[name].to(g) + g.view(totals[name].shape) for name, g in zip(totals, found)}
+                shape = c.shape[0], 1 if whole else c.shape[1], c.shape[2]
+                weights.append(torch.randn(shape, generator=self.generator).to(c))
+                total = (weights[-1].unsqueeze(-1) * c).sum(2)
+                own = torch.autograd.grad(f, chosen, total, allow_unused=True, materialize_grads=True)
+            totals = {name: totals[name].to(g) + g.view(totals[name].shape) for name, g in zip(totals, own)}
             self._check_alone(examples, f.detach())
-        captured = gradients.weighted(torch.cat([each.flatten() for each in weights]))
-        return differing(captured, totals, self.tolerance)
-
-    def check_sums(
-        self, examples: Sequence[Tensor], cotangents: Cotangents, parts: Mapping[str, Sequence[Part]]
-    ) -> None:
-        """Raises ValueError where gradients, given as parts whose sum they are, are not autograd's."""
-        with self.target.differentiable() as chosen:
-            f = self.target.itself(examples)
-            c = cotangents(f.detach())
-            weights = torch.randn(len(c), c.shape[2], generator=self.generator).to(c)
-            total = torch.einsum("er,eprk->epk", weights, c)
-            truth = torch.autograd.grad(f, chosen, total, allow_unused=True, materialize_grads=True)
-        self._check_alone(examples, f.detach())
-        sums = {n: sum_of([part.weighted(weights.flatten())[n] for part in some]) for n, some in parts.items()}
-        wrong = differing(sums, dict(zip(self.target.names, truth, strict=True)), self.tolerance)
-        if wrong:
-            raise ValueError(
-                f"the uses of {wrong[0]!r} do not add up to its gradient on these examples, so they cannot be told "
-                "apart; leave the parameter out, or take whole outputs as samples"
-            )
+        return differing(weighted(torch.cat([each.flatten() for each in weights])), totals, self.tolerance)
 
     def _check_alone(self, examples: Sequence[Tensor], f: Float[Tensor, "e p k"]) -> None:
         """Two examples give alone what they give among the others."""
@@ -139,8 +127,8 @@ class Guard:
     def _backward(self, examples: Sequence[Tensor], c: Float[Tensor, "e p k"]) -> dict[str, Tensor]:
         with self.target.differentiable() as chosen:
             f = self.target.itself(examples)
-            found = torch.autograd.grad(f, chosen, c, allow_unused=True, materialize_grads=True)
-        return dict(zip(self.target.names, found, strict=True))
+            own = torch.autograd.grad(f, chosen, c, allow_unused=True, materialize_grads=True)
+        return dict(zip(self.target.names, own, strict=True))
 
 
 def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float) -> list[str]:

@@ -111,7 +111,7 @@ class Side:
         values = self.values[c if len(self.values) > 1 else 0, e]
         return Side(values[None, None], self.size, self.index)
 
-    def spread(self, positions: int, draws: int) -> "Side":
+    def by_position(self, positions: int, draws: int) -> "Side":
         """Rows of (draw, example · position) as rows of (position · draw, example), so that all sides agree."""
         values = self.values.expand(draws, *self.values.shape[1:]).unflatten(1, (-1, positions))
         return Side(values.movedim(2, 0).flatten(0, 1), self.size, self.index)

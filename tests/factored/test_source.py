@@ -651,7 +651,7 @@ def class_token(d: Draw) -> Case:
     return Model(forward, token=d.normal(1, 1, h), net=nn.Linear(h, 2)), (d.normal(e, t, h),)
 
 
-@falls_back("up.weight", "up.bias")
+@falls_back("up.weight")
 def other_convolutions(d: Draw) -> Case:
     e = d.size(1, 3)
     parts = {

@@ -172,12 +172,12 @@ def test_the_cheaper_way_is_taken() -> None:
 def test_layers_that_keep_positions_apart_are_found() -> None:
     model, x = language()
     source = CapturedSource(Target(model), (x,))
-    apart = {plan.name for plan in source.apart if plan is not None}
+    apart = {plan.name for plan in source.reading.plans if plan.apart is not None}
     assert apart == {
         "out.weight", "out.bias", "norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "down.bias",
         "head.weight",
     }  # fmt: skip
-    assert source.cut is not None and source.plans[0].name == "embed.weight"
+    assert source.reading.boundary is not None and source.reading.plans[0].name == "embed.weight"
 
 
 class Late(nn.Module):
@@ -197,7 +197,7 @@ def test_positions_that_meet_later_are_noticed(caplog: pytest.LogCaptureFixture)
     x[:3] *= -1
     target = Target(model)
     source = CapturedSource(target, (x,))
-    assert all(plan is not None for plan in source.apart)
+    assert all(plan.apart is not None for plan in source.reading.plans)
     cotangents: Any = Cotangents(torch.randn(7, 4, 1, 3).double())
     for _ in range(2):
         found, truth = source((x,), cotangents).flat(), FunctionalSource(target)((x,), cotangents).flat()

@@ -1,0 +1,155 @@
+"""How every use of every parameter is read, found once on a few examples."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eigendecomp.factored.apart import find_apart
+from eigendecomp.factored.layouts import Layout, NotUnderstood
+from eigendecomp.factored.operations import Embedding, Plan, Use
+from eigendecomp.factored.record import Recorder, Trace
+
+DIFFERENT = (
+    "the model runs different operations for different inputs, so its gradients cannot be captured; give a model "
+    "without data-dependent branches or loops over examples"
+)
+
+
+@dataclass
+class Reading:
+    """What is the same in every batch of examples of one shape."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # of the parameters
+    examples: list[torch.Size]  # shapes of an example's inputs
+    outputs: tuple[int, int]  # positions and outputs of an example
+    operations: list[Any]  # in order
+    bytes_per_example: float  # of activations
+    bytes_per_number: int
+    plans: list[Plan] = field(default_factory=list)  # of every use, in order
+    boundary: int | None = None  # the operation from which on outputs depend on their own position alone
+    fallback: dict[str, str] = field(default_factory=dict)  # parameters left to the oracle, and why
+
+    def leave(self, reasons: Mapping[str, str]) -> None:
+        """Leave parameters to the oracle, and do not look at their uses any more."""
+        reasons = {**reasons, **self.fallback}
+        self.fallback = {name: reasons[name] for name in self.shapes if name in reasons}
+        self.plans = [plan for plan in self.plans if plan.name not in self.fallback]
+
+    def recognises(self, trace: Trace, examples: int) -> bool:
+        """Whether every use in a run of so many examples is the one that a plan was made for."""
+        return len(trace.uses) == len(self.plans) and all(
+            plan.recognises(use, examples) for use, plan in zip(trace.uses, self.plans, strict=True)
+        )
+
+    @property
+    def bytes_per_draw(self) -> float:
+        """Bytes that the factors of an example and their products take, for every draw."""
+        formed = sum(self.outputs[0] * math.prod(self.shapes[name]) for name in self.fallback)
+        return 2 * self.bytes_per_number * (formed + sum(plan.numbers for plan in self.plans))
+
+
+def discover(recorder: Recorder, examples: Sequence[Tensor], terms: int) -> tuple[Reading, Float[Tensor, "e p k"]]:
+    """How uses are read, and the cotangents of the examples with which that was found.
+
+    Args:
+        terms: directions × rank, from which memory is estimated.
+
+    Raises:
+        ValueError: if the output does not depend on the chosen parameters.
+    """
+    shared, generator = recorder.look_again(), torch.Generator().manual_seed(0)
+    traces = [recorder.run(examples, None), recorder.run(examples, None, generator)]
+    trace, f = traces[0], traces[0].output.output
+    if not f.requires_grad:
+        names = recorder.target.names
+        raise ValueError(f"the output does not depend on the chosen parameters {names}: is it detached on the way?")
+    fewer = recorder.run([tensor[1:] for tensor in examples])
+    c = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
+    reading = Reading(
+        recorder.target.shapes, [x.shape[1:] for x in examples], (f.shape[1], f.shape[2]), trace.operations,
+        activations(recorder, trace), f.element_size(), fallback=shared,
+    )  # fmt: skip
+    if fewer.signature != trace.signature:
+        reading.leave(dict.fromkeys(recorder.target.names, DIFFERENT))
+    else:
+        traces = [run for run in traces if run.signature == trace.signature]
+        constant = set(recorder.constant)
+        reading.plans, reasons = plans_of(recorder, traces, fewer, c)
+        if recorder.constant != constant:  # a table whose rows all examples share, as positions, is read as a weight
+            return discover(recorder, examples, terms)
+        reading.leave(reasons)
+        for run in traces:
+            run.uses = [use for use in run.uses if use.name not in reading.fallback]
+        reading.boundary = find_apart(recorder, traces, reading.plans, c)
+        for use, plan in zip(trace.uses, reading.plans, strict=True):
+            plan.numbers = numbers(use, plan, f.shape[0], f.shape[1], terms)
+    return reading, c
+
+
+def plans_of(
+    recorder: Recorder, traces: Sequence[Trace], fewer: Trace, c: Float[Tensor, "e p k"]
+) -> tuple[list[Plan], dict[str, str]]:
+    """A plan for every use that is understood, and for the other parameters why theirs are not.
+
+    Args:
+        traces: runs of the same examples.
+        fewer: a run of all examples but one.
+    """
+    alone = torch.eye(len(c), dtype=c.dtype, device=c.device)[:, :, None, None] * c
+    deltas = [[d.nan_to_num() for d in recorder.pull(run.output, run.uses, alone)] for run in traces]
+    plans, reasons = [], dict(traces[0].unknown)
+    for use, other, *delta in zip(traces[0].uses, fewer.uses, *deltas, strict=True):
+        try:
+            layout = find_layout(use, other, delta)
+            plans.append(Plan.of(use, layout, len(c), recorder.target.shapes[use.name]))
+        except NotUnderstood as reason:
+            reasons.setdefault(use.name, str(reason))
+            if isinstance(use, Embedding):
+                recorder.constant.add(use.number)
+    return plans, reasons
+
+
+def find_layout(use: Use, fewer: Use, deltas: Sequence[Float[Tensor, "e *shape"]]) -> Layout:
+    """Where samples lie in the output of a use.
+
+    Args:
+        fewer: the same use in a run of all examples but one.
+        deltas: what each example sends back alone, in one run or several: zero wherever another example lies.
+
+    Raises:
+        NotUnderstood: if samples do not lie along one axis.
+    """
+    count, less = len(deltas[0]), fewer.by_sample(fewer.output).shape
+    shape = use.by_sample(use.output).shape
+    own = torch.eye(count, dtype=torch.bool, device=deltas[0].device)
+    for axis in range(1 if use.first_axis_alone else len(shape)):
+        smaller = [*shape[:axis], shape[axis] // count * (count - 1), *shape[axis + 1 :]]
+        if shape[axis] % count == 0 and smaller == list(less):
+            for layout in (Layout(axis, True), Layout(axis, False)):
+                if not any(layout.split(use.by_sample(delta), count, 1)[~own].any() for delta in deltas):
+                    return layout
+    raise NotUnderstood("samples do not lie along one axis")
+
+
+def activations(recorder: Recorder, trace: Trace) -> float:
+    """Bytes that an example's activations take."""
+    weights = (*recorder.target.chosen.values(), *recorder.target.frozen.values())
+    held = {weight.untyped_storage().data_ptr() for weight in weights}
+    memory = [node.output.untyped_storage() for node in trace.kept.values()]
+    return sum({m.data_ptr(): m.nbytes() for m in memory if m.data_ptr() not in held}.values()) / len(
+        trace.output.output
+    )
+
+
+def numbers(use: Use, plan: Plan, examples: int, positions: int, terms: int) -> float:
+    """How many numbers the gradients of one use take for each example and draw, with their products."""
+    delta, samples = use.by_sample(use.output), positions if plan.apart is None else 1
+    factors = samples * delta.numel() // examples
+    if not plan.axes.left:
+        return factors
+    return factors + min(2 * terms * factors // delta.shape[-1], positions * math.prod(plan.shape))
