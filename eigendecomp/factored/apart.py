@@ -15,7 +15,7 @@ from torch import Tensor
 from eigendecomp.factored.layouts import Layout, NotUnderstood
 from eigendecomp.factored.operations import Node, Plan
 from eigendecomp.factored.record import Recorder, Trace
-from eigendecomp.gradients import spread
+from eigendecomp.gradients import at_own_position
 
 
 class PositionsMeet(Exception):
@@ -102,11 +102,11 @@ def output_gradients(
     mixing = [use for use, plan in zip(trace.uses, plans, strict=True) if plan.apart is None]
     ends = [*apart, *([] if boundary is None else [boundary])]
     deltas = of_all_positions(recorder, trace.output, ends, c, generator) if ends else []
-    start, each = trace.output, spread(c).transpose(0, 1)
+    start, each = trace.output, at_own_position(c).transpose(0, 1)
     if boundary is not None:
         own = Layout(positions=c.shape[1]).split(boundary.by_sample(deltas.pop()), c.shape[0], 1)
         own = own.unflatten(1, c.shape[:2]).movedim(0, 2).flatten(3)
-        start, each = boundary, spread(own).transpose(0, 1).reshape(-1, *boundary.output.shape)
+        start, each = boundary, at_own_position(own).transpose(0, 1).reshape(-1, *boundary.output.shape)
     by_use = dict(zip((*apart, *mixing), (*deltas, *recorder.pull(start, mixing, each, samples)), strict=True))
     return [by_use[use] for use in trace.uses]
 

@@ -25,8 +25,7 @@ from eigendecomp.factored.operations import Plan, Product, Use
 from eigendecomp.factored.pieces import Recomputed
 from eigendecomp.factored.record import Recorder, Trace
 from eigendecomp.factored.terms import Factored, Side, Term
-from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, sum_of
-from eigendecomp.gradients import at_own_position as spread
+from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, at_own_position, sum_of
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
@@ -136,7 +135,7 @@ class Capture:
         if not self.fallback:
             return {}
         sizes = [math.prod(self.target.shapes[name]) for name in self.fallback]
-        return dict(zip(self.fallback, self.slow.pull_back(examples, spread(c)).split(sizes, 1), strict=True))
+        return dict(zip(self.fallback, self.slow.pull_back(examples, at_own_position(c)).split(sizes, 1), strict=True))
 
     def _gradient(
         self, name: str, uses: Sequence[tuple[Use, Plan, Tensor]], c: Float[Tensor, "e p r k"]
