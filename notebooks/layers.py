@@ -454,7 +454,7 @@ for layers in sizes:
     )  # fmt: skip
     report.claim(
         f"contributions_{layers}", f"{layers} layers: directions give neuron contributions, r² at least .97",
-        row["nc"], ">=", 0.97, 0.0 if row["seeds"] < 2 else row["nc sd"],
+        row["nc"], ">=", 0.97, 0.0 if row["seeds"] < 2 else row["nc sd"] / row["seeds"] ** 0.5,
     )  # fmt: skip
     each = off[(off["layers"] == layers) & (off["embedding"] == "identity") & (off["method"] == "direction")]
     for key, bound in (("left", 0.005), ("elsewhere", 0.01)):
