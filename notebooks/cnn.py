@@ -10,32 +10,15 @@
 # # A convolutional network, beside sparse autoencoders
 #
 # The middle block of a residual network for Fashion-MNIST, its convolutions, normalisations and biases together, is
-# decomposed into a hundred directions and compared with sparse autoencoders on the block's output: as many units,
-# three seeds each, settings and readings chosen on validation images, scores on test images. What comes out (± is the
-# standard deviation over seeds):
+# decomposed into directions whose samples are whole images. Beside every number stand sparse autoencoders (of the
+# block's output at each position, and of whole images), k-means of images and of gradients, principal components,
+# random directions and readers, training images, single gradients, and the ten logits. Settings and readings are chosen
+# on validation images, scores are of test images.
 #
-# - **Concepts.** The best direction of a class has an average precision of 0.93 ± 0.01, the best unit of an autoencoder
-#   0.67 ± 0.03. Much of this is the network's own prediction, which gradients carry: the ten logits alone reach 0.95,
-#   and random directions, read in the same way, 0.76 ± 0.02. Read without being told the prediction, directions reach
-#   0.81, random ones 0.61, and autoencoders, read from the block's output alone, 0.60. On 24 concepts of other kinds
-#   the two are level (0.56 each, as are principal components of the channels); by the readings without the prediction,
-#   directions are slightly ahead (0.60 against 0.58). Three units together narrow the gaps: 0.95 against 0.80 for
-#   classes (random directions 0.90), 0.66 against 0.65 for other concepts without the prediction. Autoencoders know
-#   better what the logits hardly show: where the light is, what is open above.
-# - **Pushing.** At equal effect, moving the weights along a direction disturbs other classes less than adding an
-#   autoencoder's row does (selectivity 4.2 ± 0.4 and 1.3 ± 0.1), and a little less than a random direction of the
-#   same rank does (3.0 ± 0.8). In logits, which do not saturate as probabilities do, it is 2.7 against 1.5 for random.
-#   **Scaling** an autoencoder's unit, which leaves images alone where the unit is off, is more selective (7.6 ± 1.2).
-#   Directions that are gated in the same way are more selective by far (hundreds), but so are random ones (200 ± 160):
-#   it is mostly the gate, which knows the prediction, that selects.
-# - **Purity.** The top 20 images of a direction are of fewer classes than those of an autoencoder's unit (entropy of
-#   the labels 0.37 and 0.90 nats at best) or of a random direction (0.81). Plain channels are in between (0.65).
-# - **Error.** With 8 coefficients kept, 27% of the gradients' squared norm is lost: more than the 23% that was
-#   published for another network. Dense principal components lose 24%; ours, with coefficients chosen and refitted in
-#   the same way, 33%. At most 4% of directions are never used.
-#
-# So the claim that directions outperform autoencoders holds for classes and purity, and part of that is what gradients
-# know of the prediction. For other concepts, and for selectivity, it depends on how units are read and pushed.
+# What it asks, in this order: which concepts are resolved by readings that are not told the network's prediction, and
+# of these which tell readers apart at all, since random readers and training images fall behind; what changes when the
+# prediction may be used; how much of a confusion's gradient lies in few directions; what a push along one does. The
+# answers are in the table of claims at the end, each with its margin.
 
 # %% tags=["parameters"]
 n_directions, more, rank, kept = 100, 300, 4, 8  # more: the larger size; kept: coefficients a sample
@@ -816,10 +799,13 @@ report.figure("pushes", figure)
 # medians over units and lines hold the middle half of them.
 
 # %%
-order = [*compared[:-1], "PCA", "random", "channels", "PCA of channels", "logits"]
+order = [*compared[:-1], *others, "SAE of images", "k-means of gradients", "k-means of images", "single gradients",
+         "training images", "PCA", "random", "random readers", "channels", "PCA of channels", "logits"]  # fmt: skip
 tint = {method: plots.SAE for method in order} | {
     "ours": plots.OURS, "PCA": plots.PCA, "random": plots.RANDOM, "channels": plots.COLORS[4],
-    "PCA of channels": plots.COLORS[4], "logits": "black",
+    "PCA of channels": plots.COLORS[4], "logits": "black", "random readers": plots.RANDOM,
+    "k-means of gradients": plots.COLORS[5], "k-means of images": plots.COLORS[3],
+    "single gradients": plots.COLORS[6], "training images": plots.COLORS[6], **dict.fromkeys(others, plots.OURS),
 }  # fmt: skip
 kinds = pushes["method"].unique().tolist()
 
@@ -845,7 +831,7 @@ def selectivity_panel(ax) -> None:
 
 
 # %%
-figure, axes = plots.panels(1, 4, height=2.6, gridspec_kw={"width_ratios": [1, 1, 1, 1.35]})
+figure, axes = plots.panels(1, 4, height=3.4, gridspec_kw={"width_ratios": [1, 1, 1, 1.35]})
 resolution_panel(axes[0], "classes", "average precision,\nten classes")
 resolution_panel(axes[1], "further", "average precision,\n24 further concepts")
 resolution_panel(axes[2], "entropy", "label entropy of the\ntop 20 (nats)")
