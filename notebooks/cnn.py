@@ -10,43 +10,27 @@
 # # A convolutional network, beside sparse autoencoders
 #
 # The middle block of a residual network for Fashion-MNIST, its convolutions, normalisations and biases together, is
-# decomposed into a hundred directions and compared with sparse autoencoders on the block's output: as many units,
-# three seeds each, settings and readings chosen on validation images, scores on test images. What comes out (± is the
-# standard deviation over seeds):
+# decomposed into directions whose samples are whole images. Beside every number stand sparse autoencoders (of the
+# block's output at each position, and of whole images), k-means of images and of gradients, principal components,
+# random directions and readers, training images, single gradients, and the ten logits. Settings and readings are chosen
+# on validation images, scores are of test images.
 #
-# - **Concepts.** The best direction of a class has an average precision of 0.93 ± 0.01, the best unit of an autoencoder
-#   0.67 ± 0.03. Much of this is the network's own prediction, which gradients carry: the ten logits alone reach 0.95,
-#   and random directions, read in the same way, 0.76 ± 0.02. Read without being told the prediction, directions reach
-#   0.81, random ones 0.61, and autoencoders, read from the block's output alone, 0.60. On 24 concepts of other kinds
-#   the two are level (0.56 each, as are principal components of the channels); by the readings without the prediction,
-#   directions are slightly ahead (0.60 against 0.58). Three units together narrow the gaps: 0.95 against 0.80 for
-#   classes (random directions 0.90), 0.66 against 0.65 for other concepts without the prediction. Autoencoders know
-#   better what the logits hardly show: where the light is, what is open above.
-# - **Pushing.** At equal effect, moving the weights along a direction disturbs other classes less than adding an
-#   autoencoder's row does (selectivity 4.2 ± 0.4 and 1.3 ± 0.1), and a little less than a random direction of the
-#   same rank does (3.0 ± 0.8). In logits, which do not saturate as probabilities do, it is 2.7 against 1.5 for random.
-#   **Scaling** an autoencoder's unit, which leaves images alone where the unit is off, is more selective (7.6 ± 1.2).
-#   Directions that are gated in the same way are more selective by far (hundreds), but so are random ones (200 ± 160):
-#   it is mostly the gate, which knows the prediction, that selects.
-# - **Purity.** The top 20 images of a direction are of fewer classes than those of an autoencoder's unit (entropy of
-#   the labels 0.37 and 0.90 nats at best) or of a random direction (0.81). Plain channels are in between (0.65).
-# - **Error.** With 8 coefficients kept, 27% of the gradients' squared norm is lost: more than the 23% that was
-#   published for another network. Dense principal components lose 24%; ours, with coefficients chosen and refitted in
-#   the same way, 33%. At most 4% of directions are never used.
-#
-# So the claim that directions outperform autoencoders holds for classes and purity, and part of that is what gradients
-# know of the prediction. For other concepts, and for selectivity, it depends on how units are read and pushed.
+# What it asks, in this order: which concepts are resolved by readings that are not told the network's prediction, and
+# of these which tell readers apart at all, since random readers and training images fall behind; what changes when the
+# prediction may be used; how much of a confusion's gradient lies in few directions; what a push along one does. The
+# answers are in the table of claims at the end, each with its margin.
 
 # %% tags=["parameters"]
-n_directions, rank, kept = 100, 4, 8  # kept: coefficients a sample
+n_directions, more, rank, kept = 100, 300, 4, 8  # more: the larger size; kept: coefficients a sample
 seeds = [0, 1, 2]  # settings were chosen on seeds from 100 on, and on validation images
-fit_images, choose_images, test_images = 4096, 1000, 2000
+fit_images, choose_images, test_images = 4096, 800, 1200
+least, margin, counts, mean_steps = 15, 0.03, (1, 5, 20), 8  # images of a confusion; to be ahead by; rows; of k-means
 steps, batch_size, learning_rate = 400, 64, 1e-2
 warmup, auxiliary = 0.7, 1 / 16  # of BatchTopK: share of the steps, weight of the second error
 sae_kept, sae_rate, sae_steps, sae_batch = [2, 8], 1e-2, 2000, 1024  # sae_kept: units on at a position
 principal_images, error_images, refitted_images = 512, 512, 256  # on which PCA is done, and errors are measured
 references = 16  # that a reading is a mean over
-level, top, pushed, off_images = 0.25, 20, 10, 100  # total variation; images a unit stands for; units a fit; others
+level, top, pushed, off_images = 0.25, 20, 4, 100  # total variation; images a unit stands for; units a fit; others
 cap = 1000.0  # a larger selectivity is recorded as this
 
 # %%
@@ -58,6 +42,7 @@ import torch
 
 import eigendecomp as ed
 from eigendecomp import study
+from eigendecomp.reference import Reference
 from eigendecomp.report import plots, results
 from eigendecomp.sparsity import cutoff
 from eigendecomp.study.moves import Probe, along, displaced, probabilities
@@ -65,16 +50,20 @@ from eigendecomp.targets.fashion import block as cnn_block
 from eigendecomp.targets.fashion import concepts as fashion_concepts
 from eigendecomp.targets.fashion import images as fashion
 from eigendecomp.targets.fashion import network as cnn
+from eigendecomp.targets.fashion import patches as cnn_patches
+from eigendecomp.targets.fashion import prepared
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")
 plots.style()
 smoke = results.profile() == "smoke"
 if smoke:
+    more, least = 30, 4
     n_directions, seeds, steps, sae_kept, sae_steps = 20, seeds[:1], 20, sae_kept[:1], 30
     fit_images, choose_images, test_images, pushed = 256, 200, 200, 2
 report = results.Results(
-    "cnn", n_directions=n_directions, rank=rank, kept=kept, seeds=seeds, fit_images=fit_images,
+    "cnn", n_directions=n_directions, more=more, least=least, margin=margin, counts=counts, mean_steps=mean_steps,
+     rank=rank, kept=kept, seeds=seeds, fit_images=fit_images,
     choose_images=choose_images, test_images=test_images, steps=steps, batch_size=batch_size,
     learning_rate=learning_rate, warmup=warmup, auxiliary=auxiliary, sae_kept=sae_kept, sae_rate=sae_rate,
     sae_steps=sae_steps, sae_batch=sae_batch, principal_images=principal_images, error_images=error_images,
@@ -93,28 +82,15 @@ report = results.Results(
 # images that the network's training held out (validation images), and scores are of test images.
 
 # %%
-if not smoke:
-    fashion.ensure()
-train_x, train_y = fashion.load("train", subset=smoke)
-test_x, test_y = fashion.load("test", subset=smoke)
-learned, held_out = cnn.split_indices(len(train_x), len(train_x) // 12, seed=0)
-parts = {
-    "fit": (train_x[learned[:fit_images]], train_y[learned[:fit_images]]),
-    "choose": (train_x[held_out[:choose_images]], train_y[held_out[:choose_images]]),
-    "test": (test_x[:test_images], test_y[:test_images]),
-}
-images, labels = ({name: part[i] for name, part in parts.items()} for i in (0, 1))
+given = prepared.prepare(fit_images, choose_images, test_images, subset=smoke)
+images, labels, entering, logits = given.images, given.labels, given.entering, given.logits
+network, tail = given.network, given.tail
 
 # %%
-network = cnn.load_model()
-tail = cnn_block.FromMiddle(network)
-with torch.no_grad():
-    entering = {name: torch.cat([network.enter(x) for x in part.split(500)]) for name, part in images.items()}
-logits = {name: cnn.predict(tail, x) for name, x in entering.items()}
 confidence = logits["test"].softmax(-1).amax(1)
 report.record(
     network={
-        "accuracy": cnn.accuracy(network, test_x, test_y),
+        "accuracy": cnn.accuracy(network, images["test"], labels["test"]),
         "confident": (confidence > 0.99).double().mean(),
         "parameters": sum(p.numel() for p in tail.block2.parameters()),
     }
@@ -148,27 +124,35 @@ truth = {part: torch.stack(list(known(part).values()), 1) for part in ("choose",
 # in which BatchTopK comes down to its share over 70% of the steps: with the default 30% a third of them was never used,
 # whatever the auxiliary loss (1/16 to 4).
 
+
 # %%
-fits = {
-    seed: ed.decompose(
-        tail, entering["fit"], divergence=ed.KLDivergence(), parameters=["block2.*"], n_directions=n_directions,
-        rank=rank, sparsity=ed.BatchTopK(kept / n_directions, warmup, auxiliary), steps=steps, batch_size=batch_size,
-        learning_rate=learning_rate, seed=seed, progress=False,
-    )
-    for seed in seeds
-}  # fmt: skip
+def fitted(size: int, reference: Reference, seed: int) -> ed.Decomposition:
+    return ed.decompose(
+        tail, entering["fit"], divergence=ed.KLDivergence(), reference=reference, parameters=["block2.*"],
+        n_directions=size, rank=rank, sparsity=ed.BatchTopK(kept / size, warmup, auxiliary), steps=steps,
+        batch_size=batch_size, learning_rate=learning_rate, seed=seed, progress=False,
+    )  # fmt: skip
+
+
+fits = {seed: fitted(n_directions, ed.Mean(), seed) for seed in seeds}
+others = {"ours, drawn reference": fitted(n_directions, ed.OtherSample(), seeds[0])}
+others["ours, larger"] = fitted(more, ed.Mean(), seeds[0])
 first = fits[seeds[0]]
 report.settings["fit"] = first.settings.as_json()
 
 # %% [markdown]
-# Two floors have the same number of directions and three seeds as well: the leading **principal components** of
-# gradients of fit images, dense and of any rank (each seed has its own images and references), and **random**
-# directions of the same rank.
+# The reference is the mean prediction, the noise-free form of another image's output; one fit with drawn ones and one
+# of the larger size stand beside. Floors have the same number of directions and three seeds as well: the leading
+# **principal components** of gradients of fit images, dense and of any rank (each seed has its own images), **random**
+# directions of the same rank, **single gradients** of training images and a spherical **k-means of gradients**.
 
 # %%
-principal, random = {}, {}
+principal, random, single, means = {}, {}, {}, {}
 for seed, part in zip(seeds, entering["fit"].split(principal_images), strict=False):
-    principal[seed] = study.floors.principal_directions(study.scores.gradient_rows(first, part, seed), n_directions)
+    g = study.scores.gradient_rows(first, part, seed)
+    principal[seed] = study.floors.principal_directions(g, n_directions)
+    single[seed] = cnn_patches.unit_rows(g[:n_directions])
+    means[seed] = cnn_patches.input_means(g, min(n_directions, len(g)), seed=seed, steps=mean_steps)[0]
     random[seed] = study.floors.random_directions(first.decoder.shapes, n_directions, rank, seed=seed)
 
 # %% [markdown]
@@ -181,6 +165,10 @@ rows = {f"read {seed}": d.encoder.flat() for seed, d in fits.items()}
 rows |= {f"write {seed}": d.decoder.flat() for seed, d in fits.items()}
 rows |= {f"PCA {seed}": u for seed, u in principal.items()}
 rows |= {f"random {seed}": u.flat() for seed, u in random.items()}
+rows |= {f"single gradients {seed}": u for seed, u in single.items()}
+rows |= {f"k-means of gradients {seed}": u for seed, u in means.items()}
+for name, d in others.items():
+    rows |= {f"{name}, read": d.encoder.flat(), f"{name}, write": d.decoder.flat()}
 seen = {part: study.jacobians.read(first.target, entering[part], rows) for part in truth}
 
 
@@ -337,16 +325,48 @@ def channel_readings(part: str) -> dict[tuple[str, str], torch.Tensor]:
     }  # fmt: skip
 
 
+# %% [markdown]
+# Of whole images, as they enter the block: **training images** drawn at random, spherical **k-means of images**,
+# **random readers**, and an **SAE of images**, read by products and before the threshold.
+
+# %%
+floor_methods = ("PCA", "random", "single gradients", "k-means of gradients")
+entered = {part: cnn_patches.unit_rows(x.flatten(1)) for part, x in entering.items()}
+basis = torch.linalg.svd(entered["fit"][:1000] - entered["fit"].mean(0), full_matrices=False).Vh[:256]
+reduced = {part: (x - entered["fit"].mean(0)) @ basis.T for part, x in entered.items()}
+image_saes = {s: study.autoencoders.train(reduced["fit"], n_directions, kept, seed=s, steps=sae_steps // 4,
+                                          batch_size=128, learning_rate=sae_rate) for s in seeds}  # fmt: skip
+image_means = {s: cnn_patches.input_means(entered["fit"][:1000], n_directions, seed=s)[0] for s in seeds}
+
+
+def image_readings(part: str) -> dict[tuple[str, str, int], torch.Tensor]:
+    found, x = {}, entered[part]
+    for s in seeds:
+        draw = torch.Generator().manual_seed(s)
+        at = torch.randperm(len(entered["fit"]), generator=draw)[:n_directions]
+        readers = torch.randn(n_directions, x.shape[1], generator=draw)
+        found |= {
+            ("training images", "product", s): x @ entered["fit"][at].T,
+            ("k-means of images", "product", s): x @ image_means[s].T,
+            ("random readers", "product", s): study.concepts.oriented(x @ readers.T, entered["fit"] @ readers.T),
+            ("SAE of images", "before the threshold", s): image_saes[s].before_threshold(reduced[part]),
+        }  # fmt: skip
+    return found
+
+
 # %%
 def readings(part: str) -> dict[tuple[str, str, int], torch.Tensor]:
     """{(method, reading, seed): (images, units)}."""
     found = {}
     for seed in seeds:
-        of = {"ours": ("read", "write"), "PCA": ("PCA", "PCA"), "random": ("random", "random")}
+        of = {"ours": ("read", "write")} | {m: (m, m) for m in floor_methods}
         for method, (reader, writer) in of.items():
             by_name = direction_readings(part, f"{reader} {seed}", f"{writer} {seed}")
             found |= {(method, name, seed): r for name, r in by_name.items()}
-    found |= unit_readings(part)
+    for name in others:
+        by_name = direction_readings(part, f"{name}, read", f"{name}, write")
+        found |= {(name, reading, seeds[0]): value for reading, value in by_name.items()}
+    found |= unit_readings(part) | image_readings(part)
     found |= {(*key, seeds[0]): r for key, r in channel_readings(part).items()}
     return found | {("logits", "value", seeds[0]): logits[part]}
 
@@ -382,12 +402,45 @@ validation = pd.DataFrame(
 )
 mean = validation.groupby(["method", "reading"])[["classes", "further", "all", "all, best three"]].mean()
 chosen = {str(method): str(table["all"].droplevel(0).idxmax()) for method, table in mean.groupby(level=0)}
-report.record(chosen=chosen)
+LEAKS = ("impact", "activation", "attribution")  # these are told what the network predicts
+plainly = mean[[not reading.startswith(LEAKS) for _, reading in mean.index]]
+honest = {str(method): str(table["all"].droplevel(0).idxmax()) for method, table in plainly.groupby(level=0)}
+report.record(chosen=chosen, without_prediction=honest)
 report.table("validation", validation)
 mean.round(3)
 
 # %% [markdown]
-# Of every method the reading with the best mean over all concepts on validation images is taken on; ours as well.
+# Readings that are not told the prediction come first: of every method the best of them on validation images. A score
+# counts only where random readers and random training images fall behind: a concept *tells* if on validation images
+# (units chosen on one half, scored on the other) the best of ours, k-means and SAEs is ahead of both by the margin.
+
+# %%
+halves = {key: study.concepts.resolve((z[:half], known_half[0]), (z[half:], known_half[1])).single
+          for key, z in read["choose"].items() if honest[key[0]] == key[1]}  # fmt: skip
+
+
+def over_seeds_of(found: dict, method: str) -> torch.Tensor:
+    return torch.stack([value for key, value in found.items() if key[0] == method]).mean(0)
+
+
+rivals = ["ours", "k-means of images", "k-means of gradients", "SAE of images", *(f"SAE, {k} on" for k in sae_kept)]
+best_rival = torch.stack([over_seeds_of(halves, method) for method in rivals]).amax(0)
+floor = torch.stack([over_seeds_of(halves, m) for m in ("random readers", "training images", "random")]).amax(0)
+telling = [m for m in range(len(names)) if best_rival[m] - floor[m] >= margin]
+held = {key: study.concepts.resolve((z, truth["choose"]), (read["test"][key], truth["test"])).single
+        for key, z in read["choose"].items() if honest[key[0]] == key[1]}  # fmt: skip
+plain_scores = pd.DataFrame({method: over_seeds_of(held, method).numpy() for method in honest}, names)
+gaps = plain_scores.rsub(plain_scores["ours"], axis=0).iloc[telling]
+report.record(
+    telling=[names[m] for m in telling],
+    told={m: plain_scores[m].iloc[telling].mean() if telling else 0.0 for m in honest},
+    told_gap={m: {"mean": gaps[m].mean(), "error": gaps[m].sem()} if len(gaps) > 1 else {} for m in honest},
+)
+summary = {"classes": plain_scores[:10], "others": plain_scores[10:], "telling": plain_scores.iloc[telling]}
+pd.DataFrame({name: part.mean() for name, part in summary.items()}).sort_values("others").round(3)
+
+# %% [markdown]
+# What follows takes of every method the best reading of all, told the prediction or not; ours as well.
 # Entropy is that of the labels of a unit's top 20 images, in nats, the mean over units: low where a unit stands for few
 # classes.
 
@@ -443,6 +496,34 @@ compared = ["ours", *(f"SAE, {k} on" for k in sae_kept), "logits"]
 each = pd.DataFrame({method: by_concept(method) for method in compared}, names)
 report.record(by_concept=each.to_dict())
 report.table("concepts", each.reset_index(names="concept")).round(3)
+
+# %% [markdown]
+# ## What would change a prediction, in few directions
+#
+# A *confusion* is the set of test images of one class whose most probable other class is a certain one. How much of
+# the squared norm of its mean gradient, of the one logit less the other, do the best 1, 5 or 20 of a set's rows hold?
+
+# %%
+block = [q for name, q in tail.named_parameters() if name in first.target.names]
+behaviours = []
+for (a, b), at in prepared.confusions(logits["test"], labels["test"], least).items():
+    with torch.enable_grad():
+        f = tail(entering["test"][at])
+        parts_of = torch.autograd.grad((f[:, a] - f[:, b]).mean(), block)
+    behaviours.append(torch.cat([q.flatten() for q in parts_of]))
+behaviours = torch.stack(behaviours)
+sets = {("ours", s): d.decoder.flat() for s, d in fits.items()}
+sets |= {(m, s): rows[f"{m} {s}"] for m in floor_methods for s in seeds}
+sets |= {(name, seeds[0]): d.decoder.flat() for name, d in others.items()}
+shares = pd.DataFrame([
+    {"method": m, "seed": s, "rows": count, "behaviour": i, "held": value}
+    for (m, s), u in sets.items() for count, found in cnn_patches.rebuilt(behaviours, u, counts).items()
+    for i, value in enumerate(found.tolist())
+])  # fmt: skip
+by_rows = report.table("behaviours", shares.groupby(["method", "rows", "seed"])["held"].mean().reset_index())
+report.record(behaviours={m: {k: results.spread(part["held"].tolist()) for k, part in whole.groupby("rows")}
+                          for m, whole in by_rows.groupby("method")})  # fmt: skip
+by_rows.pivot_table(index="method", columns="rows", values="held").round(3)
 
 # %% [markdown]
 # ## What units do when they are pushed
@@ -603,7 +684,7 @@ over_seeds.drop(columns=[("reached", "std"), ("confidence", "std")]).round(2)
 # The directions of the first fit that resolve a concept best on validation images: three classes and three other
 # concepts. Left the test images that each reads most in; right what a unit step along it does to the logits of its
 # 20 top images, to first order, relative to the logits' mean: red raises, blue lowers. The sign of a direction is
-# arbitrary.
+# arbitrary; here the step raises what it is named for: the classes of the images that the concept holds for.
 
 # %%
 strength = read["test"][key("ours")]
@@ -625,6 +706,11 @@ shown = best(range(10), 3, set())
 shown |= best(range(10, len(names)), 3, set(shown))
 y = seen["test"].along[f"write {seeds[0]}"]
 y = y - y.mean(1, keepdim=True)
+strongest_of = {v: strength[:, v].argsort(descending=True)[:top] for v in shown}
+moves = torch.stack([y[at, :, v].mean(0) for v, at in strongest_of.items()])
+of_concept = [torch.bincount(labels["test"][truth["test"][:, m]], minlength=10).float() for m in shown.values()]
+signs = prepared.raising(moves, torch.stack([n / n.sum() for n in of_concept]))
+sign = dict(zip(shown, signs, strict=True))
 report.record(shown={names[m]: {"unit": v, "precision": on_test[v, m]} for v, m in shown.items()})
 {names[m]: round(on_test[v, m].item(), 3) for v, m in shown.items()}
 
@@ -636,8 +722,10 @@ for row, (v, m) in enumerate(shown.items()):
         ax = axes[9 * row + column]
         ax.imshow(1 - images["test"][i, 0], cmap="gray", vmin=0, vmax=1)
         ax.axis("off")
-    axes[9 * row].set_title(names[m].replace("_", " "), loc="left", fontsize=7, pad=2)
-    bars, move = axes[9 * row + 8], y[strongest, :, v].mean(0)
+    title = f"read most by the direction of “{names[m].replace('_', ' ')}” (average precision {on_test[v, m]:.2f})"
+    above = axes[9 * row].text(0, 1.05, title, transform=axes[9 * row].transAxes, fontsize=7)
+    above.set_in_layout(False)  # it reaches over the other images
+    bars, move = axes[9 * row + 8], sign[v] * y[strongest, :, v].mean(0)
     bars.bar(range(10), move, color=["#B2182B" if value > 0 else "#2166AC" for value in move])
     bars.axhline(0, color="black", lw=0.6)
     bars.set(xticks=range(10), xticklabels=[], ylim=(-1.15 * move.abs().max(), 1.15 * move.abs().max()))
@@ -655,7 +743,7 @@ report.figure("directions", figure)
 figure, axes = plots.panels(3, len(shown), height=1.15, width=plots.PAGE)
 for column, (v, m) in enumerate(shown.items()):
     strongest = strength[:, v].argsort(descending=True)[:3]
-    c = torch.nn.functional.normalize(y[strongest, :, v], dim=1)
+    c = sign[v] * torch.nn.functional.normalize(y[strongest, :, v], dim=1)
     change = study.moves.low_rank(first.decoder, v)
     maps = cnn_block.contribution_maps(tail, change, entering["test"][strongest], c)
     for row, (i, one) in enumerate(zip(strongest, maps, strict=True)):
@@ -684,7 +772,7 @@ def course(v: int, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     on, others = (Probe(tail, entering["test"][index[name]], probabilities) for name in ("on", "others"))
     means, moved = [], []
     for step in steps.tolist():
-        with along(first, v)(step) as model:
+        with along(first, v)(step * float(sign[v])) as model:
             means.append(on.outputs(model).mean(0))
             moved.append((others.outputs(model) - others.base).abs().sum(-1).mean() / 2)
     return torch.stack(means), torch.stack(moved)
@@ -711,10 +799,13 @@ report.figure("pushes", figure)
 # medians over units and lines hold the middle half of them.
 
 # %%
-order = [*compared[:-1], "PCA", "random", "channels", "PCA of channels", "logits"]
+order = [*compared[:-1], *others, "SAE of images", "k-means of gradients", "k-means of images", "single gradients",
+         "training images", "PCA", "random", "random readers", "channels", "PCA of channels", "logits"]  # fmt: skip
 tint = {method: plots.SAE for method in order} | {
     "ours": plots.OURS, "PCA": plots.PCA, "random": plots.RANDOM, "channels": plots.COLORS[4],
-    "PCA of channels": plots.COLORS[4], "logits": "black",
+    "PCA of channels": plots.COLORS[4], "logits": "black", "random readers": plots.RANDOM,
+    "k-means of gradients": plots.COLORS[5], "k-means of images": plots.COLORS[3],
+    "single gradients": plots.COLORS[6], "training images": plots.COLORS[6], **dict.fromkeys(others, plots.OURS),
 }  # fmt: skip
 kinds = pushes["method"].unique().tolist()
 
@@ -740,7 +831,7 @@ def selectivity_panel(ax) -> None:
 
 
 # %%
-figure, axes = plots.panels(1, 4, height=2.6, gridspec_kw={"width_ratios": [1, 1, 1, 1.35]})
+figure, axes = plots.panels(1, 4, height=3.4, gridspec_kw={"width_ratios": [1, 1, 1, 1.35]})
 resolution_panel(axes[0], "classes", "average precision,\nten classes")
 resolution_panel(axes[1], "further", "average precision,\n24 further concepts")
 resolution_panel(axes[2], "entropy", "label entropy of the\ntop 20 (nats)")
@@ -764,6 +855,22 @@ page = first.browse(
     images=images["test"][some_images],
 )  # fmt: skip
 print(f"{page.name}: {page.stat().st_size / 1e6:.1f} MB")
+
+# %% [markdown]
+# ## What holds
+
+# %%
+for other in ("k-means of images", "SAE of images", f"SAE, {sae_kept[0]} on", "training images", "random readers"):
+    if len(gaps) > 1:
+        text = f"on concepts that tell, directions, not told the prediction, are ahead of {other}"
+        report.claim(f"telling, {other}", text, gaps[other].mean(), ">", 0, gaps[other].sem())
+five = shares[shares["rows"] == 5].pivot_table(index="behaviour", columns="method", values="held")
+for other in floor_methods:
+    gap = (five["ours"] - five[other]).tolist()
+    text = f"five directions hold more of a confusion's gradient than {other}"
+    report.claim(f"behaviours, {other}", text, sum(gap) / len(gap), ">", 0, results.error_of_mean(gap))
+pd.DataFrame([{"claim": c.statement, "difference": c.quantity, "margin": c.margin, "holds": c.verdict}
+              for c in report.claims.values()]).round(3)  # fmt: skip
 
 # %%
 report.write().name

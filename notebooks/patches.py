@@ -35,27 +35,19 @@
 # for concepts or of single gradients for predictions.
 
 # %% tags=["parameters"]
-sizes, seeds = [100, 300], [0, 1]
+sizes, seeds = [100, 300], [0, 1, 2]
 fit_images, choose_images, test_images, drawn = (
-    1000,
-    400,
     800,
-    10,
-)  # drawn: patches an image, on which readings are judged
-kept, steps, batch_size, learning_rate = 4, 300, 256, 1e-2  # kept: coefficients a use
-warmup, auxiliary = 0.5, 1 / 16
-sae_steps, sae_batch, sae_rate, held_images = (
-    400,
-    512,
-    3e-3,
-    150,
-)  # held: images whose single gradients floors are made of
-pairs, share, least, margin = (
+    300,
+    700,
     6,
-    0.05,
-    8,
-    0.05,
-)  # pairs of classes; of their patches; a concept's patches; to be ahead by
+)  # drawn: patches an image, on which readings are judged
+kept, steps, batch_size, learning_rate = 4, 250, 256, 1e-2  # kept: coefficients a use
+warmup, auxiliary = 0.5, 1 / 16
+sae_steps, sae_batch, sae_rate = 400, 512, 3e-3
+held_images = 150  # whose single gradients floors are made of
+pairs, share, least, margin = 6, 0.05, 8, 0.05  # pairs of classes; of their patches; a concept's patches; be ahead by
+confused = 10  # images of a confusion at least
 counts, top, moved, images_moved, step_size = (1, 5, 20), 20, 10, 60, 0.2  # step_size: a step's norm over the matrix's
 
 # %%
@@ -69,11 +61,11 @@ import eigendecomp as ed
 from eigendecomp import study
 from eigendecomp.report import plots, results
 from eigendecomp.study.moves import Probe, displaced, probabilities, total_variation
-from eigendecomp.targets.fashion import block as cnn_block
 from eigendecomp.targets.fashion import concepts as fashion_concepts
 from eigendecomp.targets.fashion import images as fashion
 from eigendecomp.targets.fashion import network as cnn
 from eigendecomp.targets.fashion import patches as cnn_patches
+from eigendecomp.targets.fashion import prepared
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -81,12 +73,12 @@ plots.style()
 smoke = results.profile() == "smoke"
 if smoke:
     sizes, seeds, fit_images, choose_images, test_images, steps, sae_steps = [20], [0], 60, 100, 100, 20, 20
-    held_images, moved, images_moved, pairs = 20, 2, 20, 2
+    held_images, moved, images_moved, pairs, confused = 20, 2, 20, 2, 4
 report = results.Results(
     "patches", sizes=sizes, seeds=seeds, fit_images=fit_images, choose_images=choose_images, test_images=test_images,
     drawn=drawn, kept=kept, steps=steps, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
     auxiliary=auxiliary, sae_steps=sae_steps, sae_batch=sae_batch, sae_rate=sae_rate, held_images=held_images,
-    pairs=pairs, share=share, least=least, margin=margin, counts=counts, top=top, moved=moved,
+    pairs=pairs, confused=confused, share=share, least=least, margin=margin, counts=counts, top=top, moved=moved,
     images_moved=images_moved, step_size=step_size,
 )  # fmt: skip
 
@@ -98,27 +90,12 @@ report = results.Results(
 # and a *writer*, which is what it adds to the layer's output. There are 14 × 14 patches an image.
 
 # %%
-if not smoke:
-    fashion.ensure()
-train_x, train_y = fashion.load("train", subset=smoke)
-test_x, test_y = fashion.load("test", subset=smoke)
-learned, held_out = cnn.split_indices(len(train_x), len(train_x) // 12, seed=0)
-images = {
-    "fit": train_x[learned[:fit_images]],
-    "choose": train_x[held_out[:choose_images]],
-    "test": test_x[:test_images],
-}
-labels = {
-    "fit": train_y[learned[:fit_images]],
-    "choose": train_y[held_out[:choose_images]],
-    "test": test_y[:test_images],
-}
-network = cnn.load_model()
-tail = cnn_patches.unfolded(cnn_block.FromMiddle(network))
+given_parts = prepared.prepare(fit_images, choose_images, test_images, subset=smoke)
+images, labels, entering, logits = (
+    given_parts.images, given_parts.labels, given_parts.entering, given_parts.logits,
+)  # fmt: skip
+tail = cnn_patches.unfolded(given_parts.tail)
 weight = "block2.conv1.matrix.weight"
-with torch.no_grad():
-    entering = {part: torch.cat([network.enter(x) for x in whole.split(250)]) for part, whole in images.items()}
-logits = {part: cnn.predict(tail, entering[part]) for part in ("choose", "test")}
 
 # %% [markdown]
 # ## Directions, and what they are compared with
@@ -217,9 +194,9 @@ of = {key: readers(*key) for key in fits}
 
 # %%
 p = logits["choose"].softmax(-1)
-confused = torch.stack([p[labels["choose"] == k].sum(0) for k in range(10)])
-confused = (confused + confused.T).triu(1)
-decided = [(int(i) // 10, int(i) % 10) for i in confused.flatten().topk(pairs).indices]
+mistaken = torch.stack([p[labels["choose"] == k].sum(0) for k in range(10)])
+mistaken = (mistaken + mistaken.T).triu(1)
+decided = [(int(i) // 10, int(i) % 10) for i in mistaken.flatten().topk(pairs).indices]
 
 
 def decisions(part: str, a: int, b: int) -> dict[str, torch.Tensor]:
@@ -447,18 +424,17 @@ per_image.groupby(["size", "method"])[["classes", "further"]].mean().round(3)
 # %% [markdown]
 # ## What would change a prediction, in few directions
 #
-# For each of the 45 pairs of classes, the gradient of the one's logit less the other's, the mean over test images of
-# both: how much of its squared norm do the best 1, 5 or 20 of a dictionary's rows hold? Beside ours: k-means of single
+# A *confusion* is the set of test images of one class whose most probable other class is a certain one. For each with
+# ten images or more, the gradient of the one logit less the other, the mean over its images: how much of its squared
+# norm do the best 1, 5 or 20 of a dictionary's rows hold? Beside ours: k-means of single
 # gradients; k-means of patches with the mean of what is asked of each cluster, and SAE rows with the mean of what is
 # asked where the unit is on; single gradients at random; principal components of single gradients (of any rank); and
 # random directions of rank one.
 
 # %%
-couples = [(a, b) for a in range(10) for b in range(a)]
-behaviours = []
-for a, b in couples:
-    both = torch.cat([(labels["test"] == k).nonzero()[:30, 0] for k in (a, b)])
-    behaviours.append(cnn_patches.decision(tail, entering["test"][both], a, b)[1].flatten())
+found = prepared.confusions(logits["test"], labels["test"], confused)
+behaviours = [cnn_patches.decision(tail, entering["test"][at], *pair)[1].flatten() for pair, at in found.items()]
+report.record(confusions={f"{fashion.CLASSES[a]} → {fashion.CLASSES[b]}": len(at) for (a, b), at in found.items()})
 behaviours = torch.stack(behaviours)
 pick = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[:1000]
 single_rows = torch.einsum("no,ni->noi", asked[pick], given[pick]).flatten(1)
@@ -557,14 +533,14 @@ axes[0].set(yticks=range(len(methods)), yticklabels=methods)
 report.figure("resolution", figure)
 
 # %%
-figure, axes = plots.panels(1, len(sizes), height=2.1, width=plots.PAGE * 0.75, sharey=True)
+figure, axes = plots.panels(1, len(sizes), height=2.7, width=plots.PAGE, sharey=False)
 for ax, size in zip(axes, sizes, strict=True):
     ends = []
     for method in dictionary[size, seeds[0]]:
         line = [mean_held[size, method, count].mean() for count in counts]
         ax.plot(counts, line, "o-", color=tint[method], ms=3, lw=1.2)
         ends.append((line[-1], method))
-    gap, last = 0.06 * max(ends)[0], -1.0
+    gap, last = 0.085 * max(ends)[0], -1.0
     for value, method in sorted(ends):
         last = max(value, last + gap)
         ax.annotate(method, (counts[-1], last), xytext=(4, 0), textcoords="offset points", va="center", size=6.5,
@@ -620,7 +596,8 @@ for line, (name, unit) in enumerate(shown.items()):
     for sign in (1, -1):
         with displaced(tail, {weight: row})(sign * small) as other:
             move[sign] = (cnn.predict(other, entering["test"][best]) - base).mean(0)
-    sign = max(move, key=lambda s: (move[s] @ raised(name)).item())
+    half_way = (move[1] - move[-1]) / 2
+    sign = int(prepared.raising(half_way[None], raised(name)[None]))
     centred_move = move[sign] - move[sign].mean()
     m = names.index(name)
     found = study.concepts.average_precision(z[:, [unit]], table["test"][:, [m]])[0, 0]
@@ -662,7 +639,8 @@ for size in sizes:
                     f"{size} directions resolve concepts of patches ({family}) better than {other}",
                     gap["mean"], ">", 0, gap["error"],
                 )  # fmt: skip
-    five = mean_held.xs(5, level="rows")[size]
+    by_behaviour = held_share[(held_share["rows"] == 5) & (held_share["size"] == size)]
+    five = by_behaviour.pivot_table(index="behaviour", columns="method", values="held")
     for other in ("SAE", "k-means", "k-means of gradients", "single gradients", "random", "PCA"):
         gap = (five["ours"] - five[other]).tolist()
         text = f"five of {size} directions hold more of what changes a prediction than {other}"
