@@ -48,13 +48,14 @@ def gradients(
     seed: int,
     signed: bool = True,
     by_input: bool = False,
+    restarts: int = 3,
     steps: int = 20,
 ) -> tuple[Float[Tensor, "v i"], Float[Tensor, "v o"]]:
     """k-means of the unit gradients x ⊗ asked with centres a ⊗ b of rank one: the unit factors of every centre.
 
     A gradient belongs to the centre with the largest cosine, or if not ``signed``, |cosine|. Starts are found by
     k-means++ among gradients, or ``by_input`` by clustering the inputs alone. Each step moves a centre's two factors
-    once, as in a power iteration; a centre without gradients stays.
+    once, as in a power iteration; a centre without gradients stays. The best restart is that with the largest mean.
 
     Raises:
         ValueError: if there are fewer gradients than centres.
@@ -62,35 +63,44 @@ def gradients(
     if not 0 < count <= len(x):
         raise ValueError(f"count={count} must be positive and at most the {len(x)} gradients")
     x, asked = normalize(x, dim=1), normalize(asked, dim=1)
-    draw = generator(seed, "clusters of gradients")
-    if by_input:
-        a, nearest = inputs(x, count, seed=seed, restarts=1)
-        b = normalize(torch.zeros(count, asked.shape[1]).index_add_(0, nearest, asked), dim=1)
-    else:
-        some = torch.randperm(len(x), generator=draw)[: max(SEEN, count)]
-        start = some[spread(x[some], asked[some], count, draw)]
-        a, b = x[start].clone(), asked[start].clone()
-    for _ in range(steps):
+    draw, found = generator(seed, "clusters of gradients"), []
+    for restart in range(restarts):
+        if by_input:
+            a, nearest = inputs(x, count, seed=restarts * seed + restart, restarts=1)
+            b = normalize(torch.zeros(count, asked.shape[1]).index_add_(0, nearest, asked), dim=1)
+        else:
+            some = torch.randperm(len(x), generator=draw)[: max(SEEN, count)]
+            start = some[spread(x[some], asked[some], count, draw, signed)]
+            a, b = x[start].clone(), asked[start].clone()
+        found.append(_settled(x, asked, a, b, signed, steps))
+    return max(found, key=lambda one: one[0])[1:]
+
+
+def _settled(x: Tensor, asked: Tensor, a: Tensor, b: Tensor, signed: bool, steps: int) -> tuple[float, Tensor, Tensor]:
+    """The mean cosine of gradients with their centres, and the centres, after some steps."""
+    for step in range(steps + 1):
         met, wanted = x @ a.T, asked @ b.T
         along = met * wanted
-        nearest = (along if signed else along.abs()).argmax(1, keepdim=True)
+        close, nearest = (along if signed else along.abs()).max(1, keepdim=True)
+        if step == steps:
+            break
         one = nearest[:, 0]
         new_a = torch.zeros_like(a).index_add_(0, one, x * wanted.gather(1, nearest))
         new_b = torch.zeros_like(b).index_add_(0, one, asked * met.gather(1, nearest))
         a = torch.where(new_a.norm(dim=1, keepdim=True) > 0, normalize(new_a, dim=1), a)
         b = torch.where(new_b.norm(dim=1, keepdim=True) > 0, normalize(new_b, dim=1), b)
-    return a, b
+    return close.mean().item(), a, b
 
 
 def spread(
-    x: Float[Tensor, "n i"], asked: Float[Tensor, "n o"], count: int, draw: torch.Generator
+    x: Float[Tensor, "n i"], asked: Float[Tensor, "n o"], count: int, draw: torch.Generator, signed: bool = True
 ) -> Int[Tensor, " v"]:
     """Rows x ⊗ asked that lie apart: each is drawn in proportion to its squared distance from those before it."""
     chosen = [int(torch.randint(len(x), (1,), generator=draw))]
     far = torch.full((len(x),), torch.inf)
     for _ in range(count - 1):
         cosine = (x @ x[chosen[-1]]) * (asked @ asked[chosen[-1]])
-        far = torch.minimum(far, (1 - cosine).clamp_min(0))
+        far = torch.minimum(far, (1 - (cosine if signed else cosine.abs())).clamp_min(0))
         chosen.append(int(torch.multinomial(far + 1e-12, 1, generator=draw)))
     return torch.tensor(chosen)
 
