@@ -12,7 +12,7 @@
 # INTRO
 
 # %% tags=["parameters"]
-sizes, weights, seeds = [100, 300], ["W_K", "W_V"], [0, 1, 2]
+sizes, weights, seeds = [100, 300], ["W_K", "W_V"], [0, 1]
 live_size, live_weight = 100, "W_V"  # fitted here, beside the file's
 shown_size, steps_drafted, batch_drafted = 300, 300, 128
 counts, top_heads = (1, 5, 20), 5
@@ -74,7 +74,7 @@ f"{-logp.mean():.2f} nats a token, {len(families['context'])} and {len(families[
 # decoder rows) are chosen at each size, for each method and for each way of reading an autoencoder, on seed 100 and
 # validation stories, at $W_V$; they serve both weights. For concepts the criterion is the mean precision of both
 # families, for behaviours what five rows hold. The *unit* for each concept is chosen on validation stories. *Test*
-# stories are scored once, with seeds 0, 1 and 2. All fits are in `data/runs/stories*.csv`, made by
+# stories are scored once, with the seeds that the files hold. All fits are in `data/runs/stories*.csv`, made by
 # `notebooks/tools/long/stories.py`; one is made again below.
 #
 # Opponents with the same number of units: autoencoders (BatchTopK) read by their code, before their threshold, and by
@@ -96,6 +96,8 @@ report.record(
             for size, part in chosen.groupby(level=0)},
     fits=len(concepts.drop_duplicates(["weight", "size", "seed", "label"])),
 )  # fmt: skip
+report.record(seeds_of={w: {s: int(part.seed.nunique()) for s, part in whole.groupby("size")}
+                        for w, whole in concepts[concepts.label == "k-means of inputs"].groupby("weight")})  # fmt: skip
 report.table("tuning", tuning)
 chosen
 
@@ -174,7 +176,7 @@ order = ["ridge probe", "k-means of inputs", "k-means of gradients", "directions
          "SAE, before its threshold", "SAE, code", "training inputs", "tokens", "random rows", "PCA"]  # fmt: skip
 tint = {"directions": plots.OURS, "k-means of inputs": plots.COLORS[3], "k-means of gradients": plots.COLORS[4],
         "PCA": plots.PCA, "PCA of gradients": plots.PCA, "random rows": plots.RANDOM, "ridge probe": plots.TRUTH,
-        "training inputs": plots.COLORS[5], "single gradients": plots.COLORS[5], "tokens": plots.COLORS[5],
+        "training inputs": plots.COLORS[5], "single gradients": plots.COLORS[5], "tokens": plots.RANDOM,
         "own singular directions": plots.TRUTH} | {name: plots.SAE for name in order if "SAE" in name}  # fmt: skip
 tint["SAE"] = plots.SAE
 called = {"random rows": "random readers", "tokens": "one unit a token", "training inputs": "random training inputs",
@@ -252,7 +254,9 @@ for name, found in ways.items():
     of_family = {f: [j for j, i in enumerate(kept_numbers) if i in numbers] for f, numbers in families.items()}
     rows.append({"reading": name} | {f: one[js].mean().item() for f, js in of_family.items()})
 table = report.table("readings", pd.DataFrame(rows))
-report.record(readings={row["reading"]: {f: row[f] for f in families} for row in rows}, readings_concepts=len(kept_numbers))
+report.record(
+    readings={row["reading"]: {f: row[f] for f in families} for row in rows}, readings_concepts=len(kept_numbers)
+)
 table.round(3)
 
 # %% [markdown]
@@ -312,7 +316,7 @@ for ax, (weight, size) in zip(axes, [(w, s) for w in weights for s in sizes], st
         for n, y in zip(counts, found, strict=True):
             ax.plot([n, n], [y.min(), y.max()], color=tint[method], lw=2.5, alpha=0.5)
         ends.append((found[-1].mean(), method))
-    ax.set(title=f"{weight}, {size} rows to choose from", xscale="log", xticks=counts, xticklabels=counts,
+    ax.set(title=f"{weight}, of {size} rows", xscale="log", xticks=counts, xticklabels=counts,
            xlabel="rows used")  # fmt: skip
     ax.minorticks_off()
     last = -1.0
