@@ -198,6 +198,7 @@ tint = {"directions": plots.OURS, "k-means of inputs": plots.COLORS[3], "k-means
 tint["SAE"] = plots.SAE
 called = {"random rows": "random readers", "tokens": "one unit a token", "training inputs": "random training inputs",
           "ridge probe": "ridge probe (supervised)"}  # fmt: skip
+# %%
 fills = dict(zip(sizes, ("white", None), strict=False))
 figure, axes = plots.panels(1, 4, height=2.6, sharey=True)
 for ax, (weight, family) in zip(axes, [(w, f) for w in weights for f in families], strict=True):
@@ -378,12 +379,13 @@ report.values["heads"]
 order_b = (energy @ torch.arange(float(energy.shape[1]))).argsort()
 labels = list(story.behaving["test"])
 picked = (energy / general).amax(0).topk(24).indices.sort().values
-figure, axes = plots.panels(1, 2, height=4.2, sharey=True)
+figure, axes = plots.panels(1, 2, height=4.2)
 titles = ("share of the gradient in a head", "loss of log mass when the head is ablated")
 for ax, values, title in zip(axes, (energy, drop.clamp_min(0)), titles, strict=True):
     scale = values[:, picked] / values.amax(1, keepdim=True).clamp_min(1e-9)
-    plots.heat(ax, scale[order_b], signed=False, rows=[labels[b] for b in order_b.tolist()],
-               columns=[f"{int(h) // 16}.{int(h) % 16}" for h in picked], label="of its largest")  # fmt: skip
+    rows_told = [labels[b] for b in order_b.tolist()] if ax is axes[0] else []
+    columns = [f"{int(h) // 16}.{int(h) % 16}" for h in picked]
+    plots.heat(ax, scale[order_b], signed=False, rows=rows_told, columns=columns, label="of its largest")
     ax.set(title=title, xlabel="block.head")
     ax.tick_params(labelsize=5.5)
 report.figure("ablation", figure)
@@ -477,6 +479,8 @@ moves = {
     "SAE, row added": ([steering(u, "add") for u in range(pushed)], open_scores),
     "SAE, unit scaled": ([steering(u, "scale") for u in range(pushed)], open_scores),
 }
+
+# %%
 rows = []
 for name, (several, strong) in moves.items():
     for unit, move in enumerate(several):
