@@ -126,13 +126,12 @@ report.settings["fit"] = fits[sizes[0], seeds[0]].settings.as_json()
 # Single gradients, which some of the floors are made of: what arrives, and what is asked, both at norm one.
 
 # %%
-uses, _ = study.positions.collect(
-    tail, entering["fit"][:held_images], divergence=ed.KLDivergence(), reference=ed.Mean(), parameters=[weight]
+found = study.readings.factors(
+    tail, entering["fit"][:held_images], divergence=ed.KLDivergence(), parameters=[weight], scale="unit"
 )
-uses = uses.alike()
-given, asked = uses.data[weight], uses.asked[weight]
-asked = asked * given.norm(dim=1, keepdim=True)  # of norm one, with inputs at norm one
-given = cnn_patches.unit_rows(given)
+arrived, asked = found[weight]
+asked = asked * arrived.norm(dim=1, keepdim=True)  # of norm one, with inputs at norm one
+given = cnn_patches.unit_rows(arrived)
 lines = {key: cnn_patches.gradient_means(given, asked, key[0], seed=key[1]) for key in fits}
 
 # %%
@@ -450,7 +449,7 @@ def joined(reader: torch.Tensor, writer: torch.Tensor) -> torch.Tensor:
 
 def dictionaries(size: int, seed: int) -> dict[str, torch.Tensor]:
     centres, nearest = cnn_patches.input_means(given, size, seed=seed)
-    code = autoencoders[size, seed].encode(uses.data[weight])
+    code = autoencoders[size, seed].encode(arrived)
     draw = torch.Generator().manual_seed(seed)
     at = torch.randperm(len(given), generator=draw)[:size]
     mean_asked = torch.zeros(size, asked.shape[1]).index_add_(0, nearest, asked)

@@ -209,24 +209,20 @@ pd.Series(failures)
 # ## Choose size, rank and reference
 #
 # In the last block an output depends on its own position alone, so a sample is a single *use* of the weight, and
-# `study.positions` fits a dictionary of uses in seconds (elsewhere a sample is a sum of uses; see the notebook
+# `samples="uses"` fits a dictionary of uses in seconds (elsewhere a sample is a sum of uses; see the notebook
 # `tinystories`). More directions rebuild more; stop where what they add are twins. Higher rank rebuilds more and is
 # harder to read. **Errors of different references are of different gradients and do not compare**: choose the
 # reference by the question. `ed.Mean()` asks what makes an output differ from the average one; `ed.OtherSample()` the
 # same with noise; `ed.ModelSample()` what the curvature is made of; `ed.Uniform()` what the model is sure of.
 
+
 # %%
-kl, reference = ed.KLDivergence(), ed.Mean()
-options = {"divergence": kl, "reference": reference}
-found, pool = study.positions.collect(model, tokens[:500], parameters=["blocks.7.mlp.W_in"], **options)
-held, _ = study.positions.collect(model, new, parameters=["blocks.7.mlp.W_in"], pool=pool, **options)
-
-
 def fitted(n: int, rank: int = 1, on: float = 2.0) -> dict[str, float]:
-    made = study.positions.decompose(
-        found, pool, n_directions=n, rank=rank, sparsity=ed.BatchTopK(on / n), steps=choosing_steps, **options
-    )
-    error, used = study.positions.reconstruction_error(made, held)
+    made = ed.decompose(
+        model, tokens[:500], divergence=ed.KLDivergence(), parameters=["blocks.7.mlp.W_in"], samples="uses",
+        n_directions=n, rank=rank, sparsity=ed.BatchTopK(on / n), steps=choosing_steps, progress=False,
+    )  # fmt: skip
+    error, used = made.reconstruction_error(new), made.encode(new, sparse=True).count_nonzero().item() / new.numel()
     cosines = made.decoder.gram().abs().fill_diagonal_(0).amax(1)
     return {"directions": n, "rank": rank, "on": on, "error": error, "kept": used, "twins": int((cosines > 0.9).sum())}
 
@@ -278,13 +274,13 @@ except ValueError as error:
 # | error above PCA's | too few steps, or too high a rate | twice the steps; a third of `learning_rate` |
 # | dead directions | more than the data has things | fewer directions; a lower rate |
 # | twins | one thing was split | fewer directions, or one name for the pair |
-# | on at a tenth of all samples | too many kept; samples sum over positions | `BatchTopK(2 / n)`; `study.positions` |
+# | on at a tenth of all samples | too many kept; samples sum over positions | `BatchTopK(2 / n)`; `samples="uses"` |
 # | all are of a story's beginning | inputs that begin alike | inputs from everywhere (`at_start=0`) |
 # | impact and reader differ | the model's certainty leaks | read by `study.readings.read` |
 # | contexts have nothing in common | another weight does it | `*.W_in`, `*.W_V`, later blocks; `ed.Mean()` |
 # | an edit breaks everything | the step is not small | smaller; several directions (notebook `edits`) |
 # | "… an adapter cannot change" | weights by head, bare parameters | `d.edit(steps)` |
-# | a step takes seconds | early layers: a pass for every output | later layers, shorter windows, `study.positions` |
+# | a step takes seconds | early layers: a pass for every output | later layers, shorter windows, `samples="uses"` |
 
 # %%
 report.write().name

@@ -7,720 +7,560 @@
 # ---
 
 # %% [markdown]
-# # A story model, beside sparse autoencoders
+# # What do directions of a story model's weights know that clusters and autoencoders do not?
 #
-# The draft decomposes $W_K$ of a middle block of a small story model and lists top tokens. Here it is done whole, on a
-# model of that shape that the repository ships, and measured beside sparse autoencoders of the same block: as many
-# units, as many on, the same stories, three seeds each. What comes out:
+# Autoencoders and clusters know what tokens share; gradients also know what the model is about to do with them.
+# Two attention weights of the shipped story model are decomposed from gradients of single uses, and compared with eight
+# opponents that see what arrives at the same weight, at 100 and 300 units. What comes out (test stories; intervals are
+# 95%, over concepts and seeds):
 #
-# - read by their *readers*, directions of $W_K$ resolve the concepts of tokens more than twice as well as autoencoders
-#   of the attention's output, and what the model is about to say a little better than autoencoders of the residual
-#   stream. Autoencoders of the stream, and of what arrives at the attention, are better on concepts of context; read
-#   before their threshold, or three units together, those of the stream are better on both families;
-# - read by activation or impact at the predicting token, directions resolve far less: these say how much an output
-#   hangs on a direction, not what the direction looks for;
-# - a token's use of the weights, taken by itself and at unit norm, in a layer written with standard inputs, gives much
-#   better directions than the weights as they were trained;
-# - directions are purer than an autoencoder's units and as stable over seeds or more, and nearly every direction of
-#   $W_K$ sits in a single attention head, which nothing asks for;
-# - a push along directions of the attention weights is on average a little more selective than adding an autoencoder's
-#   row, though seeds overlap, and where either acts only at the tokens that the unit reads, an autoencoder's unit of
-#   the residual stream is several times more selective: a key that changes is seen by all later tokens. Some directions
-#   of $W_K$ alone cannot move outputs by the level asked for, since attention saturates;
-# - with a tenth of a hundred coefficients kept, about two thirds of the squared gradients of $W_K$ are not rebuilt:
-#   better than the floors, and short of the 40% that L3D reports for a larger model and higher rank. Ten directions of
-#   rank one are worse than ten principal components.
+# - **Concepts of tokens: level with k-means, ahead of autoencoders as they are usually read.** 300 directions of $W_V$
+#   reach an average precision of 0.65 on context and 0.55 on predictions, k-means of inputs 0.66 and 0.54, autoencoders
+#   0.58 and 0.42 by their codes, 0.62 and 0.46 before the threshold, 0.65 and 0.51 by decoder rows. The lead over
+#   decoder rows is 0.034 (0.015 to 0.056) on predictions and none on context.
+# - **With 100 units, and for $W_K$, directions are behind.** k-means of inputs, with no gradient, is ahead by 0.04 and
+#   0.03 at $W_V$ and by 0.15 and 0.04 at $W_K$. Where only a token's two largest units count, rows of autoencoders are
+#   ahead at every size.
+# - **Behaviours: ahead of every opponent.** Five of 300 directions of $W_V$ hold 27% of the gradient of what the model
+#   is about to say, k-means of single gradients 20%, random single gradients 15%, k-means of inputs 14%, rows of an
+#   autoencoder 9%. Directions lead at $W_K$ and at 100 as well.
+#
+# That directions outperform autoencoders at resolving concepts holds against codes alone, and says little, since
+# clusters of activations do as well. What gradients add is what changes the model's behaviour.
 
 # %% tags=["parameters"]
-layer, n_directions, kept = 4, 100, 2.0  # kept: coefficients a use, ours; units on at a token, the autoencoders'
-seeds = [0, 1, 2]  # settings were chosen on validation stories and on seeds from 100 on
-length, fit_windows, held_windows, few_windows = 32, 2000, 256, 48
-steps, draft_steps, batch_size, learning_rate = 700, 300, 256, 1e-2
-sae_steps, sae_batch, sae_rate = 1200, 1024, 3e-3
+sizes, weights, seeds = [100, 300], ["W_K", "W_V"], [0, 1]
+live_size, live_weight = 100, "W_V"  # fitted here, beside the file's
+shown_size, steps_drafted, batch_drafted = 300, 300, 128
+counts, top_heads = (1, 5, 20), 5
 level, share, pushed = 0.05, 0.02, 6  # total variation; share of the tokens that a unit stands for; units pushed a fit
 
 # %%
+import json
 import warnings
+from pathlib import Path
+from typing import Any
 
 warnings.filterwarnings("ignore")  # of libraries, some when they are imported
 
 import pandas as pd
 import torch
 from IPython.display import Markdown, display
-from torch.nn.functional import normalize
 
 import eigendecomp as ed
 from eigendecomp import study
 from eigendecomp.report import plots, results
-from eigendecomp.study.moves import Move, Probe, along, probabilities, push_either_way
-from eigendecomp.targets.stories import concepts as story_concepts
+from eigendecomp.study.moves import Move, along, probabilities, push_either_way
+from eigendecomp.targets.stories import heads as story_heads
 from eigendecomp.targets.stories import model as stories
+from eigendecomp.targets.stories import rivals
 from eigendecomp.targets.stories import units as story_units
 
 plots.style()
-smoke, least = results.profile() == "smoke", story_concepts.LEAST
+smoke = results.profile() == "smoke"
 if smoke:
-    n_directions, seeds, steps, draft_steps, sae_steps, pushed, least = 20, seeds[:1], 30, 4, 30, 1, 2
-    length, fit_windows, held_windows, few_windows = 16, 40, 24, 6
+    steps_drafted, pushed = 4, 1
 report = results.Results(
-    "tinystories", layer=layer, n_directions=n_directions, kept=kept, seeds=seeds, length=length,
-    fit_windows=fit_windows, held_windows=held_windows, few_windows=few_windows, steps=steps,
-    draft_steps=draft_steps, batch_size=batch_size, learning_rate=learning_rate, sae_steps=sae_steps,
-    sae_batch=sae_batch, sae_rate=sae_rate, level=level, share=share, pushed=pushed,
+    "tinystories", sizes=sizes, weights=weights, seeds=seeds, live_size=live_size, live_weight=live_weight,
+    shown_size=shown_size, steps_drafted=steps_drafted, batch_drafted=batch_drafted, counts=counts,
+    top_heads=top_heads, level=level, share=share, pushed=pushed,
 )  # fmt: skip
 
 # %% [markdown]
-# ## The model and its stories
+# ## The model, its stories, and two sites
 #
-# The shipped model has the shape of TinyStories-1M: width 64, 8 blocks of 16 heads. Samples are tokens in windows of
-# 32. Directions and autoencoders are learned on training stories; units, readings and settings are chosen on
-# validation stories; scores are of test stories. `stories.load_hub_model("tiny-stories-1M")` gives the model of the
-# hub in its place, and everything below runs on it as well.
+# The shipped model has the shape of TinyStories-1M: width 64, 8 blocks of 16 heads. Two weights are looked at: $W_K$ of
+# block 4, a middle block as in the draft, and $W_V$ of block 5. A sample is a *use* of a weight, one token with what
+# arrives there and what all later outputs ask; it is scaled to norm one. The layers are written with standard inputs,
+# which changes no output. What arrives at a weight is what every opponent sees, on the same tokens.
 
 # %%
-model = stories.load_model()
-counts = {"fit": ("train", fit_windows), "choose": ("validation", held_windows), "test": ("test", held_windows)}
-tokens = {
-    name: stories.token_windows(stories.load_stories(split), n, length, seed=0)
-    for name, (split, n) in counts.items()
-}  # fmt: skip
-with torch.no_grad():
-    logits = {name: model(tokens[name]) for name in ("choose", "test")}
-logp = logits["test"][:, :-1].log_softmax(-1).gather(2, tokens["test"][:, 1:, None])
-report.record(target={"parameters": sum(p.numel() for p in model.parameters()), "nats_in_windows": -logp.mean()})
-print(f"{-logp.mean():.3f} nats a token in these windows (1.633 with the whole story before it; a trigram model 2.218)")
-
-# %% [markdown]
-# Concepts are told by rules: of the *context* (the token is a name, a sentence's end, inside quotation marks, follows
-# "Once upon a", …) and of the *prediction* (the model is about to say a name, "she" rather than "he", a word that it
-# said before, …). Those that hold for at least 20 tokens of either split count.
-
-# %%
-rules = story_concepts.Rules(stories.load_tokenizer())
-told = [rules(tokens[part], logits[part]) for part in logits]
-known = dict(zip(logits, story_concepts.common(*told, least=least), strict=True))
-families = {family: known["test"].of(family) for family in ("context", "prediction")}
-report.record(concepts={family: len(found) for family, found in families.items()})
-report.values["concepts"]
-
-# %% [markdown]
-# ## The draft's decomposition: $W_K$ of a middle block
-#
-# As in the draft, through the package's front door: `blocks.4.attn.W_K` (4,096 weights), KL divergence, 10 and 100
-# directions of rank 1. A sample is an output; its gradient is a sum over all tokens before it. A tenth of the
-# coefficients is kept. Beside it two floors with as many coefficients, refitted by least squares, which ours are not:
-# principal components of 1,024 training gradients (of any rank) and random directions of rank 1. All rebuild the same
-# test gradients.
-
-# %%
-name = f"blocks.{layer}.attn.W_K"
-short = {part: tokens[part][:, : length // 2] for part in tokens}
-
-
-def draft(n: int) -> ed.Decomposition:
-    return ed.decompose(
-        model, short["fit"], divergence=ed.KLDivergence(), reference=ed.OtherSample(), parameters=[name],
-        n_directions=n, sparsity=ed.BatchTopK(0.1), steps=draft_steps, batch_size=128,
-        learning_rate=learning_rate, progress=False,
-    )  # fmt: skip
-
-
-drafts = {n: draft(n) for n in (10, n_directions)}
-some = short["test"][:64]
-g = study.scores.gradient_rows(drafts[10], some)
-principal = study.floors.principal_directions(study.scores.gradient_rows(drafts[10], short["fit"][:64]), n_directions)
-random = study.floors.random_directions(drafts[10].decoder.shapes, n_directions, 1, seed=0).flat()
-errors = {
-    n: {
-        "ours": d.reconstruction_error(some),
-        "PCA": study.floors.sparse_error(g, principal[:n], 0.1 * n),
-        "random": study.floors.sparse_error(g, random[:n], 0.1 * n),
-    }
-    for n, d in drafts.items()
-}
-report.record(draft_error=errors)
-pd.DataFrame(errors).T.rename_axis("directions").round(3)
-
-# %% [markdown]
-# ## Uses, and how a layer is written
-#
-# An output's gradient is a sum over all tokens before it, which hides each of them, and takes a backward pass of its
-# own. From here on a sample is a *use* of the weights: one token, with what arrived there and what all outputs, each
-# with a drawn reference, ask of the weights there. One backward pass gives the uses of a whole window
-# (`eigendecomp.study.positions`). The directions are directions in the same parameter space. Two more choices, both
-# worth much (measured below, in "What it depends on"): every use counts alike (its gradient is scaled to norm 1),
-# since otherwise few surprising tokens decide; and the layer is written with standard inputs. A weight's gradient is
-# an outer product with what arrives, so what all tokens share is in every gradient; `stories.standardised` moves mean
-# and scale of the inputs into biases and normalisation, and the function stays what it was.
-#
-# Two dictionaries of 100 directions of rank 1, three seeds each: of $W_K$ alone, and of queries, keys and values
-# together; and one of all four attention weights, for its error.
-
-# %%
-written = stories.standardised(model, [layer], tokens["fit"][:500])
-kl, reference = ed.KLDivergence(), ed.OtherSample()
-weights = {letter: f"blocks.{layer}.attn.W_{letter}" for letter in "QKVO"}
-drawn = {"divergence": kl, "reference": reference}
-of_fit, pool = study.positions.collect(written, tokens["fit"], parameters=list(weights.values()), **drawn)
-of_test, _ = study.positions.collect(
-    written, tokens["test"], parameters=list(weights.values()), pool=pool, seed=1, **drawn
+story = rivals.Story() if not smoke else rivals.Story(60, 24, 24, 16, 2)
+logp = story.logits["test"][:, :-1].log_softmax(-1).gather(2, story.tokens["test"][:, 1:, None])
+families = {family: story.known["test"].of(family) for family in ("context", "prediction")}
+report.record(
+    target={"parameters": sum(p.numel() for p in story.model.parameters()), "nats_in_windows": -logp.mean()},
+    concepts={family: len(found) for family, found in families.items()},
 )
-dictionaries = {"K": ["K"], "Q, K, V": ["Q", "K", "V"], "Q, K, V, O": ["Q", "K", "V", "O"]}
-
-
-# %%
-def decompose(
-    found: study.positions.Uses, letters: list[str], seed: int, alike: bool = True, **changes
-) -> ed.Decomposition:
-    chosen = found.select([weights[letter] for letter in letters])
-    setting = drawn | {
-        "n_directions": n_directions, "seed": seed, "steps": steps, "sparsity": ed.BatchTopK(kept / n_directions),
-        "batch_size": batch_size, "learning_rate": learning_rate,
-    } | changes  # fmt: skip
-    return study.positions.decompose(chosen.alike() if alike else chosen, pool, **setting)
-
-
-fits = {
-    (key, seed): decompose(of_fit, letters, seed)
-    for key, letters in dictionaries.items()
-    for seed in (seeds if key != "Q, K, V, O" else seeds[:1])
-}
-
-
-# %%
-def spreads(table: pd.DataFrame, by: str, columns: list[str]) -> dict:
-    """Mean and spread over seeds of some columns, for each kind of row."""
-    return {
-        key: {column: results.spread(part[column].tolist()) for column in columns} for key, part in table.groupby(by)
-    }
-
-
-rows = []
-for (key, seed), d in fits.items():
-    error, on = study.positions.reconstruction_error(d, of_test.select(d.target.names).alike())
-    rows.append({"weights": key, "seed": seed, "error": error, "kept": on, "dead": d.history.dead[-1]})
-table = pd.DataFrame(rows)
-report.record(error_of_uses=spreads(table, "weights", ["error", "kept", "dead"]))
-report.table("fits", table).round(3)
+f"{-logp.mean():.2f} nats a token, {len(families['context'])} and {len(families['prediction'])} concepts"
 
 # %% [markdown]
-# The floors on 2,048 of the same uses of $W_K$, with as many coefficients, refitted by least squares; principal
-# components are of 1,024 training uses.
-
-# %%
-rare = of_test.select([weights["K"]]).alike().gradients(slice(0, 2048)).flat()
-principal = study.floors.principal_directions(
-    of_fit.select([weights["K"]]).alike().gradients(slice(0, 1024)).flat(), n_directions
-)
-random_d = study.floors.random_directions(fits["K", seeds[0]].decoder.shapes, n_directions, 1, seed=0)
-floor_errors = {
-    "PCA": study.floors.sparse_error(rare, principal, kept),
-    "random": study.floors.sparse_error(rare, random_d.flat(), kept),
-}
-report.record(floor_error_of_uses=floor_errors)
-pd.Series(floor_errors).round(3)
-
-# %%
-ours = table[table.weights == "K"]["error"].mean()
-shown = {f"{n} directions, outputs": errors[n] for n in errors} | {
-    f"{n_directions} directions, uses": {"ours": ours} | floor_errors
-}
-figure, (ax,) = plots.panels(1, 1, width=plots.PAGE * 0.6, height=1.9)
-for place, (kind, tint) in enumerate((("ours", plots.OURS), ("PCA", plots.PCA), ("random", plots.RANDOM))):
-    ax.bar([i + 0.27 * (place - 1) for i in range(len(shown))], [x[kind] for x in shown.values()], 0.25, color=tint,
-           label=kind)  # fmt: skip
-ax.set_xticks(range(len(shown)), list(shown))
-ax.set(ylabel="share not rebuilt", ylim=(0, 1.05))
-ax.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
-report.figure("errors", figure)
-
-# %% [markdown]
-# ## Sparse autoencoders
+# ## What is tuned on what, said beforehand
 #
-# BatchTopK autoencoders of sae-lens with as many units and as many on, on the block's attention output, on its
-# residual stream, and, which is what our readers see, on what arrives at the attention's weights. Learning rates of
-# 3e-3 and 1e-2, 1,200 to 2,000 steps, and 1, 2 and 5 units on were compared on validation stories and other seeds: the
-# rate and the steps hardly matter, two on served the residual stream's autoencoder best, and one or two our directions.
+# *Fits* see training stories. *Settings* (coefficients kept, steps, how clusters start) and *readings* (encoder or
+# decoder rows) are chosen at each size, for each method and for each way of reading an autoencoder, on seed 100 and
+# validation stories, at $W_V$; they serve both weights. For concepts the criterion is the mean precision of both
+# families, for behaviours what five rows hold. The *unit* for each concept is chosen on validation stories. *Test*
+# stories are scored once, with the seeds that the files hold. All fits are in `data/runs/stories*.csv`, made by
+# `notebooks/tools/long/stories.py`; one is made again below.
+#
+# Opponents with the same number of units: autoencoders (BatchTopK) read by their code, before their threshold, and by
+# decoder rows, as directions are read; spherical k-means of inputs, and of single gradients (centres of rank one);
+# inputs of random training tokens; the commonest tokens; principal components; random readers. A ridge probe with the
+# labels is the ceiling.
 
 # %%
-sites = {
-    "residual stream": f"blocks.{layer}.hook_resid_post",
-    "attention output": f"blocks.{layer}.hook_attn_out",
-    "attention input": f"blocks.{layer}.ln1",
-}
-met = {part: stories.activations(written, tokens[part], list(sites.values())) for part in tokens}
-autoencoders = {
-    (site, seed): study.autoencoders.train(
-        met["fit"][module], n_directions, kept, seed=seed, steps=sae_steps, batch_size=sae_batch,
-        learning_rate=sae_rate,
-    )
-    for site, module in sites.items()
-    for seed in seeds
-}  # fmt: skip
-rows = []
-for (site, seed), a in autoencoders.items():
-    z = a.encode(met["test"][sites[site]]) != 0
-    error = a.reconstruction_error(met["test"][sites[site]])
-    rows.append({"site": site, "seed": seed, "error": error, "kept": z.double().sum(1).mean().item(),
-                 "never on": (~z.any(0)).double().mean().item()})  # fmt: skip
-table = pd.DataFrame(rows)
-report.record(autoencoders=spreads(table, "site", ["error", "kept", "never on"]))
-report.table("autoencoders", table).round(3)
+runs = Path(results.__file__).resolve().parents[2] / "data" / "runs"
+tuning: Any = pd.read_csv(runs / "stories_tuning.csv")
+concepts: Any = pd.read_csv(runs / "stories.csv").query("size in @sizes and weight in @weights")
+behaviours: Any = pd.read_csv(runs / "stories_behaviours.csv").query("size in @sizes and weight in @weights")
+names = [name for name in concepts.columns if name.split(": ")[0] in families]
+of = {family: [name for name in names if name.startswith(f"{family}: ")] for family in families}
+chosen = concepts[(concepts["on"] == "all") & (concepts.weight == live_weight)].drop_duplicates(["label", "size"])
+chosen = chosen.set_index(["size", "label"])[["setting", "way"]]
+report.record(
+    chosen={size: {label: dict(row) for label, row in part.droplevel(0).iterrows()}
+            for size, part in chosen.groupby(level=0)},
+    fits=len(concepts.drop_duplicates(["weight", "size", "seed", "label"])),
+)  # fmt: skip
+report.record(seeds_of={w: {s: int(part.seed.nunique()) for s, part in whole.groupby("size")}
+                        for w, whole in concepts[concepts.label == "k-means of inputs"].groupby("weight")})  # fmt: skip
+report.table("tuning", tuning)
+chosen
 
 # %% [markdown]
 # ## Concepts
-#
-# For every concept the unit with the best average precision on validation stories, scored on test stories, and
-# three units together, weighted by least squares. A direction is read by its *reader*, the input-side factor of its row
-# applied to what arrives at the weight: the natural opponent of an autoencoder's encoder (of $W_K$ for the first
-# dictionary, of $W_V$ for the second, both of the decoder's rows, as validation stories chose). It is a dense
-# reading; an autoencoder is given both ways, as it is and before its threshold, which breaks the ties among the tokens
-# on which a unit is off and serves it better. Queries, keys and values all meet the attention's input, so a reader is
-# applied to what `stories.activations` remembered of it.
 
 # %%
-Scores = dict[str, torch.Tensor]  # by split: (tokens, units)
+scored = pd.DataFrame([
+    {"weight": row["weight"], "size": row["size"], "method": row["label"], "seed": row["seed"], "on": row["on"],
+     "family": family, "precision": row[of[family]].mean()}
+    for _, row in concepts.iterrows() for family in families
+])  # fmt: skip
+report.table("resolution", scored)
 
 
-def oriented(found: Scores) -> Scores:
-    return {part: study.concepts.oriented(scores, on=found["choose"]) for part, scores in found.items()}
+def by_seed(weight: str, size: int, method: str, family: str, on: str = "all") -> torch.Tensor:
+    """The precision of a method, (seeds, concepts)."""
+    keep = (concepts.weight == weight) & (concepts["size"] == size) & (concepts["on"] == on)
+    return torch.tensor(concepts[keep & (concepts.label == method)][of[family]].to_numpy(dtype=float))
 
 
-arriving = {part: met[part][sites["attention input"]] for part in known}
-
-
-def readers(d: ed.Decomposition, letter: str) -> torch.Tensor:
-    """(directions, rank, width)"""
-    return study.readings.readers(d, tokens["fit"][:3], "decoder")[weights[letter]]
-
-
-def along_readers(rows: torch.Tensor, x: Scores = arriving) -> Scores:
-    met_by = {part: torch.einsum("ni,vki->nvk", x[part], rows) for part in known}
-    return oriented({part: y.norm(dim=-1) if rows.shape[1] > 1 else y[..., 0] for part, y in met_by.items()})
-
-
-def resolve(found: Scores) -> study.concepts.Resolution:
-    return study.concepts.resolve((found["choose"], known["choose"].truth), (found["test"], known["test"].truth))
-
-
-# %%
-reader = {(key, seed): readers(fits[key, seed], letter) for key, letter in (("K", "K"), ("Q, K, V", "V"))
-          for seed in seeds}  # fmt: skip
-scores: dict[tuple[str, int], Scores] = {}
-for seed in seeds:
-    for key in ("K", "Q, K, V"):
-        scores[f"ours, {key}", seed] = along_readers(reader[key, seed])
-    for site, module in sites.items():
-        a = autoencoders[site, seed]
-        scores[f"SAE, {site}", seed] = {part: a.encode(met[part][module]) for part in known}
-        scores[f"SAE, {site}, before its threshold", seed] = {
-            part: a.before_threshold(met[part][module]) for part in known
-        }
-    draw = torch.Generator().manual_seed(seed)
-    scores["random readers", seed] = along_readers(torch.randn(n_directions, 1, 64, generator=draw))
-matrices = principal.unflatten(1, (16, 64, 4)).transpose(2, 3).flatten(1, 2)
-scores["PCA's readers", seeds[0]] = along_readers(torch.linalg.svd(matrices, full_matrices=False).Vh[:, :1])
-
-# %%
-resolved = {key: resolve(found) for key, found in scores.items()}
-rows = [
-    {"units": key, "seed": seed, "family": family, "one unit": found.single[of].mean().item(),
-     "three units": found.team[of].mean().item()}
-    for (key, seed), found in resolved.items() for family, of in families.items()
-]  # fmt: skip
-table = pd.DataFrame(rows)
+means = scored[scored["on"] == "all"].groupby(["weight", "size", "family", "method"])["precision"]
 report.record(
-    chance={family: known["test"].truth[:, of].double().mean() for family, of in families.items()},
     resolution={
-        key: spreads(part, "family", ["one unit", "three units"]) for key, part in table.groupby("units")
-    },
+        weight: {size: {family: {m: results.spread(means.get_group((weight, size, family, m)).tolist())
+                                 for m in means.mean()[weight, size, family].index} for family in families}
+                 for size in sizes} for weight in weights
+    }
 )  # fmt: skip
-summary = report.table("resolution", table).groupby(["units", "family"])[["one unit", "three units"]].mean().unstack()
-summary.sort_values(("one unit", "prediction"), ascending=False).round(3)
+means.mean().unstack(["weight", "size", "family"]).round(3).sort_values(("W_V", sizes[-1], "prediction"))
 
+# %% [markdown]
+# Directions less each opponent, on the same concepts: the mean, and the 95% interval of a bootstrap over concepts and
+# seeds. The *winner* is the unsupervised method with the highest mean.
 
 # %%
-def color(units: object) -> str:
-    known_by = {"ours": plots.OURS, "SAE": plots.SAE, "PCA": plots.PCA, "random": plots.RANDOM}
-    return next(found for start, found in known_by.items() if str(units).startswith(start))
+opponents = ["SAE, code", "SAE, before its threshold", "SAE, decoder rows", "k-means of inputs",
+             "k-means of gradients", "training inputs", "tokens", "PCA", "random rows"]  # fmt: skip
+rows = []
+for weight in weights:
+    for size in sizes:
+        for family in families:
+            mine = by_seed(weight, size, "directions", family)
+            for other in opponents:
+                gap = study.concepts.paired(mine, by_seed(weight, size, other, family))
+                rows.append({"weight": weight, "size": size, "family": family, "opponent": other} | vars(gap))
+gaps = report.table("gaps", pd.DataFrame(rows))
+gaps["text"] = [f"{r['mean']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]" for _, r in gaps.iterrows()]
+gaps.pivot_table(index="opponent", columns=["weight", "size", "family"], values="text", aggfunc="first").loc[opponents]
 
+# %%
+rows = []
+for (weight, size, family), part in means.mean().groupby(level=[0, 1, 2]):
+    inner = part.droplevel([0, 1, 2]).drop("ridge probe")
+    winner = inner.idxmax()
+    rivals_only = inner[[name for name in opponents if name in inner.index]]
+    best = rivals_only.idxmax()
+    gap = study.concepts.paired(by_seed(weight, size, "directions", family), by_seed(weight, size, best, family))
+    rows.append({"weight": weight, "size": size, "family": family, "directions": inner["directions"],
+                 "winner": winner, "its precision": inner[winner], "best opponent": best} | vars(gap))  # fmt: skip
+winners = report.table("winners", pd.DataFrame(rows))
+report.record(
+    gaps={w: {s: {f: {r["opponent"]: {k: r[k] for k in ("mean", "low", "high", "error")} for _, r in part.iterrows()}
+                  for f, part in one.groupby("family")} for s, one in whole.groupby("size")}
+          for w, whole in gaps.groupby("weight")},
+    winners={w: {s: {r["family"]: {"winner": r["winner"], "precision": r["its precision"],
+                                   "best opponent": r["best opponent"],
+                                   "gap": {k: r[k] for k in ("mean", "low", "high", "error")}}
+                     for _, r in one.iterrows()} for s, one in whole.groupby("size")}
+             for w, whole in winners.groupby("weight")},
+)  # fmt: skip
+winners.round(3)
 
-order = list(summary.sort_values(("one unit", "prediction")).index)
-figure, axes = plots.panels(1, 2, height=2.6, sharey=True)
-for ax, family in zip(axes, families, strict=True):
-    part = table[table.family == family]
-    means = part.groupby("units")["one unit"].mean().to_dict()
-    ax.barh(order, [means[key] for key in order], color=[color(key) for key in order], height=0.7)
-    ax.plot(part["one unit"], part["units"], "o", color="black", ms=2.5)
-    ax.axvline(report.values["chance"][family], color="black", lw=0.8, ls=":")
-    ax.set(title=f"{family} ({len(families[family])} concepts)", xlabel="average precision of the best unit")
+# %%
+order = ["ridge probe", "k-means of inputs", "k-means of gradients", "directions", "SAE, decoder rows",
+         "SAE, before its threshold", "SAE, code", "training inputs", "tokens", "random rows", "PCA"]  # fmt: skip
+tint = {"directions": plots.OURS, "k-means of inputs": plots.COLORS[3], "k-means of gradients": plots.COLORS[4],
+        "PCA": plots.PCA, "PCA of gradients": plots.PCA, "random rows": plots.RANDOM, "ridge probe": plots.TRUTH,
+        "training inputs": plots.COLORS[5], "single gradients": plots.COLORS[5], "tokens": plots.RANDOM,
+        "own singular directions": plots.TRUTH} | {name: plots.SAE for name in order if "SAE" in name}  # fmt: skip
+tint["SAE"] = plots.SAE
+called = {"random rows": "random readers", "tokens": "one unit a token", "training inputs": "random training inputs",
+          "ridge probe": "ridge probe (supervised)"}  # fmt: skip
+# %%
+fills = dict(zip(sizes, ("white", None), strict=False))
+figure, axes = plots.panels(1, 4, height=2.6, sharey=True)
+for ax, (weight, family) in zip(axes, [(w, f) for w in weights for f in families], strict=True):
+    for position, method in enumerate(order):
+        for size in sizes:
+            if (weight, size, family, method) in means.groups:
+                found = means.get_group((weight, size, family, method))
+                ax.plot([found.min(), found.max()], [position] * 2, color=tint[method], lw=1.5)
+                ax.plot(found.mean(), position, "o", color=tint[method], ms=4.5, mfc=fills.get(size) or tint[method])
+    best = max(means.mean()[weight, sizes[-1], family]["directions"], 0)
+    ax.axvline(best, color=plots.OURS, lw=0.6, zorder=0)
+    ax.set(title=f"{weight}, {family}", xlabel="average precision", ylim=(len(order) - 0.5, -0.5), xlim=(0.1, 0.95))
+    ax.grid(axis="x", lw=0.4)
+axes[0].set(yticks=range(len(order)), yticklabels=[called.get(name, name) for name in order])
+for label, name in zip(axes[0].get_yticklabels(), order, strict=True):
+    label.set_color(tint[name])
+sizes_at = {size: means.get_group((weights[0], size, "context", "directions")).mean() for size in sizes}
+for size, x in sizes_at.items():
+    axes[0].annotate(str(size), (x, order.index("directions")), (0, 5), textcoords="offset points", size=6, ha="center",
+                     color=plots.OURS)  # fmt: skip
 report.figure("concepts", figure)
 
 # %% [markdown]
-# Concept by concept, mean over seeds: ours beside the autoencoder that is best on predictions.
-
+# With only the two largest of a token counted, as an autoencoder's code has few on, the order is another.
 
 # %%
-def by_concept(key: str) -> torch.Tensor:
-    return torch.stack([found.single for (name, _), found in resolved.items() if name == key]).mean(0)
-
-
-rival = "SAE, residual stream, before its threshold"
-mine, theirs = by_concept("ours, K"), by_concept(rival)
-each = pd.DataFrame(
-    {"concept": known["test"].names, "family": known["test"].families, "true of": known["test"].truth.sum(0),
-     "ours, K": mine, "ours, Q, K, V": by_concept("ours, Q, K, V"), rival: theirs,
-     "SAE, attention output": by_concept("SAE, attention output, before its threshold")}
-)  # fmt: skip
-report.table("by_concept", each)
-report.record(better_than_residual_sae={f: (mine[of] > theirs[of]).double().mean() for f, of in families.items()})
-figure, axes = plots.panels(1, 2, height=2.9)
-for ax, (family, of) in zip(axes, families.items(), strict=True):
-    ax.plot([0, 1], [0, 1], color="0.7", lw=0.8)
-    ax.plot(theirs[of], mine[of], "o", color=plots.OURS, ms=3)
-    placed: list[tuple[float, float]] = []
-    for i in sorted(of, key=lambda i: -abs(float(mine[i] - theirs[i])))[:9]:
-        x, y = float(theirs[i]), float(mine[i])
-        if all(abs(y - v) > 0.035 or abs(x - u) > 0.35 for u, v in placed):  # labels that would overlap are left out
-            placed.append((x, y))
-            side = {"xytext": (-3, -2), "ha": "right"} if x > 0.7 else {"xytext": (3, -2)}
-            ax.annotate(known["test"].names[i], (x, y), fontsize=5.5, textcoords="offset points", **side)
-    ax.set(title=family, xlabel="SAE, residual stream, before its threshold", ylabel="ours, W_K's reader",
-           xlim=(0, 1.02), ylim=(0, 1.02))  # fmt: skip
-report.figure("by_concept", figure)
+two = scored[scored["on"] == "two"].groupby(["weight", "size", "family", "method"])["precision"].mean()
+report.record(two_on={w: {s: {f: two[w, s, f].to_dict() for f in families} for s in sizes} for w in weights})
+two.unstack(["weight", "size", "family"]).round(3).sort_values(("W_V", sizes[-1], "prediction"))
 
 # %% [markdown]
-# ### Other ways to read a direction
+# The fit of one row again, here: directions of $W_V$, and whether it gives what the file has.
+
+# %%
+setting, way = chosen.loc[(live_size, "directions")]
+units = rivals.directions(story, live_weight, live_size, 0, json.loads(setting) | ({"steps": 20} if smoke else {}))
+d = units.fit
+assert d is not None
+x = {part: story.site(live_weight).x[part] for part in ("choose", "test")}
+z = units.scores(way, x)
+_, again, best_unit = rivals.resolved(story, z)
+filed = {family: by_seed(live_weight, live_size, "directions", family)[0].mean().item() for family in families}
+here = {family: again[numbers].mean().item() for family, numbers in families.items()}
+report.record(
+    again={"file": filed, "here": here},
+    error_of_uses=d.reconstruction_error(story.tokens["test"]),
+    live_setting=json.loads(setting),
+)
+pd.DataFrame({"file": filed, "here": here}).round(4)
+
+# %% [markdown]
+# ## Other ways to read a direction
 #
-# By its activation √(uᵀHu) at the predicting token, or the share of that among all directions; by its impact there
-# (mean |⟨g, u⟩| over two drawn references); by the contribution of each source token (the size of its use's
-# coefficient, mean over two draws); and by its reader, of either row. **One fit**, and fewer tokens, since outputs take
-# a pass each, hence only the concepts that hold for enough of these; the differences that count are those far above
-# the spread over seeds in the table before.
+# By its readers; by the size of its coefficient at the use, which knows what outputs ask; and by how far the output at
+# the token moves for a step along it. One fit, on fewer tokens, since outputs take a pass each.
 
 # %%
-d = fits["K", seeds[0]]
-few = {part: tokens[part][:few_windows] for part in known}
-rows_of = slice(0, few_windows * length)
-subset = {part: c.truth[rows_of] for part, c in known.items()}
-enough = torch.stack([(x.sum(0) >= least // 2) & ~x.all(0) for x in subset.values()]).all(0).nonzero()[:, 0].tolist()
-activation = {part: d.activation(x) for part, x in few.items()}
-contributed = {}
-for part, x in few.items():
-    again = [
-        study.positions.collect(written, x, parameters=d.target.names, pool=pool, seed=s, **drawn)[0] for s in (2, 3)
-    ]
-    contributed[part] = sum(study.positions.coefficients(d, u.alike()).abs() for u in again)
-
-
-def read(side: str) -> Scores:
-    return oriented({part: study.readings.read(d, x, side)[weights["K"]].flatten(0, 1) for part, x in few.items()})
-
-
-# %%
+few = {part: story.tokens[part][: 48 if not smoke else 6] for part in x}
+count = next(iter(few.values())).numel()
+subset = {part: story.known[part].truth[:count] for part in x}
+enough = torch.stack([(t.sum(0) >= story.least // 2) & ~t.all(0) for t in subset.values()]).all(0)
 ways = {
-    "activation √(uᵀHu)": activation,
-    "activation, share among directions": {part: normalize(x) for part, x in activation.items()},
-    "impact on the predicted token": {part: d.impact(x, references=2) for part, x in few.items()},
-    "contribution of the source token": contributed,
-    "reader": read("decoder"),
-    "reader, of the encoder": read("encoder"),
+    "reader of the decoder": {part: found[:count] for part, found in units.scores("decoder", x).items()},
+    "reader of the encoder": {part: found[:count] for part, found in units.scores("encoder", x).items()},
+    "coefficient of the use": {part: d.encode(found).abs() for part, found in few.items()},
+    "activation √(uᵀHu)": {part: d.activation(found) for part, found in few.items()},
 }
-rows = []
-for way, found in ways.items():
-    r = study.concepts.resolve(
-        (found["choose"], subset["choose"][:, enough]), (found["test"], subset["test"][:, enough])
-    )
-    of = {f: [j for j, i in enumerate(enough) if known["test"].families[i] == f] for f in families}
-    rows.append({"reading": way} | {f: r.single[j].mean().item() for f, j in of.items()})
-table = pd.DataFrame(rows)
-report.record(readings={row["reading"]: {f: row[f] for f in families} for row in rows}, readings_concepts=len(enough))
-report.table("readings", table).round(3)
+kept_numbers, rows = enough.nonzero()[:, 0].tolist(), []
+for name, found in ways.items():
+    one = study.concepts.resolve(*((found[part], subset[part][:, enough]) for part in ("choose", "test"))).single
+    of_family = {f: [j for j, i in enumerate(kept_numbers) if i in numbers] for f, numbers in families.items()}
+    rows.append({"reading": name} | {f: one[js].mean().item() for f, js in of_family.items()})
+table = report.table("readings", pd.DataFrame(rows))
+report.record(
+    readings={row["reading"]: {f: row[f] for f in families} for row in rows}, readings_concepts=len(kept_numbers)
+)
+table.round(3)
 
 # %% [markdown]
-# ## Selectivity: pushing along a unit
+# ## What gradients know and activations do not: behaviours in few directions
 #
-# At equal effect: pushed until the next-token distributions at a unit's strongest tokens (2%) have moved by 0.05 in
-# total variation on average (to 5% of that); selectivity is that over the mean change elsewhere. Both signs were tried
-# and the better one counts, for every method. There are two ways to push, and each has its opponent: a step of the
-# weights acts at every token, as adding an autoencoder's row at every position does; a *gated* step changes queries,
-# keys and values only of tokens that the direction reads (as much as 2% of validation tokens), as scaling an
-# autoencoder's unit acts only where it is on. Pushed are the first six units of every fit, whose order means nothing.
-# All moves are of this block or after it, so earlier blocks run once.
+# A behaviour is a set of tokens that the model is about to say, with half of its probability or more: a girl's name,
+# "and", a closing quotation mark. Its gradient is that of the mean log mass of the set, over the test tokens where the
+# model is about to show it. How much of its squared norm is in the span of the best 1, 5 or 20 rows of a dictionary,
+# each a change of rank one? An autoencoder's row and a cluster of inputs write what is asked, on average, where they
+# are on. No rows of rank one can hold more than the gradient's own singular directions.
 
 # %%
-windows = tokens["test"][: 8 if smoke else 24]
-with torch.no_grad():
-    entering = written(windows, stop_at_layer=layer)
-probe = story_units.FromBlock(written, entering, probabilities, layer)
-rows_of = slice(0, windows.numel())
-
-
-def pushes(key: str, moves: list[Move], found: torch.Tensor, seed: int) -> list[dict]:
-    rows = []
-    for unit, move in enumerate(moves):
-        on = story_units.strongest(found[rows_of][:, unit], share)
-        at, others = probe.among(on), {"others": probe.among(~on)}
-        push = push_either_way(at, others, move, level, by="others", first=1.0, tolerance=0.05) if on.any() else None
-        rows.append({"units": key, "seed": seed, "unit": unit, "selectivity": push and push.selectivity("others")})
-    return rows
-
-
-def steering(site: str, seed: int, how: str) -> list[Move]:
-    def move(unit: int) -> Move:
-        return lambda delta: autoencoders[site, seed].steered(written, sites[site], {unit: delta}, how=how)
-
-    return [move(unit) for unit in range(pushed)]
-
-
-def gates(seed: int) -> list[Move]:
-    d, x, rows = fits["Q, K, V", seed], met["choose"][sites["attention input"]], reader["Q, K, V", seed][:, 0]
-    rows = rows * torch.where((x @ rows.T).pow(3).sum(0) < 0, -1.0, 1.0).unsqueeze(1)
-    least_on = (x @ rows.T).quantile(1 - share, dim=0).tolist()
-    return [story_units.gated(d, layer, u, rows[u], least_on[u]) for u in range(pushed)]
-
+shared = [
+    name for name in behaviours.columns if name not in ("weight", "size", "kind", "seed", "label", "setting", "rows")
+]
+behaviours["held"] = behaviours[shared].mean(axis=1)
+held = behaviours.groupby(["weight", "size", "label", "rows"])["held"]
+report.table("behaviours", behaviours)
+own = {}
+for weight in weights:
+    g = story.gradients["test", weight].unflatten(1, (64, 64))
+    energy = torch.linalg.svdvals(g).square()
+    own[weight] = {n: (energy[:, :n].sum(1) / energy.sum(1)).mean().item() for n in counts}
+report.record(
+    behaviours_told=len(shared), own=own,
+    behaviours={w: {s: {m: {n: results.spread(held.get_group((w, s, m, n)).tolist()) for n in counts}
+                        for m in held.mean()[w, s].index.unique(0)} for s in sizes} for w in weights},
+)  # fmt: skip
+held.mean().unstack(["weight", "size", "rows"]).round(3)
 
 # %%
 rows = []
-for seed in seeds:
-    rows += pushes("ours, Q, K, V, gated", gates(seed), scores["ours, Q, K, V", seed]["test"], seed)
-    for key in ("K", "Q, K, V"):
-        moves = [along(fits[key, seed], u) for u in range(pushed)]
-        rows += pushes(f"ours, {key}", moves, scores[f"ours, {key}", seed]["test"], seed)
-    for site, how in (("residual stream", "add"), ("residual stream", "scale"), ("attention output", "add")):
-        rows += pushes(f"SAE, {site}, {how}", steering(site, seed, how), scores[f"SAE, {site}", seed]["test"], seed)
-d = fits["K", seeds[0]]
-flat = ed.Decomposition(d.target, d.settings, random_d, random_d, None, pool, d.history)
-moves = [along(flat, u) for u in range(pushed)]
-rows += pushes("random, K", moves, along_readers(readers(flat, "K"))["test"], seeds[0])
-table = pd.DataFrame(rows).astype({"selectivity": float})
-report.table("selectivity", table)
-by_seed = table.groupby(["units", "seed"])["selectivity"].median().unstack(0)
+for (weight, size, label), part in behaviours.query("rows == 5 and label != 'directions'").groupby(
+    ["weight", "size", "label"]
+):
+    mine = behaviours.query("rows == 5 and label == 'directions' and weight == @weight and size == @size")
+    gap = study.concepts.paired(torch.tensor(mine[shared].to_numpy()), torch.tensor(part[shared].to_numpy()))
+    rows.append({"weight": weight, "size": size, "opponent": label} | vars(gap))
+held_gaps = report.table("behaviours_gaps", pd.DataFrame(rows))
 report.record(
-    selectivity={
-        key: results.spread(by_seed[key].dropna().tolist()) for key in by_seed if bool(by_seed[key].notna().any())
-    },
-    not_reached=table[table.selectivity.isna()].groupby("units").size().to_dict(),
-    pushed_units=table.groupby("units").size().to_dict(),
-)
-by_seed.T.round(2)
-
-# %% [markdown]
-# Medians over the units of a fit that reach the level. One point is a unit, the line their median.
+    behaviours_gaps={w: {s: {r["opponent"]: {k: r[k] for k in ("mean", "low", "high", "error")}
+                             for _, r in one.iterrows()} for s, one in whole.groupby("size")}
+                     for w, whole in held_gaps.groupby("weight")}
+)  # fmt: skip
+held_gaps.round(3)
 
 # %%
-figure, (ax,) = plots.panels(1, 1, width=plots.PAGE * 0.7, height=2.2)
-order = list(table.groupby("units")["selectivity"].median().sort_values().index)
-for place, key in enumerate(order):
-    values = table[table.units == key]["selectivity"].dropna()
-    ax.plot(values, [place] * len(values), "o", ms=3, alpha=0.6, color=color(key), mew=0)
-    ax.plot(values.median(), place, "|", color="black", ms=14, mew=1.6)
-ax.set(yticks=range(len(order)), yticklabels=order, xscale="log", xlabel="change where meant / change elsewhere")
-ax.set_ylim(-0.6, len(order) - 0.4)
-report.figure("selectivity", figure)
+lines = ["directions", "k-means of gradients", "k-means of inputs", "SAE", "single gradients", "PCA of gradients",
+         "random rows"]  # fmt: skip
+told = {"SAE": "SAE rows", "random rows": "random rank one", "single gradients": "random single gradients"}
+figure, axes = plots.panels(1, 2 * len(sizes), height=2.5, sharey=True)
+for ax, (weight, size) in zip(axes, [(w, s) for w in weights for s in sizes], strict=True):
+    ends = []
+    for method in lines:
+        found = [held.get_group((weight, size, method, n)) for n in counts]
+        ax.plot(counts, [y.mean() for y in found], "o-", color=tint[method], ms=3, lw=1.2)
+        for n, y in zip(counts, found, strict=True):
+            ax.plot([n, n], [y.min(), y.max()], color=tint[method], lw=2.5, alpha=0.5)
+        ends.append((found[-1].mean(), method))
+    ax.set(title=f"{weight}, of {size} rows", xscale="log", xticks=counts, xticklabels=counts,
+           xlabel="rows used")  # fmt: skip
+    ax.minorticks_off()
+    last = -1.0
+    for value, method in sorted(ends) if ax is axes[-1] else ():
+        last = max(value, last + 0.022)
+        ax.annotate(told.get(method, method), (counts[-1], last), xytext=(5, 0), textcoords="offset points",
+                    va="center", size=6.5, color=tint[method], annotation_clip=False)  # fmt: skip
+axes[0].set(ylabel="share of a behaviour's gradient", ylim=(0, None))
+report.figure("behaviours", figure)
 
 # %% [markdown]
-# ## Purity, and stability over seeds
+# ## In which heads a behaviour lies, checked by ablation
 #
-# Purity: of a unit's 20 strongest test tokens, the largest share of one concept (among those true of at most 5% of the
-# tokens), mean over units. Stability: the share of units that have a match of cosine ≥ 0.8 in another run: over all
-# the decomposed weights for ours, decoder rows for autoencoders.
+# Each behaviour's gradient in all attention weights of all blocks is split by head. The check: a head's output is
+# replaced by its mean, and the behaviour's mean log mass falls by so much, on test tokens where the model is about to
+# show it. Five heads that hold most of its gradient, beside the five that hold most of all behaviours' together, and
+# five of any: if the gradient knows *which* heads, its own five cost more than those of all.
 
 # %%
-pure = {
-    key: [study.concepts.purity(found["test"], known["test"].truth).mean().item()
-          for (name, _), found in scores.items() if name == key]
-    for key in dict.fromkeys(name for name, _ in scores)
-}  # fmt: skip
-pairs = [(s, t) for s in seeds for t in seeds if s != t] or [(seeds[0], seeds[0])]
-
-
-def rows_of_fit(key: str, seed: int) -> torch.Tensor:
-    return fits[key, seed].decoder.flat() if key in dictionaries else autoencoders[key, seed].decoder
-
-
-places = {"ours, K": "K", "ours, Q, K, V": "Q, K, V"} | {f"SAE, {site}": site for site in sites}
-stable = {
-    label: [story_units.found_again(rows_of_fit(key, s), rows_of_fit(key, t)) for s, t in pairs]
-    for label, key in places.items()
-}
-of_readers = [story_units.found_again(reader["K", s][:, 0], reader["K", t][:, 0]) for s, t in pairs]
+energy = story_heads.energy(story, "test")  # (behaviours, blocks · heads), shares
+general = energy.mean(0)
+drop = story_heads.drops(story, "test")  # (behaviours, blocks · heads)
+own_heads = energy.topk(top_heads, 1).indices
+general_heads = general.topk(top_heads).indices
+of_own = drop.gather(1, own_heads).mean(1)
+of_general = drop[:, general_heads].mean(1)
+specific = [story_heads.rank_correlation(energy[b] / general, drop[b]) for b in range(len(drop))]
+alike = [story_heads.rank_correlation(energy[b], drop[b]) for b in range(len(drop))]
+difference = of_own - of_general
 report.record(
-    purity={key: results.spread(values) for key, values in pure.items()},
-    stability={key: results.spread(values) for key, values in stable.items()},
-    stability_of_readers=results.spread(of_readers),
-)
-table = pd.DataFrame({"purity": {k: sum(v) / len(v) for k, v in pure.items()},
-                      "stability": {k: sum(v) / len(v) for k, v in stable.items()}})  # fmt: skip
-report.table("purity", table.rename_axis("units").reset_index()).round(3)
+    heads={
+        "own five": of_own.mean(), "general five": of_general.mean(), "any five": drop.mean(),
+        "own less general": {"mean": difference.mean(), "error": results.error_of_mean(difference)},
+        "rank correlation": results.spread(alike), "rank correlation, specific": results.spread(specific),
+        "share of the first": energy.amax(1).mean(),
+        "for half": study.scores.fewest(energy, 0.5).double().mean(), "behaviours": len(drop), "of": energy.shape[1],
+    }
+)  # fmt: skip
+report.values["heads"]
 
 # %%
-figure, axes = plots.panels(1, 2, height=2.1)
-for ax, (title, values) in zip(axes, {"purity": pure, "stability": stable}.items(), strict=True):
-    labels = [key for key in values if "threshold" not in key]
-    for place, key in enumerate(labels):
-        found = values[key]
-        ax.barh(place, sum(found) / len(found), color=color(key), height=0.7)
-        ax.plot(found, [place] * len(found), "o", color="black", ms=2.5)
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set(xlabel=title, xlim=(0, 1))
-report.figure("purity", figure)
+order_b = (energy @ torch.arange(float(energy.shape[1]))).argsort()
+labels = list(story.behaving["test"])
+picked = (energy / general).amax(0).topk(24).indices.sort().values
+figure, axes = plots.panels(1, 2, height=4.2)
+titles = ("share of the gradient in a head", "loss of log mass when the head is ablated")
+for ax, values, title in zip(axes, (energy, drop.clamp_min(0)), titles, strict=True):
+    scale = values[:, picked] / values.amax(1, keepdim=True).clamp_min(1e-9)
+    rows_told = [labels[b] for b in order_b.tolist()] if ax is axes[0] else []
+    columns = [f"{int(h) // 16}.{int(h) % 16}" for h in picked]
+    plots.heat(ax, scale[order_b], signed=False, rows=rows_told, columns=columns, label="of its largest")
+    ax.set(title=title, xlabel="block.head")
+    ax.tick_params(labelsize=5.5)
+report.figure("ablation", figure)
+
+# %% [markdown]
+# ## Does a direction keep to a head?
+#
+# The largest share of a direction's squared norm in one head, beside single uses and random directions; with rank one
+# of the matrix, so that nothing asks for it.
+
+# %%
+rows = []
+for weight in weights:
+    site = story.site(weight)
+    made = units if weight == live_weight else rivals.directions(story, weight, live_size, 0, json.loads(setting))
+    draw = torch.Generator().manual_seed(0)
+    writers = {
+        "directions": made.writers,
+        "single uses": site.asked[::50],
+        "random": torch.randn(500, 64, generator=draw),
+    }
+    for name, writer in writers.items():
+        assert writer is not None
+        part = writer.unflatten(1, (16, 4)).square().sum(2)
+        largest = (part / part.sum(1, keepdim=True)).amax(1)
+        rows.append({"weight": weight, "of": name, "median": largest.median().item()})
+table = report.table("heads", pd.DataFrame(rows))
+report.record(largest_head={w: dict(zip(p["of"], p["median"], strict=True)) for w, p in table.groupby("weight")})
+table.pivot(index="of", columns="weight", values="median").round(2)
 
 # %% [markdown]
 # ## What directions look like
 #
-# The draft's table: the tokens at which a direction of $W_K$ reads most on test stories, and the next tokens that a
+# The draft's table: the tokens at which a direction of $W_V$ reads most on test stories, and the next tokens that a
 # push promotes and suppresses there. Shown are the ten with the best concepts by their precision on these same stories,
-# so they are the best face of one fit; all hundred are in `figures/tinystories_directions.csv`.
+# so they are the best face of one fit; all are in `figures/tinystories_directions.csv`.
 
 # %%
-d, found = fits["K", seeds[0]], scores["ours, K", seeds[0]]["test"]
-precision = study.concepts.average_precision(found, known["test"].truth)
-best, which = precision.max(1)
+layer = int(rivals.SITES[live_weight].split(".")[1])
+windows = story.tokens["test"][: 8 if smoke else 24]
+with torch.no_grad():
+    entering = story.model(windows, stop_at_layer=layer)  # pyright: ignore[reportCallIssue]
+probe = story_units.FromBlock(story.model, entering, probabilities, layer)
+rows_of, known = slice(0, windows.numel()), story.known["test"]
+precision, which = study.concepts.average_precision(z["test"], known.truth).max(1)
 strength = story_units.heads(d)
 rows = []
-for unit in range(n_directions):
-    on = story_units.strongest(found[rows_of][:, unit], share)
+for unit in range(live_size if not smoke else 4):
+    on = story_units.strongest(z["test"][rows_of][:, unit], share)
     up, down = story_units.promoted(probe, along(d, unit), 4.0, on)
-    seen = story_units.contexts(tokens["test"], found[:, unit], 6)
-    top_heads = strength[unit].topk(3)
+    head = strength[unit].topk(3)
+    seen = story_units.contexts(story.tokens["test"], z["test"][:, unit], 6)
     rows.append({
-        "direction": unit, "concept": known["test"].names[int(which[unit])], "precision": best[unit].item(),
-        "contexts": " / ".join(story_units.bold(c) for c in seen), "promotes": " · ".join(up),
-        "suppresses": " · ".join(down),
-        "heads": ", ".join(f"{h} ({v:.0%})" for v, h in zip(*(x.tolist() for x in top_heads), strict=True)),
+        "direction": unit, "concept": known.names[int(which[unit])], "precision": precision[unit].item(),
+        "contexts": " / ".join(story_units.bold(c) for c in seen),
+        "promotes": " · ".join(up), "suppresses": " · ".join(down),
+        "heads": ", ".join(f"{h} ({v:.0%})" for v, h in zip(*(y.tolist() for y in head), strict=True)),
     })  # fmt: skip
 directions = report.table("directions", pd.DataFrame(rows))
-shown = directions.sort_values("precision", ascending=False).drop_duplicates("concept").head(10)
-shown = shown.assign(contexts=[" <br> ".join(c.split(" / ")[:4]) for c in shown.contexts])
-display(Markdown(story_units.markdown(shown, ["direction", "concept", "contexts", "promotes", "suppresses", "heads"])))
+best = directions.sort_values("precision", ascending=False).drop_duplicates("concept").head(10)
+best = best.assign(contexts=[" <br> ".join(c.split(" / ")[:4]) for c in best.contexts])
+display(Markdown(story_units.markdown(best, ["direction", "concept", "contexts", "promotes", "suppresses", "heads"])))
 
 # %% [markdown]
-# The heads that directions use: the share of each direction's squared norm in every head of $W_K$.
-
-# %%
-report.record(largest_head_share=results.spread([strength.amax(1).median().item()]),
-              heads_for_90_percent=study.scores.fewest(strength).double().mean())  # fmt: skip
-figure, (ax,) = plots.panels(1, 1, width=plots.PAGE * 0.75, height=2.2)
-order = strength.argmax(1).argsort(stable=True)
-plots.heat(ax, strength[order].T, signed=False, rows=[str(h) for h in range(strength.shape[1])],
-           label="share of squared norm")  # fmt: skip
-ax.set(xlabel=f"{n_directions} directions of W_K, by their largest head", ylabel="head")
-report.figure("heads", figure)
-
-# %% [markdown]
-# ## A story changed by pushing a direction
+# ## Selectivity of pushes
 #
-# Of the directions of $Q$, $K$ and $V$, the one that changes most what this prompt goes on with, "girl" or "boy", when
-# moved either way by a step of ten. The same random numbers draw every story. The best of a hundred: an example of what
-# a direction can do, not of what they all do.
+# A unit is pushed until next-token distributions at its strongest tokens (2%) have moved by 0.05 in total variation;
+# selectivity is that over the mean change elsewhere, with the better sign. A step of the weights acts at every token,
+# as adding an autoencoder's decoder row to what arrives does; scaling the autoencoder's unit acts only where it is on.
+# The first units of one fit each.
 
 # %%
-d, prompt = fits["Q, K, V", seeds[0]], "Once upon a time, there was a little"
-ids = [stories.END_ID, *stories.load_tokenizer().encode(prompt)]
-asked = Probe(written, torch.tensor([ids]), view=probabilities)
-girl, boy = (stories.load_tokenizer().encode(word)[0] for word in (" girl", " boy"))
+module = f"{rivals.SITES[live_weight]}.ln1"
+sae_setting = json.loads(chosen.loc[(live_size, "SAE, before its threshold"), "setting"])
+sae = study.autoencoders.train(
+    story.site(live_weight).x["fit"],
+    live_size,
+    sae_setting["kept"],
+    seed=0,
+    steps=20 if smoke else sae_setting["steps"],
+)
+open_scores = sae.before_threshold(x["test"])
 
 
-def turned(unit: int) -> float:
-    change = asked.change(along(d, unit), 10.0)[-1] - asked.change(along(d, unit), -10.0)[-1]
-    return (change[girl] - change[boy]).abs().item()
+def steering(unit: int, how: Any) -> Move:
+    return lambda delta: sae.steered(story.model, module, {unit: delta}, how=how)
 
 
-unit, told = max(range(n_directions), key=turned), {}
-for delta in (-10.0, 0.0, 10.0):
-    with d.perturbed({unit: delta}) as changed:
-        told[delta] = stories.continued(changed, prompt, 12 if smoke else 60, seed=1)
-report.record(pushed_story={"unit": unit, "texts": {f"{delta:+g}": text for delta, text in told.items()}})
-display(Markdown("\n\n".join(f"**δ = {delta:+.0f}.** {text}" for delta, text in told.items())))
-
-# %% [markdown]
-# ## What it depends on
-#
-# $W_K$ alone, units chosen on validation stories and scored on test stories. **One fit a row** (seed 100): differences
-# of a hundredth or two, as between seeds in the table of concepts, mean nothing. Other references, and the weights as
-# they were trained, are fitted on half of the windows: their opponent is the second row, not the first. A reader is
-# applied to what arrives in the layer that it was fitted in.
+moves = {
+    "directions": ([along(d, u) for u in range(pushed)], z["test"]),
+    "SAE, row added": ([steering(u, "add") for u in range(pushed)], open_scores),
+    "SAE, unit scaled": ([steering(u, "scale") for u in range(pushed)], open_scores),
+}
 
 # %%
-halved = tokens["fit"][: fit_windows // 2]
-variants = {
-    "as above": (of_fit, {}),
-    "half of the windows": (of_fit.first(len(halved)), {}),
-    "half as many kept": (of_fit, {"sparsity": ed.BatchTopK(kept / 2 / n_directions)}),
-    "rank 2": (of_fit, {"rank": 2}), "tied": (of_fit, {"tied": True}),
-}  # fmt: skip
-kinds = {"mean output": ed.Mean(), "model-drawn": ed.ModelSample()}
-if smoke:
-    variants, kinds = {"rank 2": variants["rank 2"]}, {"mean output": kinds["mean output"]}
-for label, kind in kinds.items():
-    other, _ = study.positions.collect(written, halved, divergence=kl, reference=kind, parameters=[weights["K"]])
-    variants[f"reference: {label}"] = (other, {"reference": kind})
-plain, _ = study.positions.collect(model, halved, parameters=[weights["K"]], pool=pool, **drawn)
-variants["as the weights were trained"] = (plain, {})
-variants["gradients at their own norms"] = (of_fit, {"alike": False})
-
-# %%
-as_trained = {
-    part: stories.activations(model, tokens[part], [sites["attention input"]])[sites["attention input"]]
-    for part in known
-}  # fmt: skip
 rows = []
-for label, (found_uses, changes) in variants.items():
-    d = decompose(found_uses, ["K"], 100, **changes)
-    r = resolve(along_readers(readers(d, "K"), as_trained if d.target.model is model else arriving))
-    rows.append({"setting": label} | {family: r.single[of].mean().item() for family, of in families.items()})
-settings = pd.DataFrame(rows)
-report.record(settings={row["setting"]: {f: row[f] for f in families} for row in rows})
-report.table("settings", settings).round(3)
+for name, (several, strong) in moves.items():
+    for unit, move in enumerate(several):
+        on = story_units.strongest(strong[rows_of][:, unit], share)
+        at, others = probe.among(on), {"others": probe.among(~on)}
+        push = push_either_way(at, others, move, level, by="others", first=1.0, tolerance=0.05)
+        rows.append({"units": name, "unit": unit, "selectivity": push and push.selectivity("others")})
+table = report.table("selectivity", pd.DataFrame(rows).astype({"selectivity": float}))
+reached = table.dropna().groupby("units")["selectivity"]
+report.record(
+    selectivity=reached.median().to_dict(),
+    reached=reached.size().to_dict(),
+    pushed_units=pushed,
+)
+reached.median().round(2)
 
 # %% [markdown]
-# ## Every block at once
+# ## The draft's own setting: outputs as samples
 #
-# All attention and MLP weights of the eight blocks, 393,216 numbers: no gradient is formed, and a use is a token with
-# its inputs and output gradients in all 48 weights. The layers are as they were trained: with standard inputs the
-# first block's $W_O$, whose inputs are small, would hold three quarters of a use's gradient. One fit; its error is on
-# the 4,000 uses that it was fitted to.
+# As in the draft: $W_K$ of a middle block, KL divergence, an output for a sample, 10 and 100 directions of rank one by
+# head, a tenth of the coefficients kept. Beside it principal components of 1,024 training gradients and random
+# directions with as many coefficients, refitted by least squares, which ours are not.
 
 # %%
-of_all, all_pool = study.positions.collect(
-    model, tokens["fit"][: fit_windows // 16], divergence=kl, reference=reference,
-    parameters=["blocks.*.attn.W_*", "blocks.*.mlp.W_*"],
-)  # fmt: skip
-whole = study.positions.decompose(
-    of_all.alike(), all_pool, divergence=kl, reference=reference, n_directions=n_directions // 2,
-    sparsity=ed.BatchTopK(0.1), steps=max(2, steps // 2), batch_size=64, learning_rate=learning_rate,
-)  # fmt: skip
-error, on = study.positions.reconstruction_error(whole, of_all.alike())
-part = whole.decoder.norms(by_tensor=True).square()
-report.record(every_block={"weights": len(of_all.rows), "parameters": whole.target.size, "error": error, "kept": on})
-print(f"{whole.target.size:,} parameters, error {error:.3f} with {on:.1f} coefficients a use")
+name_k = f"{rivals.SITES['W_K']}.attn.W_K"
+short = {part: found[:, :16] for part, found in story.tokens.items()}
 
-# %%
-places = [(int(n.split(".")[1]), n.split(".")[-1]) for n in whole.decoder.shapes]
-kinds = ["W_Q", "W_K", "W_V", "W_O", "W_in", "W_out"]
-grid = torch.stack([part[:, [places.index((block, kind)) for kind in kinds]] for block in range(8)], 1)
-of_block = grid.sum(2)
-order = (of_block @ torch.arange(8.0)).argsort()
-figure, (left, right) = plots.panels(1, 2, height=2.2, width_ratios=[2, 1])
-plots.heat(left, of_block[order].T, signed=False, rows=[str(b) for b in range(8)], label="share of squared norm")
-left.set(xlabel=f"{len(order)} directions, by their mean block", ylabel="block")
-plots.heat(right, grid.mean(0), signed=False, rows=[str(b) for b in range(8)],
-           columns=[kind.replace("W_", "") for kind in kinds], label="mean share")  # fmt: skip
-report.figure("blocks", figure)
+
+def draft(n: int) -> ed.Decomposition:
+    return ed.decompose(
+        story.model, short["fit"], divergence=ed.KLDivergence(), reference=ed.OtherSample(), parameters=[name_k],
+        n_directions=n, sparsity=ed.BatchTopK(0.1), steps=steps_drafted, batch_size=batch_drafted, progress=False,
+    )  # fmt: skip
+
+
+drafts, some = {n: draft(n) for n in (10, 100)}, short["test"][:64]
+g = study.scores.gradient_rows(drafts[10], some)
+principal = study.floors.principal_directions(study.scores.gradient_rows(drafts[10], short["fit"][:64]), 100)
+random = study.floors.random_directions(drafts[10].decoder.shapes, 100, 1, seed=0).flat()
+errors = {
+    n: {"ours": one.reconstruction_error(some), "PCA": study.floors.sparse_error(g, principal[:n], 0.1 * n),
+        "random": study.floors.sparse_error(g, random[:n], 0.1 * n)}
+    for n, one in drafts.items()
+}  # fmt: skip
+report.record(draft_error=errors)
+pd.DataFrame(errors).T.rename_axis("directions").round(3)
 
 # %% [markdown]
 # ## A page to look at
 #
-# `figures/tinystories_browse.html` shows the directions of $W_K$ on test stories.
+# `figures/tinystories_browse.html` shows the live directions on test stories.
 
 # %%
-d = fits["K", seeds[0]]
 page = results.folder() / "tinystories_browse.html"
-z = d.encode(few["choose"][:16]).abs()
-d.browse(few["test"][: 4 if smoke else 20], page, title="Directions of a story model's W_K",
-         names=stories.readable, threshold=z.flatten().quantile(0.95).item(), references=4)  # fmt: skip
+strong = d.encode(story.tokens["choose"][:16]).abs()
+d.browse(story.tokens["test"][: 4 if smoke else 20], page, title="Directions of a story model's W_V",
+         names=stories.readable, threshold=strong.flatten().quantile(0.95).item(), references=4)  # fmt: skip
 f"{page.stat().st_size / 1e6:.1f} MB"
+
+# %% [markdown]
+# ## What holds
+
+# %%
+for weight in weights:
+    for size in sizes:
+        for family in families:
+            for other in ("SAE, code", "SAE, before its threshold", "SAE, decoder rows", "k-means of inputs",
+                          "k-means of gradients", "training inputs", "random rows"):  # fmt: skip
+                gap = report.values["gaps"][weight][str(size)][family][other]
+                text = f"{size} directions of {weight} resolve {family} better than {called.get(other, other)}"
+                report.claim(f"{family}, {weight}, {size}, {other}", text, gap["mean"], ">", 0, gap["error"])
+        for other in lines[1:]:
+            gap = report.values["behaviours_gaps"][weight][str(size)][other]
+            text = f"five of {size} directions of {weight} hold more of a behaviour than {told.get(other, other)}"
+            report.claim(f"behaviours, {weight}, {size}, {other}", text, gap["mean"], ">", 0, gap["error"])
+gap = report.values["heads"]["own less general"]
+text = "ablating the five heads with most of a behaviour's gradient costs it more than those of all behaviours"
+report.claim("heads", text, gap["mean"], ">", 0, gap["error"])
+pd.DataFrame([{"claim": c.statement, "difference": c.quantity, "margin": c.margin, "holds": c.verdict}
+              for c in report.claims.values()]).round(3)  # fmt: skip
 
 # %%
 report.write().name

@@ -2,13 +2,13 @@
 
 from eigendecomp.study import (
     autoencoders,
+    clusters,
     concepts,
     criteria,
     floors,
     jacobians,
     maps,
     moves,
-    positions,
     rates,
     readings,
     recovery,
@@ -18,13 +18,13 @@ from eigendecomp.study import (
 
 __all__ = [
     "autoencoders",
+    "clusters",
     "concepts",
     "criteria",
     "floors",
     "jacobians",
     "maps",
     "moves",
-    "positions",
     "rates",
     "readings",
     "recovery",

@@ -5,17 +5,25 @@ these uses. Each term is a product of what arrives there, met by the direction's
 of what is asked of the output, met by its output-side factor, its *writer*.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from eigendecomp.decomposition import CHUNK, Decomposition
+from eigendecomp.decomposition import CHUNK, Data, Decomposition, capture
 from eigendecomp.directions import Directions
+from eigendecomp.divergence import Divergence
 from eigendecomp.factored.source import Axes, CapturedSource
 from eigendecomp.factored.terms import Factored
-from eigendecomp.reference import Draws
+from eigendecomp.factored.uses import UseSource
+from eigendecomp.reference import Draws, Mean, Reference
+from eigendecomp.settings import Settings
+from eigendecomp.sparsity import BatchTopK
 from eigendecomp.support.examples import Inputs, as_examples, chunks
 from eigendecomp.support.random import generator
+from eigendecomp.target import Target, patterns
 
 
 def contributions(d: Decomposition, inputs: Inputs, seed: int = 0) -> dict[str, Float[Tensor, "n t v"]]:
@@ -47,6 +55,46 @@ def _placed(terms: Float[Tensor, "n t v"], positions: int) -> Float[Tensor, "n t
         return terms
     own = torch.eye(positions, dtype=terms.dtype, device=terms.device)
     return (terms.unflatten(0, (-1, positions)) * own.unsqueeze(-1)).flatten(0, 1)
+
+
+@torch.no_grad()
+def factors(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    divergence: Divergence,
+    parameters: Sequence[str],
+    reference: Reference | None = None,
+    scale: Literal["unit"] | None = None,
+    group: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> dict[str, tuple[Float[Tensor, "n i"], Float[Tensor, "n o"]]]:
+    """What arrives and what is asked at every use: {parameter: (inputs, output gradients)}, example by example.
+
+    Their outer products are the gradients that ``ed.decompose(..., samples="uses")`` rebuilds; see there for the
+    settings. Where a parameter's output has several axes they are flattened in their order.
+
+    Raises:
+        ValueError: if a parameter is not a weight that multiplies once at every position.
+    """
+    settings = Settings(
+        divergence, Mean() if reference is None else reference, patterns(parameters), n_directions=1,
+        rank=1, factorization="cp", tied=True, sparsity=BatchTopK(1.0), steps=1, batch_size=1, learning_rate=1.0,
+        seed=seed, samples="uses", scale=scale, group=group,
+    )  # fmt: skip
+    target = Target(model, settings.parameters, settings.group)
+    data = Data.read(target, inputs, settings)
+    source, noise = capture(target, data.probe, settings), generator(seed, "references")
+    assert isinstance(source, UseSource)
+    if several := [name for name, uses in source.axes.items() if len(uses) != 1]:
+        raise ValueError(f"{several[0]!r} multiplies more than once at a position; leave it out")
+    pieces: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in source.axes}
+    for part in chunks(as_examples(inputs), CHUNK):
+        draws = data.draws.again((len(part[0]), source.captured.outputs[0]), 1, noise)
+        for name, ((x, asked),) in source.factors(part, draws).items():
+            pieces[name].append((x.flatten(0, 1), asked[0].flatten(0, 1)))
+    return {name: (torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
+            for name, pairs in pieces.items()}  # fmt: skip
 
 
 def readers(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, Float[Tensor, "v k i"]]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from eigendecomp.study.concepts import average_precision, oriented, purity, resolve
+from eigendecomp.study.concepts import average_precision, oriented, paired, purity, resolve
 
 
 @given(st.integers(2, 40), st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(0, 10**6))
@@ -85,3 +85,23 @@ def test_purity_is_the_share_of_the_strongest_samples_of_one_rare_concept():
     assert purity(scores, concepts, top=8).tolist() == [1.0, 0.5, 0.0]
     with pytest.raises(ValueError, match="more than 1%"):
         purity(scores, concepts, most=0.01)
+
+
+def test_a_difference_on_the_same_concepts_and_its_interval() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.rand(1, 60, generator=generator)  # what both find hard cancels
+    mine = hard + 0.05 + 0.01 * torch.randn(3, 60, generator=generator)
+    theirs = hard + 0.01 * torch.randn(3, 60, generator=generator)
+    gap = paired(mine, theirs)
+    assert gap.mean == pytest.approx((mine.mean() - theirs.mean()).item())
+    assert gap.low < gap.mean < gap.high and gap.low > 0.04 and gap.high < 0.06
+    none = paired(theirs, theirs)
+    assert none.mean == 0 and none.low <= 0 <= none.high
+    one = paired(mine[:1], theirs)  # seeds may differ in number
+    assert one.error > 0
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    flat = torch.full((4, 30), 0.5)
+    apart = flat + torch.tensor([-0.1, -0.05, 0.05, 0.1]).unsqueeze(1)
+    assert paired(apart, flat).error > 0.02 > paired(flat, flat).error

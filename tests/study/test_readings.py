@@ -86,3 +86,34 @@ def test_a_bias_has_no_positions() -> None:
         readings.contributions(d, x)
     with pytest.raises(ValueError, match="side='left'"):
         readings.read(d, x, "left")
+
+
+def test_factors_are_those_of_single_uses_and_sum_to_gradients() -> None:
+    model, x = Heads().eval(), torch.randn(5, 6, 5)
+    group = {"W_[KV]": "head model d -> (head d) model"}
+    found = readings.factors(model, x, divergence=ed.KLDivergence(), parameters=["W_K", "W_V"], group=group)
+    with torch.no_grad():
+        mean = model(x).softmax(-1).flatten(0, 1).mean(0)
+    model.requires_grad_()
+    for i in range(len(x)):  # one example at a time
+        loss = -(mean * model(x[i : i + 1]).log_softmax(-1)).sum()
+        for name, g in zip(("W_K", "W_V"), torch.autograd.grad(loss, [model.W_K, model.W_V]), strict=True):
+            arrived, asked = (side.unflatten(0, (5, 6))[i] for side in found[name])
+            torch.testing.assert_close(arrived, x[i])
+            torch.testing.assert_close(torch.einsum("ti,to->oi", arrived, asked), g.movedim(2, 1).flatten(0, 1))
+
+
+def test_factors_at_unit_norm_have_the_coefficients_of_the_front_door() -> None:
+    model, x = Heads().eval(), torch.randn(5, 6, 5)
+    options = {"divergence": ed.KLDivergence(), "parameters": ["W_V"], "scale": "unit"}
+    ((arrived, asked),) = readings.factors(model, x, **options).values()
+    torch.testing.assert_close(arrived.norm(dim=1) * asked.norm(dim=1), torch.ones(30))
+    d = ed.decompose(model, x, samples="uses", n_directions=3, steps=2, progress=False, tied=True, **options)
+    rows = d.directions()["W_V"].movedim(3, 2).flatten(1, 2)  # (v, out, in)
+    torch.testing.assert_close(d.encode(x), torch.einsum("ni,no,voi->nv", arrived, asked, rows))
+
+
+def test_factors_refuse_what_does_not_multiply() -> None:
+    with pytest.raises(ValueError, match=r"0\.bias"):
+        model = nn.Sequential(nn.Linear(5, 4))
+        readings.factors(model, torch.randn(8, 6, 5), divergence=ed.KLDivergence(), parameters=["*"])

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 import eigendecomp as ed
-from eigendecomp.study import autoencoders, editors, positions, readings
+from eigendecomp.study import autoencoders, editors, readings
 from eigendecomp.study.edits import Behaviour, Bench, log_probabilities
 from eigendecomp.study.moves import Probe
 from eigendecomp.support.examples import as_examples
@@ -116,7 +116,7 @@ class Workshop:
 
     def reseeded(self, seed: int, sizes: Mapping[str, int]) -> Workshop:
         """The same model and stories, with fits of another seed, of one size for each kind of dictionary."""
-        _ = self.site, self._uses, self.shown  # made once, for all seeds
+        _ = self.site, self.shown  # made once, for all seeds
         other = copy.copy(self)
         for name in ("rows", "fishers", "_autoencoders"):
             other.__dict__.pop(name, None)
@@ -128,19 +128,11 @@ class Workshop:
     @cached_property
     def site(self) -> editors.Site:
         """What arrives at the weight, and what draws of the model's own outputs ask of it."""
-        uses, _ = self._collected(ed.ModelSample())
-        return editors.Site(uses.data[self.weight], uses.asked[self.weight])
-
-    @cached_property
-    def _uses(self) -> tuple[positions.Uses, Tensor]:
-        """The gradients that directions rebuild, which draw nothing at random."""
-        return self._collected(ed.Mean())
-
-    def _collected(self, reference: Any) -> tuple[positions.Uses, Tensor]:
-        return positions.collect(
-            self.model, self.tokens["train"], divergence=ed.KLDivergence(), reference=reference,
+        found = readings.factors(
+            self.model, self.tokens["train"], divergence=ed.KLDivergence(), reference=ed.ModelSample(),
             parameters=[self.weight],
         )  # fmt: skip
+        return editors.Site(*found[self.weight])
 
     @cached_property
     def rows(self) -> dict[str, dict[int, editors.Rows]]:
@@ -154,10 +146,10 @@ class Workshop:
         return found
 
     def _directions(self, n: int) -> editors.Rows:
-        uses, pool = self._uses
-        d = positions.decompose(
-            uses.alike(), pool, divergence=ed.KLDivergence(), reference=ed.Mean(), n_directions=n,
-            sparsity=ed.BatchTopK(2 / n), steps=self.steps, seed=self.seed,
+        d = ed.decompose(
+            self.model, self.tokens["train"], divergence=ed.KLDivergence(), parameters=[self.weight], n_directions=n,
+            samples="uses", scale="unit", sparsity=ed.BatchTopK(2 / n), steps=self.steps, batch_size=256,
+            learning_rate=1e-2, seed=self.seed, progress=False,
         )  # fmt: skip
         few = self.tokens["train"][:3]
         reader, writer = (side(d, few, "decoder")[self.weight][:, 0] for side in (readings.readers, readings.writers))

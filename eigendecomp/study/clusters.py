@@ -1,0 +1,130 @@
+"""Clusters to compare with: spherical k-means of inputs, and of gradients that are outer products."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from eigendecomp.support.random import generator
+
+SEEN = 16384  # rows, drawn at random, among which starts are sought
+
+
+def inputs(
+    x: Float[Tensor, "n d"], count: int, *, seed: int, restarts: int = 3, steps: int = 30
+) -> tuple[Float[Tensor, "v d"], Int[Tensor, " n"]]:
+    """Spherical k-means: unit centres, and each row's centre, of the restart whose rows are closest to their centres.
+
+    Each restart begins with k-means++ on cosines. A centre without rows moves to the row that is farthest from its own.
+
+    Raises:
+        ValueError: if there are fewer rows than centres.
+    """
+    if not 0 < count <= len(x):
+        raise ValueError(f"count={count} must be positive and at most the {len(x)} rows")
+    x, draw, found = normalize(x, dim=1), generator(seed, "clusters"), []
+    for _ in range(restarts):
+        some = x[torch.randperm(len(x), generator=draw)[: max(SEEN, count)]]
+        centres = some[spread(some, torch.ones(len(some), 1), count, draw)]
+        close, nearest = (x @ centres.T).max(1)
+        for _ in range(steps):
+            total = torch.zeros_like(centres).index_add_(0, nearest, x)
+            moved = normalize(total, dim=1)
+            empty = total.norm(dim=1) == 0
+            moved[empty] = x[close.argsort()[: int(empty.sum())]]
+            before, centres = nearest, moved
+            close, nearest = (x @ centres.T).max(1)
+            if torch.equal(before, nearest):
+                break
+        found.append((close.mean().item(), centres, nearest))
+    return max(found, key=lambda one: one[0])[1:]
+
+
+def gradients(
+    x: Float[Tensor, "n i"],
+    asked: Float[Tensor, "n o"],
+    count: int,
+    *,
+    seed: int,
+    signed: bool = True,
+    by_input: bool = False,
+    restarts: int = 3,
+    steps: int = 20,
+) -> tuple[Float[Tensor, "v i"], Float[Tensor, "v o"]]:
+    """k-means of the unit gradients x ⊗ asked with centres a ⊗ b of rank one: the unit factors of every centre.
+
+    A gradient belongs to the centre with the largest cosine, or if not ``signed``, |cosine|. Starts are found by
+    k-means++ among gradients, or ``by_input`` by clustering the inputs alone. Each step moves a centre's two factors
+    once, as in a power iteration; a centre without gradients stays. The best restart is that with the largest mean.
+
+    Raises:
+        ValueError: if there are fewer gradients than centres.
+    """
+    if not 0 < count <= len(x):
+        raise ValueError(f"count={count} must be positive and at most the {len(x)} gradients")
+    x, asked = normalize(x, dim=1), normalize(asked, dim=1)
+    draw, found = generator(seed, "clusters of gradients"), []
+    for restart in range(restarts):
+        if by_input:
+            a, nearest = inputs(x, count, seed=restarts * seed + restart, restarts=1)
+            b = normalize(torch.zeros(count, asked.shape[1]).index_add_(0, nearest, asked), dim=1)
+        else:
+            some = torch.randperm(len(x), generator=draw)[: max(SEEN, count)]
+            start = some[spread(x[some], asked[some], count, draw, signed)]
+            a, b = x[start].clone(), asked[start].clone()
+        found.append(_settled(x, asked, a, b, signed, steps))
+    return max(found, key=lambda one: one[0])[1:]
+
+
+def _settled(x: Tensor, asked: Tensor, a: Tensor, b: Tensor, signed: bool, steps: int) -> tuple[float, Tensor, Tensor]:
+    """The mean cosine of gradients with their centres, and the centres, after some steps."""
+    for step in range(steps + 1):
+        met, wanted = x @ a.T, asked @ b.T
+        along = met * wanted
+        close, nearest = (along if signed else along.abs()).max(1, keepdim=True)
+        if step == steps:
+            break
+        one = nearest[:, 0]
+        new_a = torch.zeros_like(a).index_add_(0, one, x * wanted.gather(1, nearest))
+        new_b = torch.zeros_like(b).index_add_(0, one, asked * met.gather(1, nearest))
+        a = torch.where(new_a.norm(dim=1, keepdim=True) > 0, normalize(new_a, dim=1), a)
+        b = torch.where(new_b.norm(dim=1, keepdim=True) > 0, normalize(new_b, dim=1), b)
+    return close.mean().item(), a, b
+
+
+def spread(
+    x: Float[Tensor, "n i"], asked: Float[Tensor, "n o"], count: int, draw: torch.Generator, signed: bool = True
+) -> Int[Tensor, " v"]:
+    """Rows x ⊗ asked that lie apart: each is drawn in proportion to its squared distance from those before it."""
+    chosen = [int(torch.randint(len(x), (1,), generator=draw))]
+    far = torch.full((len(x),), torch.inf)
+    for _ in range(count - 1):
+        cosine = (x @ x[chosen[-1]]) * (asked @ asked[chosen[-1]])
+        far = torch.minimum(far, (1 - (cosine if signed else cosine.abs())).clamp_min(0))
+        chosen.append(int(torch.multinomial(far + 1e-12, 1, generator=draw)))
+    return torch.tensor(chosen)
+
+
+def rebuilt(
+    g: Float[Tensor, "m w"], rows: Float[Tensor, "v w"], counts: tuple[int, ...]
+) -> dict[int, Float[Tensor, " m"]]:
+    """The share of each ‖g‖² in the span of so many rows, which are added one at a time, the most aligned first.
+
+    Rows have unit norm; with fewer rows than a count, all of them are used.
+    """
+    gram, along = (rows @ rows.T).double(), (g @ rows.T).double()
+    total, chosen = g.double().square().sum(1), torch.zeros(len(g), 0, dtype=torch.long)
+    found: dict[int, Tensor] = {}
+    left, held = along, torch.zeros_like(total)
+    for count in range(1, max(counts) + 1):
+        if count <= len(rows):
+            taken = torch.zeros_like(along, dtype=torch.bool).scatter_(1, chosen, True)
+            chosen = torch.cat([chosen, left.abs().masked_fill(taken, -1).argmax(1, keepdim=True)], 1)
+            square = gram[chosen.unsqueeze(2), chosen.unsqueeze(1)] + 1e-9 * torch.eye(count, dtype=torch.double)
+            y = along.gather(1, chosen)
+            weights = torch.linalg.solve(square, y.unsqueeze(2))
+            left = along - (gram[chosen].mT @ weights).squeeze(2)
+            held = (weights.squeeze(2) * y).sum(1) / total
+        if count in counts:
+            found[count] = held
+    return found

@@ -1,0 +1,293 @@
+"""Units of the story model, of many kinds, at two sites: directions of a weight, and what they are compared with.
+
+All kinds see the same inputs of the same training tokens. A kind gives rows that are applied to what arrives
+(readers), for most with what is written for it (writers, so that reader ⊗ writer is a change of the weight), and some
+give scores of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import eigendecomp as ed
+from eigendecomp.study import autoencoders, clusters, readings
+from eigendecomp.study import concepts as resolution
+from eigendecomp.support.random import generator
+from eigendecomp.targets.stories import concepts
+from eigendecomp.targets.stories import model as stories
+
+GROUP = {"*.W_[QKV]": "head d_model d_head -> (head d_head) d_model"}  # rank one is that of a matrix
+PARTS: dict[str, stories.Split] = {"fit": "train", "choose": "validation", "test": "test"}
+SITES = {"W_K": "blocks.4", "W_V": "blocks.5"}  # by the weight's name: its block
+HALF = 0.5  # of the probability: the model is about to do something
+COUNTS = (1, 5, 20)  # rows that rebuild a behaviour's gradient
+
+Setting = Mapping[str, Any]
+
+
+@dataclass
+class Site:
+    """A weight: what arrives at it in every split, and what arrives and is asked at training tokens, at unit norm."""
+
+    weight: str
+    x: dict[str, Float[Tensor, "n in"]]
+    given: Float[Tensor, "n in"]
+    asked: Float[Tensor, "n out"]
+
+
+@dataclass
+class Story:
+    """The model written with standard inputs, its stories in three splits, and what is known of the held-out two."""
+
+    fit_windows: int = 1000
+    held_windows: int = 256
+    behaving_windows: int = 256  # of which behaviours' gradients are taken
+    length: int = 32
+    least: int = concepts.LEAST
+
+    def __post_init__(self) -> None:
+        counts = {"fit": self.fit_windows, "choose": self.held_windows, "test": self.held_windows}
+        self.tokens = {
+            part: stories.token_windows(stories.load_stories(split), counts[part], self.length, seed=7)
+            for part, split in PARTS.items()
+        }
+        self.rules = concepts.Rules(stories.load_tokenizer())
+        blocks = [int(block.split(".")[1]) for block in SITES.values()]
+        self.model = stories.standardised(stories.load_model(), blocks, self.tokens["fit"][:500])
+        self.sites: dict[str, Site] = {}
+
+    @cached_property
+    def logits(self) -> dict[str, Float[Tensor, "n t k"]]:
+        """The model's, on held-out stories."""
+        with torch.no_grad():
+            return {part: torch.cat([cast(Any, self.model)(x) for x in self.tokens[part].split(128)])
+                    for part in ("choose", "test")}  # fmt: skip
+
+    @cached_property
+    def known(self) -> dict[str, concepts.Concepts]:
+        """The concepts that hold often enough in both held-out splits."""
+        told = [self.rules(self.tokens[part], found) for part, found in self.logits.items()]
+        return dict(zip(self.logits, concepts.common(*told, least=self.least), strict=True))
+
+    def site(self, name: str) -> Site:
+        """The site of a weight, made once."""
+        if name not in self.sites:
+            weight, module = f"{SITES[name]}.attn.{name}", f"{SITES[name]}.ln1"
+            x = {part: stories.activations(self.model, found, [module])[module] for part, found in self.tokens.items()}
+            ((given, asked),) = readings.factors(
+                self.model, self.tokens["fit"], divergence=ed.KLDivergence(), parameters=[weight], group=GROUP
+            ).values()
+            self.sites[name] = Site(weight, x, normalize(given, dim=1), normalize(asked, dim=1))
+        return self.sites[name]
+
+    # ---- behaviours
+
+    @cached_property
+    def behaving(self) -> dict[str, dict[str, Bool[Tensor, "n t"]]]:
+        """Where the model puts at least half of its probability on a set of tokens, by split and the set's name.
+
+        Sets for which it does so at fewer than ``least`` tokens of either split are left out.
+        """
+        found = {}
+        for part, f in self.logits.items():
+            p = f[: self.behaving_windows].softmax(-1)
+            found[part] = {name: p[..., members].sum(-1) >= HALF for name, members in self.rules.sets.items()}
+        enough = [name for name in self.rules.sets if all(int(one[name].sum()) >= self.least for one in found.values())]
+        return {part: {name: one[name] for name in enough} for part, one in found.items()}
+
+    def wanting(self, part: str, parameters: list[str]) -> dict[str, list[Tensor]]:
+        """{behaviour: its gradient}: of the mean log mass of its set where the model is about to show it."""
+        chosen = [self.model.get_parameter(name) for name in parameters]
+        needed = [p.requires_grad for p in chosen]
+        tokens, found = self.tokens[part][: self.behaving_windows], {}
+        try:
+            for p in chosen:
+                p.requires_grad_()
+            with torch.enable_grad():
+                logp = cast(Any, self.model)(tokens).log_softmax(-1)
+                for name, on in self.behaving[part].items():
+                    mass = logp[on][:, self.rules.sets[name]].logsumexp(-1).mean()
+                    found[name] = list(torch.autograd.grad(mass, chosen, retain_graph=True))
+        finally:
+            for p, need in zip(chosen, needed, strict=True):
+                p.requires_grad_(need)
+        return found
+
+    @cached_property
+    def gradients(self) -> dict[tuple[str, str], Float[Tensor, "b in*out"]]:
+        """Every behaviour's gradient in each weight, as rows of the flattened matrix: {(split, weight): rows}."""
+        names = [f"{block}.attn.{name}" for name, block in SITES.items()]
+        found = {}
+        for part in ("choose", "test"):
+            by_name = self.wanting(part, names)
+            for i, name in enumerate(SITES):
+                rows = torch.stack([parts[i] for parts in by_name.values()])  # (b, head, in, d_head)
+                found[part, name] = rows.movedim(2, 1).flatten(2).flatten(1)
+        return found
+
+
+@dataclass
+class Units:
+    """Rows of one kind, and how they are read."""
+
+    readers: dict[str, Float[Tensor, "v in"]]  # by the side that they come from
+    writers: Float[Tensor, "v out"] | None = None  # of the first side
+    signed: bool = False  # whether the rows' signs mean something
+    codes: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    fit: ed.Decomposition | None = None
+
+    @property
+    def ways(self) -> list[str]:
+        """The readings there are."""
+        return [*self.readers, *self.codes]
+
+    def scores(self, way: str, x: Mapping[str, Float[Tensor, "n in"]]) -> dict[str, Float[Tensor, "n v"]]:
+        """One reading of what arrives in some splits; arbitrary signs are turned by the split ``choose``."""
+        if way in self.codes:
+            return {part: self.codes[way](rows) for part, rows in x.items()}
+        rows = normalize(self.readers[way], dim=1)
+        found = {part: y @ rows.T for part, y in x.items()}
+        if self.signed:
+            return found
+        return {part: resolution.oriented(z, on=found["choose"]) for part, z in found.items()}
+
+    def changes(self) -> Float[Tensor, "v in*out"]:
+        """reader ⊗ writer at unit norm."""
+        assert self.writers is not None
+        first = next(iter(self.readers.values()))
+        return normalize(torch.einsum("vi,vo->vio", first, self.writers).flatten(1), dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------- kinds
+
+
+def directions(story: Story, name: str, size: int, seed: int, setting: Setting) -> Units:
+    """Directions of the weight, by the package's front door."""
+    weight = story.site(name).weight
+    d = ed.decompose(
+        story.model, story.tokens["fit"], divergence=ed.KLDivergence(), parameters=[weight], n_directions=size,
+        samples="uses", scale="unit", group=GROUP, sparsity=ed.BatchTopK(setting["kept"] / size),
+        steps=setting["steps"], batch_size=256, learning_rate=1e-2, seed=seed, progress=False,
+    )  # fmt: skip
+    few = story.tokens["fit"][:3]
+    rows = {side: readings.readers(d, few, side)[weight][:, 0] for side in ("decoder", "encoder")}
+    return Units(rows, readings.writers(d, few, "decoder")[weight][:, 0], fit=d)
+
+
+def autoencoder(story: Story, name: str, size: int, seed: int, setting: Setting) -> Units:
+    """An autoencoder of what arrives; its units' changes have the mean of what is asked where they are on."""
+    site = story.site(name)
+    a = autoencoders.train(site.x["fit"], size, setting["kept"], seed=seed, steps=setting["steps"])
+    asked = torch.zeros(size, site.asked.shape[1])
+    for x, wanted in zip(site.x["fit"].split(8192), site.asked.split(8192), strict=True):
+        asked += a.encode(x).T @ wanted
+    codes = {"before its threshold": a.before_threshold, "code": a.encode}
+    return Units({"decoder": a.decoder}, asked, signed=True, codes=codes)
+
+
+def input_clusters(story: Story, name: str, size: int, seed: int, setting: Setting) -> Units:
+    """k-means of inputs; a centre's change has the mean of what is asked of its cluster."""
+    site = story.site(name)
+    centres, nearest = clusters.inputs(site.x["fit"], size, seed=seed, restarts=setting["restarts"])
+    asked = torch.zeros(size, site.asked.shape[1]).index_add_(0, nearest, site.asked)
+    return Units({"centre": centres}, asked, signed=True)
+
+
+def gradient_clusters(story: Story, name: str, size: int, seed: int, setting: Setting) -> Units:
+    """k-means of single gradients, with centres of rank one."""
+    site = story.site(name)
+    a, b = clusters.gradients(
+        site.given, site.asked, size, seed=seed, signed=setting["signed"], by_input=setting["by_input"]
+    )
+    return Units({"centre": a}, b, signed=setting["signed"])
+
+
+def training_inputs(story: Story, name: str, size: int, seed: int, setting: Setting) -> Units:
+    """What arrives at training tokens drawn at random; their changes are single gradients."""
+    site = story.site(name)
+    at = torch.randperm(len(site.given), generator=generator(seed, "training inputs"))[:size]
+    return Units({"input": site.given[at]}, site.asked[at], signed=True)
+
+
+def random_rows(story: Story, name: str, size: int, seed: int, setting: Setting) -> Units:
+    """Rows that nothing was learned from."""
+    site, draw = story.site(name), generator(seed, "random rows")
+    reader, writer = (torch.randn(size, side.shape[1], generator=draw) for side in (site.given, site.asked))
+    return Units({"row": reader}, writer)
+
+
+def principal(story: Story, name: str, size: int, seed: int, setting: Setting) -> Units:
+    """Principal components of inputs: as many as there are dimensions, at most."""
+    x = story.site(name).x["fit"]
+    return Units({"component": torch.linalg.eigh(x.T @ x).eigenvectors.flip(1).T[:size]})
+
+
+KINDS = {
+    "directions": directions, "SAE": autoencoder, "k-means of inputs": input_clusters,
+    "k-means of gradients": gradient_clusters, "training inputs": training_inputs, "random rows": random_rows,
+    "PCA": principal,
+}  # fmt: skip
+
+
+def of_tokens(story: Story, size: int) -> dict[str, Float[Tensor, "n v"]]:
+    """A unit for each of the commonest training tokens, which is on where the token is."""
+    often = torch.bincount(story.tokens["fit"].flatten()).argsort(descending=True)[:size]
+    return {part: (story.tokens[part].flatten()[:, None] == often).float() for part in ("choose", "test")}
+
+
+def of_probes(story: Story, name: str, penalties: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)) -> Tensor:
+    """The test scores of linear probes, one a concept, learned from the labels of validation stories.
+
+    The penalty is the best of these between two halves of the validation stories.
+    """
+    x, y = story.site(name).x, story.known["choose"].truth.float()
+    half = len(y) // 2
+
+    def learned(rows: Tensor, labels: Tensor, penalty: float) -> Tensor:
+        square = rows.T @ rows + penalty * torch.eye(rows.shape[1])
+        return torch.linalg.solve(square, rows.T @ (labels - labels.mean(0)))
+
+    truth = story.known["choose"].truth[half:]
+    some = truth.any(0)
+    tried = {p: precision_of((x["choose"][half:] @ learned(x["choose"][:half], y[:half], p))[:, some], truth[:, some])
+             .mean().item() for p in penalties}  # fmt: skip
+    return x["test"] @ learned(x["choose"], y, max(tried, key=lambda p: tried[p]))
+
+
+# ------------------------------------------------------------------------------------------------------ scores
+
+
+def few(z: Float[Tensor, "n v"], kept: int) -> Float[Tensor, "n v"]:
+    """Only the ``kept`` largest of a token, where they are positive; the rest is zero."""
+    kept = min(kept, z.shape[1])
+    return z.where(z >= z.topk(kept, 1).values[:, -1:], 0.0).clamp_min(0)
+
+
+def precision_of(scores: Float[Tensor, "n m"], truth: Bool[Tensor, "n m"]) -> Float[Tensor, " m"]:
+    """The average precision of each score for its own concept."""
+    each = range(truth.shape[1])
+    return torch.stack([resolution.average_precision(scores[:, [m]], truth[:, [m]])[0, 0] for m in each])
+
+
+def resolved(
+    story: Story, z: Mapping[str, Float[Tensor, "n v"]], kept: int | None = None
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], Int[Tensor, " m"]]:
+    """Each concept's best unit on validation stories: its precision there, on test stories, and which it is.
+
+    With ``kept`` a unit counts only where it is among so many of a token. Without the split ``test`` there are no
+    test scores.
+    """
+    known = story.known
+    scores = {part: y if kept is None else few(y, kept) for part, y in z.items()}
+    precision = resolution.average_precision(scores["choose"], known["choose"].truth)
+    best = precision.argmax(0)
+    on_test = precision_of(scores["test"][:, best], known["test"].truth) if "test" in scores else torch.zeros(0)
+    return precision.amax(0), on_test, best
