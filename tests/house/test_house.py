@@ -25,13 +25,11 @@ EVENING = {
     "divergence", "reference", "sparsity", "directions", "target", "gradients", "objective", "settings", "batches",
     "fit", "storage", "curvature", "decomposition", "direct",
 }  # fmt: skip
-LINES = 2802  # of the evening's reading with the door; to come down to 2,200
+LINES = 2200  # of the evening's reading with the door, at most
 # What is larger than 40 lines (functions) or 120 (classes) without docstrings, and how large it may be. This may only
 # shrink.
 ALLOWED = {
-    "decomposition.Decomposition": 162, "decomposition.decompose": 54, "direct.decompose_curvature": 58,
-    "directions.Directions": 181, "factored.record.Trace": 150, "factored.record.Trace._understood": 51,
-    "factored.source.CapturedSource": 380, "study.autoencoders.train": 44, "targets.stories.concepts.Rules": 128,
+    "factored.record.Trace": 150, "factored.record.Trace._understood": 51, "factored.source.CapturedSource": 380,
 }  # fmt: skip
 
 
@@ -81,9 +79,7 @@ def test_functions_and_classes_stay_small() -> None:
 
 
 def test_nothing_is_patched() -> None:
-    allowed = {"report.benchmark", "study.autoencoders"}  # may only shrink
-    patched = {module for module, tree in modules().items() if "unittest" in ast.unparse(tree)}
-    assert patched <= allowed
+    assert {module for module, tree in modules().items() if "unittest" in ast.unparse(tree)} == set()
 
 
 # ---- light to install
