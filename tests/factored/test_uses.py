@@ -105,7 +105,7 @@ def test_held_and_live_uses_have_one_meaning(monkeypatch: pytest.MonkeyPatch) ->
     """A fixed reference's uses are captured once; from the same start they reach the same error."""
     model, x = Sequence(), data()
     held = fitted(model, x, steps=300, seed=1)
-    monkeypatch.setattr("eigendecomp.decomposition.HELD_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.factored.samples.HELD_BYTES", 0)
     live = fitted(model, x, steps=300, seed=1)
     assert held.reconstruction_error(x) == pytest.approx(live.reconstruction_error(x), abs=0.05)
 
