@@ -42,20 +42,20 @@ class Data:
         Raises:
             ValueError: if the divergence cannot compare the outputs, or no output differs from its reference.
         """
-        probe = first(inputs, 3)
+        s, probe = settings, first(inputs, 3)
         _, p, k = target.outputs(probe).shape
-        settings.divergence.check(k)
+        s.divergence.check(k)
         n = count(inputs)
-        size = p * (1 if settings.reference.fixed else k) * target.size * torch.finfo(target.dtype).bits // 8
+        size = p * (1 if s.reference.fixed else k) * target.size * torch.finfo(target.dtype).bits // 8
         cached = n is not None and n * size <= CACHE_BYTES
         some = math.ceil(pool_samples / p)
         if n and (cached or n <= some):
             seen = fetch(inputs, range(n))
         else:
-            seen = feed(inputs, generator(settings.seed, "pool")).take(some)
+            seen = feed(inputs, generator(s.seed, "pool")).take(some)
         f = target.outputs(seen)
-        draws = settings.draws(settings.pool(f), (1, 1), 1, generator(settings.seed, "probe"))
-        check_differs(draws, f, generator(settings.seed, "zero"), ZERO)
+        draws = Draws.of(s.reference, s.divergence, s.pool(f), (1, 1), 1, generator(s.seed, "probe"))
+        check_differs(draws, f, generator(s.seed, "zero"), ZERO)
         return cls(inputs, n, probe, seen, f, draws, cached)
 
 
@@ -68,20 +68,18 @@ class Batches(Protocol):
     def batch(self, size: int, generator: torch.Generator) -> Gradients: ...
 
 
+@dataclass
 class LiveBatches:
-    """Differentiates the target at every step, on whole examples.
+    """Differentiates the target at every step, on whole examples."""
 
-    Args:
-        positions: outputs of an example, each with a reference of its own.
-        samples: samples of an example; 0 for as many as outputs.
-    """
-
-    def __init__(self, source: Source, feed: Feed, draws: Draws, positions: int, samples: int = 0) -> None:
-        self.source, self.feed, self.draws = source, feed, draws
-        self.positions, self.samples = positions, samples or positions
+    source: Source
+    feed: Feed
+    draws: Draws
+    positions: int  # outputs of an example, each with a reference of its own
+    samples: int = 0  # samples of an example; 0 for as many as outputs
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        examples = max(1, size // self.samples)
+        examples = max(1, size // (self.samples or self.positions))
         draws = self.draws.again((examples, self.positions), 1, generator)
         return self.source(self.feed.take(examples), draws[parallel.share(examples)])
 

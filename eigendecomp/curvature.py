@@ -84,8 +84,7 @@ def per_sample_hessian(
     reference = divergence.predict(target.outputs(examples))
 
     def d(w: Tensor, r: Float[Tensor, "p k"], *example: Tensor) -> Float[Tensor, " p"]:
-        parts = zip(target.chosen.items(), w.split(sizes), strict=True)
-        values = {name: part.view_as(p) for (name, p), part in parts}
+        values = {name: x.view_as(p) for (name, p), x in zip(target.chosen.items(), w.split(sizes), strict=True)}
         return divergence.value(target.call([tensor.unsqueeze(0) for tensor in example], values)[0], r)
 
     hessian = torch.func.vmap(torch.func.hessian(d), in_dims=(None, 0, *[0] * len(examples)))

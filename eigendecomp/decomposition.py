@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,10 @@ from eigendecomp.factored.guard import Mistaken
 from eigendecomp.factored.samples import SAMPLES, Samples
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.uses import UseSource
-from eigendecomp.fit import Fit, fit
+from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.objective import squared_error
-from eigendecomp.reference import Mean, OtherSample, Reference
+from eigendecomp.reference import Draws, Mean, OtherSample, Reference
 from eigendecomp.settings import Settings
 from eigendecomp.sparsity import BatchTopK, Sparsity
 from eigendecomp.storage import identity
@@ -43,32 +44,19 @@ log = logging.getLogger(__name__)
 CHUNK = 64  # examples read at a time; a constant, so that nothing depends on it
 
 
+@dataclass(eq=False, repr=False)
 class Decomposition(Shown, Doors):
-    """Directions learned for a target, with all that is needed to read new samples along them.
+    """Directions learned for a target, with all that is needed to read new samples along them."""
 
-    Args:
-        encoder: directions that read coefficients; the decoder itself where they are tied.
-        decoder: directions that rebuild gradients.
-        threshold: the |z| from which a coefficient is kept; None keeps all.
-        pool: predictions of which references are made.
-        seen: the examples that the pool was made from, if they are known.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        settings: Settings,
-        encoder: Directions,
-        decoder: Directions,
-        threshold: float | None,
-        pool: Float[Tensor, "m k"],
-        history: History,
-        seen: Examples = (),
-    ) -> None:
-        self.target, self.settings, self.history = target, settings, history
-        self.encoder, self.decoder, self.threshold = encoder, decoder, threshold
-        self.pool, self.seen = pool, seen
-        self._samples: Samples | None = None
+    target: Target
+    settings: Settings
+    encoder: Directions  # read coefficients; the decoder itself where they are tied
+    decoder: Directions  # rebuild gradients
+    threshold: float | None  # the |z| from which a coefficient is kept; None keeps all
+    pool: Float[Tensor, "m k"]  # predictions of which references are made
+    history: History
+    seen: Examples = ()  # the examples that the pool was made from, if they are known
+    _samples: Samples | None = None  # where gradients come from, once they were asked for
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the source, which belongs to this process and is prepared again when it is needed."""
@@ -115,8 +103,7 @@ class Decomposition(Shown, Doors):
 
     def _activations(self, inputs: Inputs) -> Iterator[Float[Tensor, "n v"]]:
         for some in chunks(inputs, CHUNK):
-            source = self.captured(some)
-            yield curvatures(self.target, self.settings.divergence, self.decoder, some, source=source).sqrt()
+            yield curvatures(self.target, self.settings.divergence, self.decoder, some, self.captured(some)).sqrt()
 
     def _impacts(self, inputs: Inputs, references: int, seed: int) -> Iterator[Float[Tensor, "n v"]]:
         whole("references", references)
@@ -143,7 +130,8 @@ class Decomposition(Shown, Doors):
         noise = generator(seed, "encode")
         for some in chunks(inputs, CHUNK):
             shape = len(some[0]), self.target.outputs(first(some, 1)).shape[1]
-            yield self.source(some)(some, self.settings.draws(self.pool, shape, draws, noise))
+            s = self.settings
+            yield self.source(some)(some, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
 
     def captured(self, examples: Examples) -> CapturedSource:
         """Where gradients of whole outputs come from."""
@@ -209,7 +197,7 @@ def decompose(
         n_directions: size of the dictionary.
         rank: rank of each direction in each tensor.
         factorization: ``"cp"`` or ``"tucker"``.
-        tied: one set of rows for reading and writing, instead of two.
+        tied: one set of directions for reading and writing, instead of two.
         sparsity: :class:`BatchTopK` (10% by default) or :class:`L1`.
         batch_size: samples in a step; an example with positions counts once for each.
         samples: whose gradients are rebuilt: each output's, over all uses of a weight (``"outputs"``), or each single
@@ -232,42 +220,33 @@ def decompose(
         SquaredError() if divergence is None else divergence,
         (Mean() if samples == "uses" else OtherSample()) if reference is None else reference,
         patterns(parameters), n_directions, rank, factorization, tied, BatchTopK(0.1) if sparsity is None else sparsity,
-        steps, batch_size, learning_rate, seed, samples, scale,
-        group=group, prune=prune, restarts=restarts,
+        steps, batch_size, learning_rate, seed, samples, scale, group=group, prune=prune, restarts=restarts,
     )  # fmt: skip
-    path = None if checkpoint is None else files.writable(checkpoint)
     real("checkpoint_seconds", checkpoint_seconds, least=0)
+    path = None if checkpoint is None else files.writable(checkpoint)
+    return fitted(model, inputs, settings, progress, path, checkpoint_seconds)
+
+
+def fitted(
+    model: nn.Module, inputs: Inputs, settings: Settings, progress: bool, path: Path | None, seconds: float
+) -> Decomposition:
+    """Fit; once more from the start, by autograd, if factored gradients turn out to be wrong on the way."""
     target = Target(model, settings.parameters, settings.group)
-    check_rank(target.shapes, rank, factorization)
-    data = Data.read(target, inputs, settings)
-    kept = None
+    check_rank(target.shapes, settings.rank, settings.factorization)
+    data, kept = Data.read(target, inputs, settings), None
     if path is not None:
-        kept = Checkpoint(path, identity(target, settings, data.seen, data.count), checkpoint_seconds)
-    made, gradients = fit_data(target, data, settings, progress, kept)
-    d = Decomposition(
-        target, settings, made.encoder, made.decoder, made.threshold, data.draws.pool, made.history, data.seen
-    )
-    d._samples = gradients
-    return d
-
-
-def fit_data(
-    target: Target, data: Data, settings: Settings, progress: bool, checkpoint: Checkpoint | None
-) -> tuple[Fit, Samples]:
-    """Fit; once more from the start, by autograd, if factored gradients turn out to be wrong on the way.
-
-    Raises:
-        ValueError: if that happens in one of several processes.
-    """
+        kept = Checkpoint(path, identity(target, settings, data.seen, data.count), seconds)
     gradients = SAMPLES[settings.samples](target, data.probe, settings)
     while True:
         try:
             batches = gradients.batches(data, generator(settings.seed, "data"))
-            return fit(target, batches, settings, progress=progress, checkpoint=checkpoint), gradients
+            u = fit(target, batches, settings, progress=progress, checkpoint=kept)
+            parts = u.encoder, u.decoder, u.threshold, data.draws.pool, u.history, data.seen, gradients
+            return Decomposition(target, settings, *parts)
         except Mistaken:
             if parallel.processes() > 1:  # the others would wait for this one
                 raise ValueError("earlier gradients were not autograd's; run this fit in one process") from None
-            aside = checkpoint and checkpoint.set_aside()
+            aside = kept and kept.set_aside()
             told = f"; its checkpoint is at {str(aside)!r}" if aside else ""
             log.warning("earlier gradients were not autograd's: the fit starts again with autograd's%s", told)
 

@@ -2,8 +2,8 @@
 
 Two losses alternate on batches of samples, with c_v = u_vᵀ H(x) u_v from Jacobian–vector products (eq. 12): one makes
 Σ_v c_v² large, so that each direction seeks few samples that it moves a lot; the other makes the interference
-Σ_{v≠w} c_v c_w cos²(u_v, u_w) small, so that no two directions seek the same. It checks by other means what
-:func:`eigendecomp.decompose` finds, for models that are small: every step pushes every direction through the model.
+Σ_{v≠w} c_v c_w cos²(u_v, u_w) small, so that no two directions seek the same. It checks what the fit of gradients
+finds, for small models: every step pushes every direction through the model.
 """
 
 import math

@@ -34,16 +34,16 @@ class LowRank:
         # How many terms the two sides of `pair` have in a matrix, or at least in another tensor.
         self.terms = min(ranks[0], math.prod(ranks[1:])) if tucker else ranks[0]
 
-    def splits(self, rows: Sequence[int]) -> bool:
-        """Whether the axes ``rows`` are those of some factors, so that the others are those of the rest."""
-        return all(set(group) <= set(rows) or not set(group) & set(rows) for group in self.groups)
+    def splits(self, axes: Sequence[int]) -> bool:
+        """Whether these are the axes of some factors, so that the other axes are those of the rest."""
+        return all(set(group) <= set(axes) or not set(group) & set(axes) for group in self.groups)
 
-    def pair(self, rows: Sequence[int]) -> tuple[Float[Tensor, "v k r"], Float[Tensor, "v k c"]]:
-        """Factors L, R with u = Σ_k L_k ⊗ R_k once the axes ``rows`` are flattened into rows and the rest into columns.
+    def pair(self, axes: Sequence[int]) -> tuple[Float[Tensor, "v k r"], Float[Tensor, "v k c"]]:
+        """Factors L, R with u = Σ_k L_k ⊗ R_k once these axes are flattened into rows and the rest into columns.
 
         With no axis on a side, that side is a single one.
         """
-        left = [i for i, group in enumerate(self.groups) if group[0] in rows]
+        left = [i for i, group in enumerate(self.groups) if group[0] in axes]
         right = [i for i in range(len(self.groups)) if i not in left]
         if self.tucker:
             core, *factors = self.factors
@@ -55,8 +55,8 @@ class LowRank:
         else:
             ones = self.factors[0].new_ones(*self.factors[0].shape[:2], 1)
             a, b = (khatri_rao([self.factors[i] for i in side]) if side else ones for side in (left, right))
-        rest = [axis for axis in range(len(self.shape)) if axis not in rows]
-        return self._in_order(a, left, rows), self._in_order(b, right, rest)
+        rest = [axis for axis in range(len(self.shape)) if axis not in axes]
+        return self._in_order(a, left, axes), self._in_order(b, right, rest)
 
     def _in_order(self, x: Float[Tensor, "v k d"], factors: Sequence[int], wanted: Sequence[int]) -> Tensor:
         """The flattened product of some factors, with its entries in the order of the axes that are wanted."""
@@ -176,19 +176,19 @@ class Directions:
         rest = iter(other.tensors())
         return self.map(lambda factor: torch.cat([factor, next(rest)]))
 
-    def splits(self, name: str, rows: Sequence[int]) -> bool:
+    def splits(self, name: str, axes: Sequence[int]) -> bool:
         """:meth:`LowRank.splits` of one tensor."""
-        return self.tensor[name].splits(rows)
+        return self.tensor[name].splits(axes)
 
     def first(self, name: str) -> list[int]:
         """The axes of a tensor's first factor, in order."""
         return self.tensor[name].first
 
-    def pair(self, name: str, rows: Sequence[int]) -> tuple[Float[Tensor, "v k r"], Float[Tensor, "v k c"]]:
+    def pair(self, name: str, axes: Sequence[int]) -> tuple[Float[Tensor, "v k r"], Float[Tensor, "v k c"]]:
         """L (v, k, r) and R (v, k, c) of one tensor; ValueError if axes that share a factor are on both sides."""
-        if not self.splits(name, rows):
+        if not self.splits(name, axes):
             raise ValueError(f"axes of {name!r} that are grouped stand on two sides of its use; group others")
-        return self.tensor[name].pair(rows)
+        return self.tensor[name].pair(axes)
 
     def dense(self, name: str) -> Float[Tensor, "v *shape"]:
         """One tensor of every direction, formed."""

@@ -106,8 +106,7 @@ class Uniform(Reference):
     fixed: ClassVar[bool] = True
 
     def prepare(self, divergence: Divergence, predictions: Tensor, generator: torch.Generator) -> Tensor:
-        k = predictions.shape[-1]
-        return predictions.new_full((1, k), divergence.uniform(k))
+        return predictions.new_full((1, k := predictions.shape[-1]), divergence.uniform(k))
 
     cotangent = Constant.cotangent
 

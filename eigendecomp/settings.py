@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
-from eigendecomp.reference import Draws, Reference
+from eigendecomp.reference import Reference
 from eigendecomp.sparsity import Sparsity
 from eigendecomp.support.checks import check_settings
 from eigendecomp.support.random import generator
@@ -52,10 +51,6 @@ class Settings:
         """What references are made of, from the outputs of examples."""
         predictions = self.divergence.predict(f.flatten(0, 1))
         return self.reference.prepare(self.divergence, predictions, generator(self.seed, "pool"))
-
-    def draws(self, pool: Tensor, shape: tuple[int, int], draws: int, generator: torch.Generator) -> Draws:
-        """``draws`` references from the pool for each of the (examples, positions) samples."""
-        return Draws.of(self.reference, self.divergence, pool, shape, draws, generator)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values only, each object as its name and its fields."""

@@ -17,10 +17,7 @@ class Sparsity:
     auxiliary: float = 0.0  # weight of a second error, in which directions not kept for a while rebuild what is left
 
     def share(self, progress: float) -> float:
-        """The share of a batch's coefficients that :meth:`keep_batch` leaves as they are, all others being zero.
-
-        One where that is not all that it does: then no coefficient is without a derivative.
-        """
+        """The share of a batch's coefficients that :meth:`keep_batch` keeps; one if it also changes what it keeps."""
         return 1.0
 
     def keep_batch(self, z: Float[Tensor, "n v"], progress: float) -> Float[Tensor, "n v"]:
@@ -32,17 +29,11 @@ class Sparsity:
         return z if threshold is None else z * (z.abs() >= threshold)
 
     def penalty(self, z: Float[Tensor, "n v"], n: int, norm: Float[Tensor, ""]) -> Float[Tensor, ""] | float:
-        """These samples' part of the term added to the normalised error of a batch of ``n``.
-
-        ``norm`` is the root mean square norm of the batch's gradients.
-        """
+        """These samples' share of the term added to a batch's error; ``norm`` is the RMS norm of its n gradients."""
         return 0.0
 
     def threshold(self, z: Iterable[Float[Tensor, "n v"]]) -> float | None:
-        """The |z| from which a coefficient is kept at inference, from coefficients of many batches of training samples.
-
-        None where all are kept; the batches are then not even asked for.
-        """
+        """The |z| kept at inference, from batches of training coefficients; None keeps all, and reads no batch."""
         return None
 
 

@@ -133,8 +133,8 @@ def chunks(inputs: Inputs | Examples, size: int) -> Iterator[Examples]:
 
 def first(inputs: Inputs | Examples, count: int) -> Examples:
     """The first ``count`` examples, or all if there are fewer."""
-    for part in chunks(inputs, count):
-        return part
+    for examples in chunks(inputs, count):
+        return examples
     raise ValueError("inputs hold zero examples; give at least one")
 
 
@@ -146,12 +146,12 @@ def count(inputs: Inputs | Examples) -> int | None:
     return None if which == "iterable" else len(cast(Any, inputs))
 
 
-def fetch(inputs: Inputs | Examples, rows: Iterable[int]) -> Examples:
+def fetch(inputs: Inputs | Examples, numbers: Iterable[int]) -> Examples:
     """Chosen examples of tensors or of a map-style dataset."""
     if isinstance(inputs, (Tensor, tuple, list, Mapping)):
-        index, examples = torch.as_tensor(list(rows)), in_order(inputs)
+        index, examples = torch.as_tensor(list(numbers)), in_order(inputs)
         return alike(examples, (tensor[index] for tensor in examples))
-    return collate([cast(Any, inputs)[int(row)] for row in rows])
+    return collate([cast(Any, inputs)[int(number)] for number in numbers])
 
 
 def collate(items: Sequence[object]) -> Examples:

@@ -15,21 +15,9 @@ from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.terms import Factored, Side, contract, folding_cost, rows_cost
 from eigendecomp.gradients import FunctionalSource, Gradients
 from eigendecomp.target import Target
+from tests.cases import Chosen, assert_same
 
 EXACT = 1e-12
-
-
-class Cotangents:
-    """Given ones, (examples, positions, draws, outputs)."""
-
-    def __init__(self, c: Tensor) -> None:
-        self.c = c
-
-    def __call__(self, f: Tensor) -> Tensor:
-        return self.c
-
-    def __getitem__(self, rows: slice) -> "Cotangents":
-        return Cotangents(self.c[rows])
 
 
 class Language(nn.Module):
@@ -95,29 +83,24 @@ def results(gradients: Gradients, directions: Directions) -> list[Tensor]:
     return [*found, *torch.autograd.grad(loss, list(leaves.tensors()))]
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= EXACT * (1 + b.norm())
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("draws", [1, 2])
 def test_chunks_change_nothing(case: str, draws: int) -> None:
     model, x = CASES[case]()
     target = Target(model)
     f = target.outputs((x,))
-    cotangents = Cotangents(torch.randn(*f.shape[:2], draws, f.shape[2], dtype=f.dtype))
+    cotangents = Chosen(torch.randn(*f.shape[:2], draws, f.shape[2], dtype=f.dtype))
     directions = Directions.random(target.shapes, 4, 2, dtype=torch.float64)
     whole = CapturedSource(target, (x,), budget=1 << 40)((x,), cotangents)
     assert not any(isinstance(part, Recomputed) for part in whole.parts)
     expected = results(whole, directions)
     for budget in (1, 20_000, 60_000):
         cut = CapturedSource(target, (x,), budget=budget)((x,), cotangents)
-        assert_same(results(cut, directions), expected)
+        assert_same(results(cut, directions), expected, EXACT)
         if budget == 1:
             assert [type(part) for part in cut.parts] == [Recomputed]
     truth = FunctionalSource(target, loop=case == "recurrent")((x,), cotangents)
-    assert_same(results(truth, directions), expected)
+    assert_same(results(truth, directions), expected, EXACT)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,17 +110,17 @@ def test_the_way_does_not_matter(case: str, number: float, monkeypatch: pytest.M
     model, x = CASES[case]()
     target = Target(model)
     f = target.outputs((x,))
-    cotangents = Cotangents(torch.randn(*f.shape[:2], 2, f.shape[2], dtype=f.dtype))
+    cotangents = Chosen(torch.randn(*f.shape[:2], 2, f.shape[2], dtype=f.dtype))
     source = CapturedSource(target, (x,))
     directions = Directions.random(target.shapes, 4, 3, "tucker", dtype=torch.float64)
     expected = results(source((x,), cotangents), directions)
     monkeypatch.setattr(terms, "NUMBER", number)
-    assert_same(results(source((x,), cotangents), directions), expected)
+    assert_same(results(source((x,), cotangents), directions), expected, EXACT)
     formed = source((x,), cotangents)
     for part in formed.parts:
         if isinstance(part, Factored):
             part.form()
-    assert_same(results(formed, directions), expected)
+    assert_same(results(formed, directions), expected, EXACT)
 
 
 @pytest.mark.parametrize("lookup", [False, True])
@@ -198,7 +181,7 @@ def test_positions_that_meet_later_are_noticed(caplog: pytest.LogCaptureFixture)
     target = Target(model)
     source = CapturedSource(target, (x,))
     assert all(plan.apart is not None for plan in source.reading.plans)
-    cotangents: Any = Cotangents(torch.randn(7, 4, 1, 3).double())
+    cotangents: Any = Chosen(torch.randn(7, 4, 1, 3).double())
     for _ in range(2):
         found, truth = source((x,), cotangents).flat(), FunctionalSource(target)((x,), cotangents).flat()
         torch.testing.assert_close(found, truth)

@@ -14,6 +14,7 @@ from eigendecomp.divergence import Divergence
 from eigendecomp.gradients import FunctionalSource
 from eigendecomp.reference import Draws, Reference
 from eigendecomp.target import Target
+from tests.cases import Chosen
 
 Examples = tuple[Tensor, ...]
 
@@ -134,19 +135,6 @@ def test_samples_are_ordered_by_example_then_position_then_draw(
                 f = model(x[i : i + 1])[0, j]
                 g = torch.autograd.grad(f, list(model.parameters()), c[i, j, n], materialize_grads=True)
                 torch.testing.assert_close(found[i, j, n], torch.cat([part.flatten() for part in g]))
-
-
-class Chosen:
-    """Cotangents chosen beforehand."""
-
-    def __init__(self, c: Tensor) -> None:
-        self.c = c
-
-    def __call__(self, f: Tensor) -> Tensor:
-        return self.c
-
-    def __getitem__(self, rows: slice) -> "Chosen":
-        return Chosen(self.c[rows])
 
 
 def logits_object(output: Tensor) -> Any:

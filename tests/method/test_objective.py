@@ -17,21 +17,9 @@ from eigendecomp.factored.terms import Factored, Side
 from eigendecomp.gradients import Formed, FunctionalSource, Gradients
 from eigendecomp.objective import Objective, squared_error
 from eigendecomp.target import Target
+from tests.cases import Chosen, assert_same
 
 EXACT = 1e-10
-
-
-class Chosen:
-    """Cotangents chosen beforehand, (examples, positions, draws, outputs)."""
-
-    def __init__(self, c: Tensor) -> None:
-        self.c = c
-
-    def __call__(self, f: Tensor) -> Tensor:
-        return self.c
-
-    def __getitem__(self, rows: slice) -> "Chosen":
-        return Chosen(self.c[rows])
 
 
 class Network(nn.Module):
@@ -76,12 +64,6 @@ def results(
     return [loss.detach(), error.detach(), s, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
 
 
-def same(found: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= EXACT * (1 + b.norm())
-
-
 @pytest.fixture
 def kept_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Derivatives of the kept coefficients alone, whatever takes fewer operations."""
@@ -105,7 +87,7 @@ def test_derivatives_of_kept_coefficients_are_those_of_all(
             patch.setattr(kept, "saves", lambda *_: False)
             expected = results(formed, *arguments)
         for each in found:
-            same(each, expected)
+            assert_same(each, expected, EXACT)
 
 
 def test_many_kept_of_one_sample_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +99,7 @@ def test_many_kept_of_one_sample_are_counted(monkeypatch: pytest.MonkeyPatch) ->
     found = results(formed, *arguments)
     assert asked[0] == pytest.approx(4 * 0.1 * 12) and asked[1] == (found[2] != 0).sum(1).max()
     monkeypatch.setattr(kept, "saves", lambda *_: False)
-    same(found, results(formed, *arguments))
+    assert_same(found, results(formed, *arguments), EXACT)
 
 
 def test_without_gradients_there_is_no_error_and_nothing_to_learn() -> None:
@@ -161,6 +143,6 @@ def test_a_large_batch_is_captured_twice_a_step(monkeypatch: pytest.MonkeyPatch)
     arguments = ed.BatchTopK(0.2), torch.zeros(12, dtype=torch.bool), False, 1, "cp"
     found = results(gradients, *arguments)
     assert len(made) == 2 * len(part.pieces)
-    same(found, results(formed, *arguments))
+    assert_same(found, results(formed, *arguments), EXACT)
     own = Directions.random(gradients.shapes, 18 * 2, 1, dtype=torch.float64)
     torch.testing.assert_close(gradients.inner_own(own), formed.inner_own(own))
