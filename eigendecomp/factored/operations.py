@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from eigendecomp.factored.layouts import Axes, Layout, NotUnderstood, Weight, split_axes
-from eigendecomp.factored.terms import Factored, Side, Term
+from eigendecomp.factored.terms import Factored, Patches, Side, Term
 
 aten = torch.ops.aten
 
@@ -342,25 +342,15 @@ class Convolution(Product):
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return split_axes(self.index.flatten(1), shape, input_rows=False)
 
-    def inputs(self, layout: Layout, examples: int) -> Tensor:
-        return rearrange(layout.split(self.patches(), examples), "e n patch t -> e (n t) patch")
+    def input_side(self, plan: Plan, examples: int) -> Side:
+        images = F.pad(self.data.detach(), [width for width in reversed(self.padding) for _ in range(2)])
+        size, index = plan.axes.of(inputs=True)
+        split = plan.layout.split(images, examples)
+        patches = Patches(split, self.index.shape[2:], self.stride, self.dilation, size)
+        return patches if index is None else Side(patches.values, size, index)
 
     def output_gradients(self, layout: Layout, delta: Tensor, examples: int) -> Tensor:
         return rearrange(layout.split(delta, examples, 1), "c e n o ... -> c e (n ...) o")
-
-    def patches(self) -> Float[Tensor, "n patch positions"]:
-        """What the kernel meets at every position, channel by channel."""
-        kernel = self.index.shape[2:]
-        data = F.pad(self.data.detach(), [width for width in reversed(self.padding) for _ in range(2)])
-        moves = list(zip(data.shape[2:], self.stride, self.dilation, kernel, strict=True))
-        counts = [(size - d * (k - 1) - 1) // s + 1 for size, s, d, k in moves]
-        step = data.stride()
-        within = [along * d for along, d in zip(step[2:], self.dilation, strict=True)]
-        across = [along * s for along, s in zip(step[2:], self.stride, strict=True)]
-        view = data.as_strided(
-            (*data.shape[:2], *kernel, *counts), (*step[:2], *within, *across), data.storage_offset()
-        )
-        return view.reshape(len(data), -1, math.prod(counts))
 
 
 # ---- uses whose gradient is formed: it is small, or no two factors give it
@@ -378,7 +368,7 @@ class GroupedConvolution(Convolution):
         return Axes()
 
     def gradient(self, plan: Plan, delta: Tensor, examples: int) -> Tensor:
-        patches = self.inputs(plan.layout, examples).unflatten(-1, (self.groups, -1))
+        patches = self.input_side(plan, examples).values[0].unflatten(-1, (self.groups, -1))
         outputs = self.output_gradients(plan.layout, delta, examples).unflatten(-1, (self.groups, -1))
         return torch.einsum("cetgo,etgi->ecgoi", outputs, patches).flatten(0, 1).flatten(1)
 

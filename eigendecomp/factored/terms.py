@@ -5,11 +5,13 @@ on one side the output gradients, on the other the inputs. Inner products with l
 follow from the two sides (eq. 10 and 11). Which way to go is decided for every tensor by counting operations.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +21,7 @@ from eigendecomp.directions import Directions
 from eigendecomp.gradients import OWN, Formed, Part, sum_of, terms_of
 
 PASSES = 4  # encoder and decoder, each forward and backward, to one squared norm
+WRITE = 10  # what adding a number to another costs beside products of large matrices, in operations: measured
 FRESH = 1 << 21  # intermediate numbers at a time, where none of them stays
 
 
@@ -35,13 +38,19 @@ class Side:
     index: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """How many cotangents, examples and positions there are: (c, e, t)."""
+        c, e, t = self.values.shape[:3]
+        return c, e, t
+
+    @property
     def lookup(self) -> bool:
         return self.values.ndim == 3
 
     @property
-    def rows(self) -> int:
+    def count(self) -> int:
         """How many rows there are."""
-        return math.prod(self.values.shape[:3])
+        return math.prod(self.shape)
 
     @property
     def width(self) -> int:
@@ -61,7 +70,7 @@ class Side:
 
     def dot_own(self, factor: Float[Tensor, "ecm k size"], draws: int) -> Float[Tensor, "e c t mk"]:
         """Inner products of every row with the factors of the directions that its sample has to itself."""
-        e, k = self.values.shape[1], factor.shape[1]
+        e, k = self.shape[1], factor.shape[1]
         own = self.within(factor).reshape(e, draws, -1, k, factor.shape[-1] if self.index is None else len(self.index))
         own = own.flatten(2, 3)  # (e, c, m·k, d)
         values = self.values.transpose(0, 1)
@@ -102,9 +111,13 @@ class Side:
             return self.values
         return self.values.new_zeros(*self.values.shape[:-1], self.size).index_copy(-1, self.index, self.values)
 
+    def some(self, examples: slice) -> "Side":
+        """The rows of some of the examples."""
+        return Side(self.values[:, examples], self.size, self.index)
+
     def first(self, examples: int) -> "Side":
         """The rows of the first examples."""
-        return self if self.values.shape[1] == examples else Side(self.values[:, :examples], self.size, self.index)
+        return self if self.shape[1] == examples else self.some(slice(examples))
 
     def select(self, e: int, c: int) -> "Side":
         """The rows of one sample."""
@@ -125,6 +138,78 @@ class Side:
         return Side(torch.cat([side.values for side in sides], 2), first.size, first.index)
 
 
+class Patches(Side):
+    """The patches of images that a convolution's kernel meets; none is unfolded where a convolution does as well.
+
+    Args:
+        images: padded, (e, n, channels, *sizes): n images for every example.
+        kernel: the sizes of a kernel.
+    """
+
+    def __init__(
+        self, images: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], size: int
+    ) -> None:
+        self.images, self.kernel, self.stride, self.dilation = images, kernel, stride, dilation
+        self.size, self.index = size, None
+        spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+        sizes = zip(images.shape[3:], spans, stride, strict=True)
+        self.places = [(length - span) // step + 1 for length, span, step in sizes]
+
+    @property
+    def values(self) -> Float[Tensor, "1 e t d"]:  # type: ignore[override]
+        """The patches themselves, channel by channel."""
+        step = self.images.stride()
+        within = [along * d for along, d in zip(step[3:], self.dilation, strict=True)]
+        across = [along * s for along, s in zip(step[3:], self.stride, strict=True)]
+        e, n, channels = self.images.shape[:3]
+        sizes = (e, n, channels, *self.kernel, *self.places)
+        view = self.images.as_strided(sizes, (*step[:3], *within, *across), self.images.storage_offset())
+        patches = view.reshape(e, n, self.width, -1)  # in the order in which memory is copied fastest
+        return rearrange(patches, "e n d t -> 1 e (n t) d")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        e, n = self.images.shape[:2]
+        return 1, e, n * math.prod(self.places)
+
+    @property
+    def lookup(self) -> bool:
+        return False
+
+    @property
+    def width(self) -> int:
+        return self.images.shape[2] * math.prod(self.kernel)
+
+    def some(self, examples: slice) -> "Patches":
+        return Patches(self.images[examples], self.kernel, self.stride, self.dilation, self.size)
+
+    def dot(self, factor: Float[Tensor, "v k size"]) -> Float[Tensor, "1 e t vk"]:
+        """The images convolved with the directions' factors as kernels."""
+        kernels = factor.flatten(0, 1).unflatten(1, (self.images.shape[2], *self.kernel))
+        none = [0] * len(self.kernel)
+        images, stride, dilation = self.images.flatten(0, 1), list(self.stride), list(self.dilation)
+        met = torch.convolution(images, kernels, None, stride, none, dilation, False, none, 1)
+        return rearrange(met, "(e n) vk ... -> 1 e (n ...) vk", e=len(self.images))
+
+    def gram(self, other: Side) -> Float[Tensor, "1 e t s"]:
+        """Inner products of patches: those of pixels, summed over the places of the kernel."""
+        n, channels, *sizes = self.images.shape[1:]
+        pixels, t = math.prod(sizes), self.shape[2]
+        summed = 2 * channels * pixels**2 + WRITE * t**2 * math.prod(self.kernel)
+        if other is not self or n > 1 or summed > 2 * self.width * t**2:
+            return Side(self.values, self.size).gram(other)
+        flat = self.images.flatten(3).squeeze(1)
+        products = (flat.mT @ flat).unflatten(2, sizes).unflatten(1, sizes)
+        total: Tensor | None = None
+        for offset in itertools.product(*map(range, self.kernel)):
+            moves = zip(offset, self.dilation, self.places, self.stride, strict=True)
+            cut = [slice(o * d, o * d + (places - 1) * s + 1, s) for o, d, places, s in moves]
+            here = products[:, *cut, *cut]
+            total = here.clone() if total is None else total.add_(here)
+        assert total is not None
+        return total.reshape(1, len(flat), t, t)
+
+
 Term = tuple[Side, Side]
 
 
@@ -132,8 +217,9 @@ def contract(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k
     """Σ_t Σ_k (left_t · L_k)(right_t · R_k), in the cheaper of two orders."""
     v, k = left.shape[:2]
     order = by_folding if folding_cost(term, v, k) < rows_cost(term, v, k) else by_rows
-    size = max(1, FRESH * max(side.values.shape[1] for side in term) // (max(side.rows for side in term) * v * k or 1))
-    if torch.is_grad_enabled() or size >= term[0].values.shape[1]:
+    examples = term[0].shape[1]
+    size = max(1, FRESH * examples // (max(side.count for side in term) * v * k or 1))
+    if torch.is_grad_enabled() or size >= examples:
         return order(term, left, right)
     # Without derivatives no intermediate number stays, so a few examples at a time take less memory and time.
     return torch.cat([order(few, left, right) for few in split(term, size)], 1)
@@ -142,9 +228,9 @@ def contract(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k
 def split(term: Term, size: int) -> Iterator[Term]:
     """The rows of ``size`` examples at a time."""
     a, b = term
-    for start in range(0, a.values.shape[1], size):
+    for start in range(0, a.shape[1], size):
         some = slice(start, start + size)
-        yield Side(a.values[:, some], a.size, a.index), Side(b.values[:, some], b.size, b.index)
+        yield a.some(some), b.some(some)
 
 
 def by_rows(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:
@@ -158,13 +244,13 @@ def by_rows(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k 
 
 def rows_cost(term: Term, v: float, k: int) -> float:
     """Operations of :func:`by_rows` for v directions of rank k."""
-    products = sum(2 * side.rows * side.width for side in term)
-    return v * k * (products + NUMBER * max(side.rows for side in term))
+    products = sum(2 * side.count * side.width for side in term)
+    return v * k * (products + NUMBER * max(side.count for side in term))
 
 
 def own_cost(term: Term, m: float, k: int) -> float:
     """Operations of inner products with m directions of rank k that each sample has to itself, and must be given."""
-    samples = max(math.prod(side.values.shape[:2]) for side in term)
+    samples = max(math.prod(side.shape[:2]) for side in term)
     given = sum(side.size if side.index is None else len(side.index) for side in term)
     return OWN * rows_cost(term, m, k) + 2 * NUMBER * samples * m * k * given
 
@@ -172,7 +258,7 @@ def own_cost(term: Term, m: float, k: int) -> float:
 def by_folding(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:
     """The side that an example's cotangents share meets the directions first, once for all of them."""
     (a, b), (v, k) = term, left.shape[:2]
-    shared, own, first, second = (a, b, left, right) if len(a.values) == 1 else (b, a, right, left)
+    shared, own, first, second = (a, b, left, right) if a.shape[0] == 1 else (b, a, right, left)
     rows = shared.dot(first)[0].unflatten(-1, (v, k)).transpose(1, 2)  # (e, v, t, k)
     folded = (rows @ own.within(second)).flatten(2)  # (e, v, t·d)
     return (folded @ own.values.flatten(2).permute(1, 2, 0)).permute(2, 0, 1)
@@ -180,10 +266,10 @@ def by_folding(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v
 
 def folding_cost(term: Term, v: float, k: int) -> float:
     """Operations of :func:`by_folding`; infinite where there is no such side."""
-    shared, own = term if len(term[0].values) == 1 else term[::-1]
-    if len(shared.values) > 1 or len(own.values) == 1 or own.lookup:
+    shared, own = term if term[0].shape[0] == 1 else term[::-1]
+    if shared.shape[0] > 1 or own.shape[0] == 1 or own.lookup:
         return float("inf")
-    c, e, t, d = own.values.shape
+    (c, e, t), d = own.shape, own.width
     return e * t * v * (2 * k * (shared.width + d) + (2 * c + NUMBER) * d)
 
 
@@ -206,7 +292,7 @@ class Factored(Part):
         return cls(name, shape, (0,), [(left, right)])
 
     def __len__(self) -> int:
-        return len(self.formed) if self.formed is not None else self.draws * self.terms[0][0].values.shape[1]
+        return len(self.formed) if self.formed is not None else self.draws * self.terms[0][0].shape[1]
 
     def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
         """Eq. 10."""
@@ -244,7 +330,7 @@ class Factored(Part):
     @property
     def draws(self) -> int:
         """How many cotangents an example has."""
-        return max(len(side.values) for term in self.terms for side in term)
+        return max(side.shape[0] for term in self.terms for side in term)
 
     def inner_by_row(self, directions: Directions) -> Float[Tensor, "n t v"]:
         """The terms of eq. 10, one for every row of the sides: summed over rows they are :meth:`inner`.
@@ -253,7 +339,7 @@ class Factored(Part):
             ValueError: if the factors were given up, or uses of the parameter have different numbers of rows.
         """
         left, right = directions.pair(self.names[0], self.rows)
-        counts = {max(a.values.shape[2], b.values.shape[2]) for a, b in self.terms}
+        counts = {max(a.shape[2], b.shape[2]) for a, b in self.terms}
         if self.formed is not None or len(counts) != 1:
             raise ValueError(f"the gradients of {self.names[0]!r} cannot be told apart by position")
         product = sum_of([a.dot(left) * b.dot(right) for a, b in self.terms]).unflatten(-1, left.shape[:2]).sum(-1)
@@ -273,10 +359,10 @@ class Factored(Part):
 
     def better_formed(self, v: int, k: int) -> bool:
         """Whether numbers, samples × parameters, cost less than the factors do, for v directions of rank k."""
-        weights, rows = math.prod(self.shape), [max(a.rows, b.rows) for a, b in self.terms]
-        n = rows[0] // max(self.terms[0][0].values.shape[2], 1)
+        weights, rows = math.prod(self.shape), [max(a.count, b.count) for a, b in self.terms]
+        n = rows[0] // max(self.terms[0][0].shape[2], 1)
         factored = PASSES * sum(min(rows_cost(term, v, k), folding_cost(term, v, k)) for term in self.terms)
-        factored += sum(2 * side.rows * side.values.shape[2] * side.width for term in self.terms for side in term)
+        factored += sum(2 * side.count * side.shape[2] * side.width for term in self.terms for side in term)
         formed = PASSES * weights * (2 * v * (n + k) + NUMBER * (n + v)) + 2 * sum(rows) * weights
         return formed < factored
 
@@ -302,7 +388,7 @@ class Factored(Part):
     def weighted(self, weights: Float[Tensor, " n"]) -> dict[str, Float[Tensor, "*shape"]]:
         if self.formed is not None:
             return self.formed.weighted(weights)
-        by_draw = weights.view(self.terms[0][0].values.shape[1], -1).T  # samples are ordered example by example
+        by_draw = weights.view(self.terms[0][0].shape[1], -1).T  # samples are ordered example by example
         total = sum_of([_weighted_outer(a, b, by_draw) for a, b in self.terms])
         return {self.names[0]: self._tensors(total[None])[0]}
 
@@ -316,12 +402,14 @@ class Factored(Part):
 
 def _weighted_outer(a: Side, b: Side, weights: Float[Tensor, "c e"]) -> Float[Tensor, "l r"]:
     """Σ_{c,e} weight_ce Σ_t a_t ⊗ b_t; rows that all cotangents share are met by the sum over cotangents."""
-    if b.lookup or len(a.values) > len(b.values):
+    if b.lookup or a.shape[0] > b.shape[0]:
         return _weighted_outer(b, a, weights).T
-    scaled = weights.to(b.values)[..., None, None] * b.values
-    own = a.values.expand(len(weights), *a.values.shape[1:])
-    if len(a.values) == 1:
-        own, scaled = a.values, scaled.sum(0, keepdim=True)
+    own, scaled = a.values, b.values
+    scaled = weights.to(scaled)[..., None, None] * scaled
+    if len(own) == 1:
+        scaled = scaled.sum(0, keepdim=True)
+    else:
+        own = own.expand(len(weights), *own.shape[1:])
     left, right = own.flatten(0, 2), scaled.flatten(0, 2)
     if a.lookup:
         right = right * (left >= 0).unsqueeze(-1)

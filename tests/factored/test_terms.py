@@ -12,7 +12,7 @@ from eigendecomp.directions import Directions
 from eigendecomp.factored import terms
 from eigendecomp.factored.pieces import Recomputed
 from eigendecomp.factored.source import CapturedSource
-from eigendecomp.factored.terms import Factored, Side, contract, folding_cost, rows_cost
+from eigendecomp.factored.terms import Factored, Patches, Side, contract, folding_cost, rows_cost
 from eigendecomp.gradients import FunctionalSource, Gradients
 from eigendecomp.target import Target
 from tests.cases import Chosen, assert_same
@@ -134,6 +134,22 @@ def test_both_orders_of_a_contraction_agree(lookup: bool, monkeypatch: pytest.Mo
         monkeypatch.setattr(terms, dear, lambda *_: 1.0)
         torch.testing.assert_close(contract(term, left, right), expected)
         torch.testing.assert_close(contract((term[1], term[0]), right, left), expected)
+
+
+@pytest.mark.parametrize("stride, dilation", [((1, 1), (1, 1)), ((2, 1), (1, 2))])
+@pytest.mark.parametrize("channels", [2, 64])
+def test_patches_meet_kernels_as_if_they_were_unfolded(
+    stride: tuple[int, int], dilation: tuple[int, int], channels: int
+) -> None:
+    """Of many channels the patches' inner products are those of pixels, summed."""
+    patches = Patches(torch.randn(3, 1, channels, 9, 8).double(), (3, 2), stride, dilation, channels * 6)
+    images = patches.images.squeeze(1)
+    unfolded = F.unfold(images, (3, 2), dilation, stride=stride).mT.unsqueeze(0)
+    kernels = torch.randn(4, 2, channels * 6).double()
+    torch.testing.assert_close(patches.values, unfolded, rtol=0, atol=0)
+    torch.testing.assert_close(patches.dot(kernels), unfolded @ kernels.flatten(0, 1).T, rtol=EXACT, atol=EXACT * 100)
+    torch.testing.assert_close(patches.gram(patches), unfolded @ unfolded.mT, rtol=EXACT, atol=EXACT * 100)
+    assert patches.shape == unfolded.shape[:3] and patches.width == unfolded.shape[3]
 
 
 def test_the_cheaper_way_is_taken() -> None:
