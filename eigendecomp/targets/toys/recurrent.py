@@ -103,7 +103,7 @@ def truth(model: FlipFlop) -> Truth:
     once with +1 and once with −1.
     """
     bits = model.read.out_features
-    x = alone(bits)
+    x = alone(bits).to(model.read.weight.dtype)
     weights = {name: p for name, p in model.named_parameters() if not name.startswith("read")}
     rows = []
     for bit in range(bits):
@@ -175,10 +175,11 @@ def fit(
     The weights of writes alone, which have three inputs, take rank three.
     """
     x = data(sequences, torch.Generator().manual_seed(1000 + seed), written=WRITTEN)
+    only_writes = all(name.startswith("write") for name in parameters)
     return decompose(
-        model, x, reference=Mean(), parameters=parameters, n_directions=DIRECTIONS, rank=RANK if any(name.startswith(("state", "*")) for name in parameters) else min(RANK, BITS),
-        sparsity=BatchTopK(KEPT / DIRECTIONS), batch_size=240, steps=steps, learning_rate=1e-2, seed=seed,
-        progress=False,
+        model, x, reference=Mean(), parameters=parameters, n_directions=DIRECTIONS,
+        rank=min(RANK, BITS) if only_writes else RANK, sparsity=BatchTopK(KEPT / DIRECTIONS), batch_size=240,
+        steps=steps, learning_rate=1e-2, seed=seed, progress=False,
     )  # fmt: skip
 
 
