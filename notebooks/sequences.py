@@ -13,9 +13,10 @@
 # together repeat what came last time. Does one direction hold both heads, and does removing it remove induction and
 # leave bigrams? And does one direction hold a bit that a recurrent network keeps?
 #
-# The first is half true, and the second is not. One direction of four has a part in both heads and takes most of
-# induction away, but no better than a principal component of the gradients does, and worse than taking a head out.
-# No direction removes a bit of the recurrent network without the others; one unit of its state does.
+# The first is half true. One direction of four has a part in both heads and takes most of induction away while the
+# bigrams' probability stays; but a principal component of the gradients does the same, and taking a head out does it
+# better. The second is false: every bit owns a direction, but no step along it removes the bit; taking one unit of the
+# state out does.
 #
 # The scores over seeds are kept in `data/runs/sequences.json`, made by
 # `python notebooks/tools/long/sequences.py`; one network of each kind is trained and taken apart here.
@@ -70,7 +71,7 @@ pd.DataFrame(paths, index=["head 1", "head 2"]).round(3)
 # %%
 started = time.process_time()
 d = induction.fit(model, seed=seed, steps=steps["induction"])
-report.record(fit_cpu_seconds=time.process_time() - started)
+report.record(fit_cpu_seconds=time.process_time() - started, fit={"rank": induction.RANK})
 truth, strength = induction.truth(model, q), induction.strength(d, q)
 rows = d.directions()
 
