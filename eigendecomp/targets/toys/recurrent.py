@@ -28,9 +28,9 @@ class FlipFlop(nn.Module):
     def __init__(self, bits: int = BITS, units: int = UNITS) -> None:
         super().__init__()
         self.units = units
-        for gate in "zrn":
-            setattr(self, f"write_{gate}", nn.Linear(bits, units))
-            setattr(self, f"state_{gate}", nn.Linear(units, units, bias=False))
+        self.write_z, self.state_z = nn.Linear(bits, units), nn.Linear(units, units, bias=False)
+        self.write_r, self.state_r = nn.Linear(bits, units), nn.Linear(units, units, bias=False)
+        self.write_n, self.state_n = nn.Linear(bits, units), nn.Linear(units, units, bias=False)
         self.read = nn.Linear(units, bits)
 
     def states(self, x: Float[Tensor, "n t bits"]) -> Float[Tensor, "n t units"]:

@@ -34,12 +34,11 @@ def test_the_network_is_torchs_gated_recurrent_unit_with_the_other_name_of_its_g
     model, x = untrained(), writes(4)
     unit = torch.nn.GRU(3, 5, batch_first=True).double()
     with torch.no_grad():  # torch keeps z of the old state where this one takes z of the new
-        for part, suffix in (("write", "ih"), ("state", "hh")):
-            rows = [getattr(model, f"{part}_{gate}").weight for gate in "rzn"]
-            getattr(unit, f"weight_{suffix}_l0").copy_(torch.cat([rows[0], -rows[1], rows[2]]))
-        bias = [getattr(model, f"write_{gate}").bias for gate in "rzn"]
-        unit.bias_ih_l0.copy_(torch.cat([bias[0], -bias[1], bias[2]]))
-        unit.bias_hh_l0.zero_()
+        mine, theirs = dict(model.named_parameters()), dict(unit.named_parameters())
+        for part, name in (("write", "weight_ih_l0"), ("state", "weight_hh_l0"), ("write", "bias_ih_l0")):
+            rows = [mine[f"{part}_{gate}.{name.split('_')[0]}"] for gate in "rzn"]
+            theirs[name].copy_(torch.cat([rows[0], -rows[1], rows[2]]))
+        theirs["bias_hh_l0"].zero_()
     torch.testing.assert_close(model.states(x), unit(x)[0])
 
 
