@@ -15,8 +15,8 @@
 #
 # The first is half true. One direction of four has a part in both heads and takes most of induction away while the
 # bigrams' probability stays; but a principal component of the gradients does the same, and taking a head out does it
-# better. The second is false: every bit owns a direction, but no step along it removes the bit; taking one unit of the
-# state out does.
+# better. The second is false: in most fits every bit owns a direction, but no step along it removes the bit; taking one
+# unit of the state out does.
 #
 # The scores over seeds are kept in `data/runs/sequences.json`, made by
 # `python notebooks/tools/long/sequences.py`; one network of each kind is trained and taken apart here.
