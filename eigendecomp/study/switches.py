@@ -84,25 +84,30 @@ class Switch:
         return Effect(step, own.item(), (beside / self.unit).item(), elsewhere.item())
 
     def off(self, move: Move, largest: float, *, both: bool = False, tries: int = 10) -> Effect:
-        """The effect of the best step up to ``largest``.
+        """The effect of the best step up to ``largest``, as :func:`search` finds it."""
+        return search(lambda step: self.effect(move, step), largest, both=both, tries=tries)
 
-        With ``both`` steps go either way: the way in which a small one is better. The best of a grid, and then of
-        ever smaller brackets about it (golden sections).
-        """
-        if both and loss(self.effect(move, -largest / 50)) < loss(self.effect(move, largest / 50)):
-            largest = -largest
-        best = min((self.effect(move, largest * k / 8) for k in range(1, 9)), key=loss)
-        low, high = sorted((best.step - largest / 8, best.step + largest / 8))
-        ratio = (5**0.5 - 1) / 2
-        a, b = (self.effect(move, high - ratio * (high - low)), self.effect(move, low + ratio * (high - low)))
-        for _ in range(tries):
-            if loss(a) < loss(b):
-                high, b = b.step, a
-                a = self.effect(move, high - ratio * (high - low))
-            else:
-                low, a = a.step, b
-                b = self.effect(move, low + ratio * (high - low))
-        return min((best, a, b), key=loss)
+
+def search(effect: Callable[[float], Effect], largest: float, *, both: bool = False, tries: int = 10) -> Effect:
+    """The effect of the best step up to ``largest``.
+
+    With ``both`` steps go either way: the way in which a small one is better. The best of a grid, and then of ever
+    smaller brackets about it (golden sections).
+    """
+    if both and loss(effect(-largest / 50)) < loss(effect(largest / 50)):
+        largest = -largest
+    best = min((effect(largest * k / 8) for k in range(1, 9)), key=loss)
+    low, high = sorted((best.step - largest / 8, best.step + largest / 8))
+    ratio = (5**0.5 - 1) / 2
+    a, b = effect(high - ratio * (high - low)), effect(low + ratio * (high - low))
+    for _ in range(tries):
+        if loss(a) < loss(b):
+            high, b = b.step, a
+            a = effect(high - ratio * (high - low))
+        else:
+            low, a = a.step, b
+            b = effect(low + ratio * (high - low))
+    return min((best, a, b), key=loss)
 
 
 def loss(effect: Effect) -> float:

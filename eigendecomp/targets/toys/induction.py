@@ -1,0 +1,259 @@
+"""An induction circuit: two layers of attention, a head each, taught sequences that repeat and follow bigrams.
+
+A sequence repeats a block over and over. Inside the block a token is followed by its successor with probability one
+half, and else by any token. So a token seen for the first time says what its bigram says, and one seen before says what
+came after it last time. The first needs no head. The second needs two: a head that copies the previous token to each
+position, and one that looks for the present token among those copies (Olsson et al., 2022, arXiv:2209.11895).
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eigendecomp.decomposition import Decomposition, decompose
+from eigendecomp.divergence import KLDivergence
+from eigendecomp.reference import Mean
+from eigendecomp.sparsity import BatchTopK
+from eigendecomp.study.moves import Move
+from eigendecomp.study.recovery import Truth
+from eigendecomp.study.switches import Effect
+from eigendecomp.targets.toys.training import minimise
+
+VOCABULARY, LENGTH = 24, 24
+PERIODS = (6, 11)  # the shortest and the longest block
+FEATURES = ("induction", "bigrams")
+
+
+class Head(nn.Module):
+    """A causal attention head that writes to the residual stream."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.W_Q = nn.Linear(width, size, bias=False)
+        self.W_K = nn.Linear(width, size, bias=False)
+        self.W_V = nn.Linear(width, size, bias=False)
+        self.W_O = nn.Linear(size, width, bias=False)
+
+    def pattern(self, r: Float[Tensor, "n t width"]) -> Float[Tensor, "n t t"]:
+        """How much each position (rows) attends to each earlier one and itself (columns)."""
+        scores = self.W_Q(r) @ self.W_K(r).mT / self.W_Q.out_features**0.5
+        later = torch.ones(r.shape[1], r.shape[1], dtype=torch.bool, device=r.device).triu(1)
+        return scores.masked_fill(later, -torch.inf).softmax(-1)
+
+    def forward(self, r: Float[Tensor, "n t width"]) -> Float[Tensor, "n t width"]:
+        return r + self.W_O(self.pattern(r) @ self.W_V(r))
+
+
+class Induction(nn.Module):
+    """Tokens ↦ logits of the next token: embeddings of tokens and positions, two heads in turn, an unembedding."""
+
+    def __init__(self, vocabulary: int = VOCABULARY, length: int = LENGTH, width: int = 48, size: int = 24) -> None:
+        super().__init__()
+        self.W_E = nn.Embedding(vocabulary, width)
+        self.W_P = nn.Parameter(torch.zeros(length, width))
+        self.heads = nn.ModuleList(Head(width, size) for _ in range(2))
+        self.W_U = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t vocabulary"]:
+        r = self.W_E(tokens) + self.W_P[: tokens.shape[1]]
+        for head in self.heads:
+            r = head(r)
+        return self.W_U(r)
+
+    @torch.no_grad()
+    def patterns(self, tokens: Int[Tensor, "n t"]) -> list[Float[Tensor, "n t t"]]:
+        """The attention pattern of each head."""
+        r, found = self.W_E(tokens) + self.W_P[: tokens.shape[1]], []
+        for head in self.heads:
+            assert isinstance(head, Head)
+            found.append(head.pattern(r))
+            r = head(r)
+        return found
+
+
+class Sequences(NamedTuple):
+    """Tokens, one more than a network reads, and the length of the block that each sequence repeats."""
+
+    tokens: Int[Tensor, "n t1"]
+    period: Int[Tensor, " n"]
+
+    @property
+    def inputs(self) -> Int[Tensor, "n t"]:
+        """What the network reads."""
+        return self.tokens[:, :-1]
+
+    @property
+    def targets(self) -> Int[Tensor, "n t"]:
+        """What comes next."""
+        return self.tokens[:, 1:]
+
+    def samples(self, vocabulary: int = VOCABULARY) -> dict[str, Bool[Tensor, "n t"]]:
+        """By feature, the positions that need it.
+
+        Induction: the token stood at one earlier place of the block alone, and what came after it is not its successor.
+        Bigrams: the token has not been seen before in the sequence.
+        """
+        x, t = self.inputs, torch.arange(self.inputs.shape[1])
+        same = x.unsqueeze(2) == x.unsqueeze(1)
+        before = (same & (t.unsqueeze(1) > t)).sum(2)
+        inside = (same & (t < self.period.view(-1, 1, 1))).sum(2)
+        repeated = (t >= self.period.unsqueeze(1)) & (inside == 1)
+        return {"induction": repeated & (self.targets != successor(x, vocabulary)), "bigrams": before == 0}
+
+    def wanted(self, vocabulary: int = VOCABULARY) -> dict[str, Int[Tensor, "n t"]]:
+        """By feature, the token that it says comes next, which counts at the feature's samples alone."""
+        return {"induction": self.targets, "bigrams": successor(self.inputs, vocabulary)}
+
+
+def successor(tokens: Int[Tensor, "*n"], vocabulary: int = VOCABULARY) -> Int[Tensor, "*n"]:
+    """The token that a bigram puts next."""
+    return (tokens + 1) % vocabulary
+
+
+def data(
+    n: int, generator: torch.Generator, *, vocabulary: int = VOCABULARY, length: int = LENGTH, bigram: float = 0.5
+) -> Sequences:
+    """Sequences that repeat a block whose tokens follow their bigram with probability ``bigram``, else are any."""
+    period = torch.randint(PERIODS[0], PERIODS[1] + 1, (n,), generator=generator)
+    free = torch.randint(vocabulary, (n, PERIODS[1]), generator=generator)
+    follow = torch.rand(n, PERIODS[1], generator=generator) < bigram
+    block = [free[:, 0]]
+    for t in range(1, PERIODS[1]):
+        block.append(torch.where(follow[:, t], successor(block[-1], vocabulary), free[:, t]))
+    return Sequences(torch.stack(block, 1).gather(1, torch.arange(length + 1) % period.unsqueeze(1)), period)
+
+
+def train(
+    *,
+    seed: int,
+    steps: int = 2000,
+    batch_size: int = 64,
+    learning_rate: float = 5e-3,
+    width: int = 48,
+    size: int = 24,
+) -> tuple[Induction, dict[str, float]]:
+    """A trained network, and by feature the mean probability of the token that the feature says, on fresh data."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Induction(width=width, size=size)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            scale = 0.5 if name in ("W_E.weight", "W_P") else weight.shape[1] ** -0.5
+            weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
+
+    def loss(_: int) -> Tensor:
+        batch = data(batch_size, generator)
+        return F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten())
+
+    minimise(loss, optimizer, steps)
+    return model.eval(), said(model, data(2000, generator))
+
+
+@torch.no_grad()
+def said(model: nn.Module, sequences: Sequences) -> dict[str, float]:
+    """By feature, the mean probability of the token that it says, over its samples."""
+    p = model(sequences.inputs).softmax(-1)
+    wanted, samples = sequences.wanted(p.shape[-1]), sequences.samples(p.shape[-1])
+    return {k: p.gather(2, wanted[k].unsqueeze(2))[..., 0][samples[k]].mean().item() for k in FEATURES}
+
+
+def path_scores(model: Induction, sequences: Sequences) -> dict[str, tuple[float, float]]:
+    """How much each head, first and second, does of each step of the circuit, in [0, 1].
+
+    ``previous``: mean attention to the token before, inside the first block from its second position on, which is where
+    copies of it are looked for later. ``induction``: mean attention, at the samples of induction, to all places whose
+    token came after an earlier copy of the present one.
+    """
+    x, t = sequences.inputs, torch.arange(sequences.inputs.shape[1])
+    copies = (x.unsqueeze(2) == x.unsqueeze(1)) & (t.unsqueeze(1) > t)  # (n, position, earlier position)
+    after = F.pad(copies[:, :, :-1], (1, 0))
+    here = sequences.samples(model.W_U.out_features)["induction"]
+    first = t[1:] < sequences.period.unsqueeze(1)
+    found: dict[str, list[float]] = {"previous": [], "induction": []}
+    for pattern in model.patterns(x):
+        found["previous"].append(pattern.diagonal(-1, 1, 2)[first].mean().item())
+        found["induction"].append((pattern * after).sum(2)[here].mean().item())
+    return {name: (values[0], values[1]) for name, values in found.items()}
+
+
+HEADS = {f"head {n + 1}": tuple(f"heads.{n}.W_{letter}.weight" for letter in "QKVO") for n in range(2)}
+
+
+def truth(model: Induction, sequences: Sequences) -> Truth:
+    """For each feature what computes it in either head: {parameter: (features, *shape)}.
+
+    The gradient of the logit of the token that the feature says, over the mean logit, averaged over its samples.
+    """
+    wanted, samples = sequences.wanted(model.W_U.out_features), sequences.samples(model.W_U.out_features)
+    named = dict(model.named_parameters())
+    weights = {name: named[name] for names in HEADS.values() for name in names}
+    f = model(sequences.inputs)
+    over = {k: f.gather(2, wanted[k].unsqueeze(2))[..., 0] - f.mean(2) for k in FEATURES}
+    rows = [
+        torch.autograd.grad(over[k][samples[k]].mean(), list(weights.values()), retain_graph=True) for k in FEATURES
+    ]
+    objects = {name: torch.stack(parts) for name, *parts in zip(weights, *rows, strict=True)}
+    return Truth(sequences.inputs, objects, HEADS)
+
+
+def strength(d: Decomposition, sequences: Sequences, references: int = 1) -> Float[Tensor, "features v"]:
+    """Mean impact of every direction over each feature's samples."""
+    impact = d.impact(sequences.inputs, references)
+    vocabulary = d.target.outputs(sequences.inputs[:1]).shape[-1]
+    return torch.stack([impact[samples.flatten()].mean(0) for samples in sequences.samples(vocabulary).values()])
+
+
+class Removal:
+    """What a move does to induction and to bigrams, on these sequences.
+
+    ``left``: what the probability of the repeated token has over chance at the samples of induction, as a share of what
+    it had. ``elsewhere``: mean total variation of the predictions at the samples of bigrams. ``beside``: the same where
+    the repeated token is the successor, so that both say it.
+    """
+
+    def __init__(self, model: Induction, sequences: Sequences, bigram: float = 0.5) -> None:
+        self.vocabulary = model.W_U.out_features
+        self.sequences, self.samples = sequences, sequences.samples(self.vocabulary)
+        x, t = sequences.inputs, torch.arange(sequences.inputs.shape[1])
+        agreeing = (t >= sequences.period.unsqueeze(1)) & (sequences.targets == successor(x, self.vocabulary))
+        self.samples["beside"] = agreeing
+        self.chance = (1 - bigram) / self.vocabulary  # what the data give a token that is no successor
+        self.base = self._predictions(model)
+
+    @torch.no_grad()
+    def _predictions(self, model: nn.Module) -> Float[Tensor, "n t vocabulary"]:
+        return model(self.sequences.inputs).softmax(-1)
+
+    def _over(self, p: Float[Tensor, "n t vocabulary"]) -> float:
+        own = p.gather(2, self.sequences.targets.unsqueeze(2))[..., 0]
+        return own[self.samples["induction"]].mean().item() - self.chance
+
+    def effect(self, move: Move, step: float) -> Effect:
+        """What the model does with the move at this step."""
+        with move(step) as moved:
+            p = self._predictions(moved)
+        change = (p - self.base).abs().sum(-1) / 2
+        beside, elsewhere = (change[self.samples[name]].mean().item() for name in ("beside", "bigrams"))
+        return Effect(step, abs(self._over(p) / self._over(self.base)), beside, elsewhere)
+
+
+# The fit's settings, chosen on network 100 with fitting seed 0, which are not among those reported.
+DIRECTIONS, RANK, KEPT, STEPS = 4, 16, 1.0, 300
+
+
+def fit(
+    model: Induction, *, seed: int, steps: int = STEPS, heads: tuple[int, ...] = (0, 1), sequences: int = 400
+) -> Decomposition:
+    """Four directions of rank 16 over both heads' weights, or over those of some; one coefficient a sample is kept.
+
+    The mean output is the reference.
+    """
+    x = data(sequences, torch.Generator().manual_seed(1000 + seed)).inputs
+    return decompose(
+        model, x, divergence=KLDivergence(), reference=Mean(), parameters=[f"heads.{n}.*" for n in heads],
+        n_directions=DIRECTIONS, rank=RANK, sparsity=BatchTopK(KEPT / DIRECTIONS), batch_size=240, steps=steps,
+        learning_rate=1e-2, seed=seed, progress=False,
+    )  # fmt: skip
