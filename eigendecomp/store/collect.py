@@ -20,7 +20,7 @@ from eigendecomp.reference import Draws
 from eigendecomp.settings import Settings
 from eigendecomp.storage import fingerprint, pack_pool
 from eigendecomp.store.layout import Layout
-from eigendecomp.store.shards import FORMAT, Folder, digest, read
+from eigendecomp.store.shards import CONSTANT, FORMAT, Folder, digest, read
 from eigendecomp.support import files
 from eigendecomp.support.examples import Examples, Inputs, Named, alike, chunks, fetch
 from eigendecomp.support.random import generator
@@ -166,5 +166,5 @@ class Collection:
             "samples": samples, "examples": size, "layout": layout.plain(), "shapes": self.target.shapes,
             "target": identity["target"], "arguments": names, "shards": None,
         }  # fmt: skip
-        held = pack_pool(self.data.pool, self.data.seen) | {f"constant/{key}": x for key, x in constants.items()}
+        held = pack_pool(self.data.pool, self.data.seen) | {CONSTANT + key: x for key, x in constants.items()}
         return held, metadata, each

@@ -20,7 +20,7 @@ from eigendecomp.sparsity import BatchTopK, Sparsity
 from eigendecomp.storage import Checkpoint, check_target, fingerprint, unpack_seen
 from eigendecomp.store.collect import Collection, sources
 from eigendecomp.store.layout import Layout
-from eigendecomp.store.shards import FORMAT, Folder, Shards, StoredBatches, read
+from eigendecomp.store.shards import CONSTANT, FORMAT, Folder, Shards, StoredBatches, read
 from eigendecomp.support import files, parallel
 from eigendecomp.support.checks import real, whole
 from eigendecomp.support.examples import Examples, Inputs
@@ -109,9 +109,7 @@ class GradientStore(Shown):
             raise ValueError(f"{str(path)!r} is not complete: call GradientStore.collect again, which goes on with it")
         seen = unpack_seen(tensors, metadata["arguments"])
         pool = pool_of(target, seen, settings)[1] if seen else tensors["pool"].to(target.device)
-        constants = {
-            key.removeprefix("constant/"): value for key, value in tensors.items() if key.startswith("constant/")
-        }
+        constants = {key.removeprefix(CONSTANT): x for key, x in tensors.items() if key.startswith(CONSTANT)}
         shards = Shards.open(
             folder, metadata["shards"], metadata["identity"], Layout.read(metadata["layout"]), target.shapes,
             constants, target.device, progress and parallel.leads(),

@@ -26,6 +26,7 @@ from eigendecomp.support.examples import Feed, Shuffled
 
 FORMAT = 1
 MANIFEST = "store.safetensors"
+CONSTANT = "constant/"  # before the names of tensors that all samples share
 
 
 class Folder:
