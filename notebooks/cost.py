@@ -606,6 +606,9 @@ def timed(work):
     return found, process_time() - start
 
 
+live, live_seconds = timed(lambda: ed.decompose(story, windows, **asked, **fit))
+
+# %%
 stored = []
 with TemporaryDirectory() as place:
     for n in sizes_of_stores:
@@ -613,12 +616,12 @@ with TemporaryDirectory() as place:
         store, capture = timed(lambda n=n, path=path: ed.GradientStore.collect(story, windows[:n], path=path, **asked))
         for seed in (0, 1):
             d, taken = timed(lambda store=store, seed=seed: store.decompose(**fit, seed=seed))
+            d.pool = live.pool  # all errors are read with the same references
             error = d.reconstruction_error(unseen_windows)
             stored.append({"samples": len(store), "seed": seed, "capture, s": capture, "fit, s": taken, "error": error})
         bytes_each = store.shards.bytes / len(store)
 
 # %%
-live, live_seconds = timed(lambda: ed.decompose(story, windows, **asked, **fit))
 live_error = live.reconstruction_error(unseen_windows)
 stored = pd.DataFrame(stored)
 largest = stored[stored["samples"] == stored["samples"].max()]
