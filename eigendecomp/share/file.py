@@ -1,11 +1,12 @@
 """The file of a decomposition: its directions, settings and references; safetensors with JSON metadata."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from eigendecomp import divergence as divergences
 from eigendecomp import reference as references
@@ -28,9 +29,7 @@ LARGE_POOL = 4 << 20  # bytes; a smaller pool is written itself, so that no inpu
 
 def save(d: Decomposition, path: str | Path) -> None:
     """:meth:`Decomposition.save`."""
-    inputs = {f"pool of/{number}": tensor for number, tensor in enumerate(d.seen)}
-    smaller = 0 < sum(tensor.nbytes for tensor in d.seen) < d.pool.nbytes
-    tensors = inputs if smaller and d.pool.nbytes > LARGE_POOL else {"pool": d.pool}
+    tensors = pack_pool(d.pool, d.seen)
     for name, directions in (("decoder", d.decoder), ("encoder", d.encoder)):
         if name == "decoder" or not d.settings.tied:
             tensors |= pack(name, directions)
@@ -61,14 +60,25 @@ def load(cls: type[Decomposition], path: str | Path, model: nn.Module) -> Decomp
         encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings, n)
         if metadata["threshold"] is not None:
             real("threshold", metadata["threshold"], least=0)
-        inputs = sum(name.startswith("pool of/") for name in tensors)
-        seen: Examples = tuple(tensors[f"pool of/{number}"] for number in range(inputs))
-        if seen and metadata.get("arguments") is not None:
-            seen = Named.of(seen, metadata["arguments"])
+        seen = unpack_seen(tensors, metadata.get("arguments"))
         pool = settings.pool(target.outputs(seen)) if seen else tensors["pool"].to(target.device)
         return cls(target, settings, encoder, decoder, metadata["threshold"], pool, history, seen)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None
+
+
+def pack_pool(pool: Float[Tensor, "m k"], seen: Examples) -> dict[str, Tensor]:
+    """The pool of references; where it is large, the examples that it is made from again, if these are smaller."""
+    smaller = 0 < sum(tensor.nbytes for tensor in seen) < pool.nbytes
+    if smaller and pool.nbytes > LARGE_POOL:
+        return {f"pool of/{number}": tensor for number, tensor in enumerate(seen)}
+    return {"pool": pool}
+
+
+def unpack_seen(tensors: Mapping[str, Tensor], arguments: Sequence[str] | None) -> Examples:
+    """The examples that the pool is made from; none where the pool itself was written."""
+    seen = tuple(tensors[f"pool of/{number}"] for number in range(sum(name.startswith("pool of/") for name in tensors)))
+    return seen if arguments is None or not seen else Named.of(seen, arguments)
 
 
 def settings_from(plain: Mapping[str, Any]) -> Settings:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eigendecomp.decomposition import Data
+from eigendecomp.batches import Data
 from eigendecomp.factored.guard import Mistaken
 from eigendecomp.factored.pieces import Recomputed
 from eigendecomp.factored.source import CapturedSource
@@ -18,7 +18,8 @@ from eigendecomp.factored.uses import UseSource
 from eigendecomp.gradients import Gradients
 from eigendecomp.reference import Draws
 from eigendecomp.settings import Settings
-from eigendecomp.storage import fingerprint, pack_pool
+from eigendecomp.share.file import pack_pool
+from eigendecomp.storage import fingerprint
 from eigendecomp.store.layout import Layout
 from eigendecomp.store.shards import CONSTANT, FORMAT, Folder, digest, read
 from eigendecomp.support import files
@@ -166,5 +167,5 @@ class Collection:
             "samples": samples, "examples": size, "layout": layout.plain(), "shapes": self.target.shapes,
             "target": identity["target"], "arguments": names, "shards": None,
         }  # fmt: skip
-        held = pack_pool(self.data.pool, self.data.seen) | {CONSTANT + key: x for key, x in constants.items()}
+        held = pack_pool(self.data.draws.pool, self.data.seen) | {CONSTANT + key: x for key, x in constants.items()}
         return held, metadata, each

@@ -9,19 +9,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigendecomp.decomposition import Data, Decomposition, pool_of
+from eigendecomp.batches import Data
+from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Factorization, check_rank
 from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.reference import Mean, OtherSample, Reference
-from eigendecomp.settings import Settings, settings_from
+from eigendecomp.settings import Settings
+from eigendecomp.share.file import check_target, settings_from, unpack_seen
 from eigendecomp.sparsity import BatchTopK, Sparsity
-from eigendecomp.storage import Checkpoint, check_target, fingerprint, unpack_seen
+from eigendecomp.storage import fingerprint
 from eigendecomp.store.collect import Collection, sources
 from eigendecomp.store.layout import Layout
 from eigendecomp.store.shards import CONSTANT, FORMAT, Folder, Shards, StoredBatches, read
 from eigendecomp.support import files, parallel
+from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.checks import real, whole
 from eigendecomp.support.examples import Examples, Inputs
 from eigendecomp.support.random import generator
@@ -108,7 +111,7 @@ class GradientStore(Shown):
         if metadata["shards"] is None:
             raise ValueError(f"{str(path)!r} is not complete: call GradientStore.collect again, which goes on with it")
         seen = unpack_seen(tensors, metadata["arguments"])
-        pool = pool_of(target, seen, settings)[1] if seen else tensors["pool"].to(target.device)
+        pool = settings.pool(target.outputs(seen)) if seen else tensors["pool"].to(target.device)
         constants = {key.removeprefix(CONSTANT): x for key, x in tensors.items() if key.startswith(CONSTANT)}
         shards = Shards.open(
             folder, metadata["shards"], metadata["identity"], Layout.read(metadata["layout"]), target.shapes,

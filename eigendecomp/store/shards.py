@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from eigendecomp.directions import Shapes
 from eigendecomp.gradients import Gradients
-from eigendecomp.storage import flatten
 from eigendecomp.store.layout import Layout
 from eigendecomp.support import files, parallel
+from eigendecomp.support.checkpoint import flatten
 from eigendecomp.support.examples import Feed, Shuffled
 
 FORMAT = 1

@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendecomp.decomposition import CHUNK, Data, Decomposition, capture
+from eigendecomp.batches import Data
+from eigendecomp.decomposition import CHUNK, Decomposition
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence
+from eigendecomp.factored.samples import UseSamples
 from eigendecomp.factored.source import Axes, CapturedSource
 from eigendecomp.factored.terms import Factored
-from eigendecomp.factored.uses import UseSource
 from eigendecomp.reference import Draws, Mean, Reference
 from eigendecomp.settings import Settings
 from eigendecomp.sparsity import BatchTopK
@@ -84,8 +85,7 @@ def factors(
     )  # fmt: skip
     target = Target(model, settings.parameters, settings.group)
     data = Data.read(target, inputs, settings)
-    source, noise = capture(target, data.probe, settings), generator(seed, "references")
-    assert isinstance(source, UseSource)
+    source, noise = UseSamples(target, data.probe, settings).source, generator(seed, "references")
     if several := [name for name, uses in source.axes.items() if len(uses) != 1]:
         raise ValueError(f"{several[0]!r} multiplies more than once at a position; leave it out")
     pieces: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in source.axes}

@@ -26,6 +26,8 @@ EVENING = {
     "fit", "storage", "curvature", "decomposition", "direct",
 }  # fmt: skip
 LINES = 2200  # of the evening's reading with the door, at most
+
+
 def modules() -> dict[str, ast.Module]:
     """Every module's syntax tree, by its name inside the package."""
     paths = sorted(PACKAGE.rglob("*.py"))
