@@ -403,7 +403,7 @@ validation = pd.DataFrame(
 mean = validation.groupby(["method", "reading"])[["classes", "further", "all", "all, best three"]].mean()
 chosen = {str(method): str(table["all"].droplevel(0).idxmax()) for method, table in mean.groupby(level=0)}
 LEAKS = ("impact", "activation", "attribution")  # these are told what the network predicts
-plainly = mean[[not reading.startswith(LEAKS) for _, reading in mean.index]]
+plainly = mean[[not reading.startswith(LEAKS) for _, reading in mean.index]]  # pyright: ignore
 honest = {str(method): str(table["all"].droplevel(0).idxmax()) for method, table in plainly.groupby(level=0)}
 report.record(chosen=chosen, without_prediction=honest)
 report.table("validation", validation)

@@ -609,7 +609,7 @@ def timed(work):
 live, live_seconds = timed(lambda: ed.decompose(story, windows, **asked, **fit))
 
 # %%
-stored = []
+stored, bytes_each = [], 0.0
 with TemporaryDirectory() as place:
     for n in sizes_of_stores:
         path = Path(place) / str(n)

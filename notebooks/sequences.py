@@ -186,7 +186,7 @@ bits.round(3)
 # %%
 def owned_rate(method):
     """In how many fits every bit owns a direction, with the interval."""
-    each = fits[fits["method"] == method]["owned"]
+    each = fits.loc[fits["method"] == method, "owned"]  # pyright: ignore
     return rates.told(int((each == recurrent.BITS).sum()), len(each))
 
 
@@ -205,7 +205,7 @@ LOOK = {
 figure, axes = plots.panels(1, 2, height=2.5)
 for ax, frame, title in zip(axes, (circuits, fits), ("induction", "a bit of three"), strict=True):
     for method, (color, marker) in LOOK.items():
-        spots = frame[frame["method"] == method]
+        spots = frame.loc[frame["method"] == method]  # pyright: ignore
         if len(spots):
             ax.plot(spots["left"], spots["elsewhere"], marker, color=color, ms=3.5, label=method, lw=0, alpha=0.75)
     ax.set(title=title, xlabel="left", ylabel="changed elsewhere", xlim=(-0.03, None), ylim=(-0.02, None))

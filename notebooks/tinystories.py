@@ -29,7 +29,7 @@
 # clusters of activations do as well. What gradients add is what changes the model's behaviour.
 
 # %% tags=["parameters"]
-sizes, weights, seeds = [100, 300], ["W_K", "W_V"], [0, 1]
+sizes, weights, seeds = [100, 300], ["W_K", "W_V"], [0, 1, 2]
 live_size, live_weight = 100, "W_V"  # fitted here, beside the file's
 shown_size, steps_drafted, batch_drafted = 300, 300, 128
 counts, top_heads = (1, 5, 20), 5
@@ -140,7 +140,7 @@ means = scored[scored["on"] == "all"].groupby(["weight", "size", "family", "meth
 report.record(
     resolution={
         weight: {size: {family: {m: results.spread(means.get_group((weight, size, family, m)).tolist())
-                                 for m in means.mean()[weight, size, family].index} for family in families}
+                                 for m in means.mean().loc[weight, size, family].index} for family in families}
                  for size in sizes} for weight in weights
     }
 )  # fmt: skip
@@ -167,7 +167,7 @@ gaps.pivot_table(index="opponent", columns=["weight", "size", "family"], values=
 
 # %%
 rows = []
-for (weight, size, family), part in means.mean().groupby(level=[0, 1, 2]):
+for (weight, size, family), part in means.mean().groupby(level=[0, 1, 2]):  # pyright: ignore
     inner = part.droplevel([0, 1, 2]).drop("ridge probe")
     winner = inner.idxmax()
     rivals_only = inner[[name for name in opponents if name in inner.index]]
@@ -208,7 +208,7 @@ for ax, (weight, family) in zip(axes, [(w, f) for w in weights for f in families
                 found = means.get_group((weight, size, family, method))
                 ax.plot([found.min(), found.max()], [position] * 2, color=tint[method], lw=1.5)
                 ax.plot(found.mean(), position, "o", color=tint[method], ms=4.5, mfc=fills.get(size) or tint[method])
-    best = max(means.mean()[weight, sizes[-1], family]["directions"], 0)
+    best = max(means.mean().loc[weight, sizes[-1], family]["directions"], 0)
     ax.axvline(best, color=plots.OURS, lw=0.6, zorder=0)
     ax.set(title=f"{weight}, {family}", xlabel="average precision", ylim=(len(order) - 0.5, -0.5), xlim=(0.1, 0.95))
     ax.grid(axis="x", lw=0.4)
@@ -226,7 +226,7 @@ report.figure("concepts", figure)
 
 # %%
 two = scored[scored["on"] == "two"].groupby(["weight", "size", "family", "method"])["precision"].mean()
-report.record(two_on={w: {s: {f: two[w, s, f].to_dict() for f in families} for s in sizes} for w in weights})
+report.record(two_on={w: {s: {f: two.loc[w, s, f].to_dict() for f in families} for s in sizes} for w in weights})
 two.unstack(["weight", "size", "family"]).round(3).sort_values(("W_V", sizes[-1], "prediction"))
 
 # %% [markdown]

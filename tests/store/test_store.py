@@ -311,7 +311,7 @@ def test_another_store_is_refused_with_what_differs(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"store of other gradients.*{told}"):
             collected((model, inputs), tmp_path / "s", **options)
     with torch.no_grad():
-        model.mix.weight.add_(0.1)
+        model.get_parameter("mix.weight").add_(0.1)
     with pytest.raises(ValueError, match=r"store of other gradients.*target"):
         collected((model, x), tmp_path / "s")
     with pytest.raises(ValueError, match="other weights of the same shapes"):
@@ -322,7 +322,7 @@ def test_weights_that_change_after_are_noticed(tmp_path: Path) -> None:
     model, x = reader()
     store = collected((model, x), tmp_path / "s")
     with torch.no_grad():
-        model.mix.weight.add_(0.1)
+        model.get_parameter("mix.weight").add_(0.1)
     with pytest.raises(ValueError, match="not those whose gradients are stored"):
         store.decompose(steps=1, progress=False)
 
