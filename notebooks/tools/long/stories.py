@@ -152,10 +152,8 @@ def by_concept(story: Story, z: dict[str, torch.Tensor], head: Row) -> list[Row]
 
 def held_rows(story: Story, changes: torch.Tensor, key: Row, label: str, setting: str) -> list[Row]:
     """The share of every behaviour's gradient, on test stories, that some of these rows rebuild."""
-    names, found = (
-        list(story.behaving["test"]),
-        clusters.rebuilt(story.gradients["test", key["weight"]], changes, COUNTS),
-    )
+    names = [f"says: {name}" for name in story.behaving["test"]]  # one of them is "size", as a column is
+    found = clusters.rebuilt(story.gradients["test", key["weight"]], changes, COUNTS)
     return [key | {"label": label, "setting": setting, "rows": count} | dict(zip(names, share.tolist(), strict=True))
             for count, share in found.items()]  # fmt: skip
 
