@@ -27,8 +27,9 @@
 block, length, size, seeds = 15, 64, 300, [0, 1]
 windows_of = {"fit": 192, "choose": 96, "test": 96}
 forms, keeps, tuning_seed = ["as they are", "standard"], [2, 8], 100
-steps, batch_size, learning_rate = 500, 256, 1e-2
-sae_steps, sae_batch, sae_rate = 600, 512, 3e-3
+steps, batch_size, learning_rate = 400, 256, 1e-2
+sae_steps, sae_batch, sae_rate = 500, 512, 3e-3
+hurry = 2  # settings are chosen on fits of so many times fewer steps
 times, margin, counts = 20, 0.05, (1, 5, 20)  # a concept's tokens in each part; to be ahead by; rows that rebuild
 shown = 10
 
@@ -59,7 +60,7 @@ if smoke:  # the same code on a tiny untrained model of the same architecture
 report = results.Results(
     "smollm", block=block, length=length, size=size, seeds=seeds, windows=windows_of, forms=forms, keeps=keeps,
     tuning_seed=tuning_seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate, sae_steps=sae_steps,
-    sae_batch=sae_batch, sae_rate=sae_rate, times=times, margin=margin, counts=counts,
+    sae_batch=sae_batch, sae_rate=sae_rate, hurry=hurry, times=times, margin=margin, counts=counts,
 )  # fmt: skip
 kl, reference, generator = ed.KLDivergence(), ed.Mean(), torch.Generator
 
@@ -122,15 +123,15 @@ def uses(part: str, label: str, form: str) -> positions.Uses:
     return found.alike()
 
 
-def fitted(label: str, form: str, kept: int, seed: int) -> positions.UseDecomposition:
+def fitted(label: str, form: str, kept: int, seed: int, steps: int = steps) -> positions.UseDecomposition:
     return positions.decompose(
         uses("fit", label, form), mean, divergence=kl, reference=reference, n_directions=size,
         sparsity=ed.BatchTopK(kept / size), steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
     )  # fmt: skip
 
 
-def autoencoder(site: str, form: str, kept: int, seed: int) -> study.autoencoders.Autoencoder:
-    return study.autoencoders.train(inputs("fit", site, form), size, kept, seed=seed, steps=sae_steps,
+def autoencoder(site: str, form: str, kept: int, seed: int, steps: int = sae_steps) -> study.autoencoders.Autoencoder:
+    return study.autoencoders.train(inputs("fit", site, form), size, kept, seed=seed, steps=steps,
                                     batch_size=sae_batch, learning_rate=sae_rate)  # fmt: skip
 
 
@@ -139,6 +140,7 @@ def autoencoder(site: str, form: str, kept: int, seed: int) -> study.autoencoder
 #
 # Every method has rows, and a row is read by its product with the input or by its cosine; an autoencoder besides as it
 # is, and before its threshold. Signs that are arbitrary are turned to the heavier tail on tokens of the fit.
+
 
 # %%
 def factors(d: positions.UseDecomposition, side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,6 +176,7 @@ def of_autoencoder(sae: study.autoencoders.Autoencoder, site: str, form: str) ->
 # %% [markdown]
 # For every concept the unit with the best average precision on validation text is taken; it is scored on test text.
 
+
 # %%
 def on_validation(z: dict[str, torch.Tensor]) -> torch.Tensor:
     return study.concepts.average_precision(z["choose"], known["choose"].truth)
@@ -196,9 +199,11 @@ def score(method: str, site: str, seed: int, tried: dict[str, dict], kept: int) 
     for reading, precision in precisions.items():
         best, z = precision.argmax(0), tried[reading]["test"]
         values = {"validation": precision.amax(0), "test": on_test(z, best), "few on": on_test(sparse(z, kept), best)}
-        rows += [{"method": method, "site": site, "seed": seed, "reading": reading, "concept": name, "family": family}
-                 | {key: value[m].item() for key, value in values.items()}
-                 for m, (name, family) in enumerate(zip(known["test"].names, known["test"].families, strict=True))]
+        rows += [
+            {"method": method, "site": site, "seed": seed, "reading": reading, "concept": name, "family": family}
+            | {key: value[m].item() for key, value in values.items()}
+            for m, (name, family) in enumerate(zip(known["test"].names, known["test"].families, strict=True))
+        ]
     return rows  # fmt: skip
 
 
@@ -212,15 +217,18 @@ def score(method: str, site: str, seed: int, tried: dict[str, dict], kept: int) 
 tuning = []
 for form in forms:
     for kept in keeps:
-        tried = {"ours": of_directions(fitted("V", form, kept, tuning_seed), "attention", form),
-                 "SAE": of_autoencoder(autoencoder("attention", form, kept, tuning_seed), "attention", form)}
+        d = fitted("V", form, kept, tuning_seed, steps // hurry)
+        sae = autoencoder("attention", form, kept, tuning_seed, sae_steps // hurry)
+        tried = {"ours": of_directions(d, "attention", form), "SAE": of_autoencoder(sae, "attention", form)}
         for method, readings in tried.items():
             best = max(on_validation(z).amax(0).mean().item() for z in readings.values())
             tuning.append({"method": method, "form": form, "kept": kept, "validation": best})
 tuning = pd.DataFrame(tuning)
 chosen = {method: part.loc[part["validation"].idxmax()] for method, part in tuning.groupby("method")}
-report.record(tuning=tuning.to_dict("records"),
-              chosen={method: {"form": row["form"], "kept": int(row["kept"])} for method, row in chosen.items()})
+report.record(
+    tuning=tuning.to_dict("records"),
+    chosen={method: {"form": row["form"], "kept": int(row["kept"])} for method, row in chosen.items()},
+)
 tuning.pivot_table(index=["form", "kept"], columns="method", values="validation").round(3)
 
 # %% [markdown]
@@ -303,6 +311,7 @@ by_family.groupby(level=[2, 0, 1]).mean().unstack([1, 2]).round(3)
 
 # %% [markdown]
 # Differences, concept by concept: mean and standard error over concepts, after the mean over seeds.
+
 
 # %%
 def gap(ours: str, other: str, site: str, family: str, among: pd.Series | None = None) -> dict:
@@ -394,8 +403,13 @@ for ax, family in zip(axes, families, strict=False):
             place = at + (0.15 if label == "gate" else -0.15)
             ax.plot([values.min(), values.max()], [place] * 2, color=tint[name], lw=1.5)
             ax.plot(values.mean(), place, "o", color=tint[name], mfc=fill or tint[name], ms=4.5)
-    ax.set(ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)), yticklabels=names if family == "context" else [],
-           xlabel="average precision", title={"context": "what stands in the text"}.get(family, "what is expected"))
+    ax.set(
+        ylim=(len(names) - 0.5, -0.5),
+        yticks=range(len(names)),
+        yticklabels=names if family == "context" else [],
+        xlabel="average precision",
+        title={"context": "what stands in the text"}.get(family, "what is expected"),
+    )
     ax.grid(axis="x", lw=0.4)
 for method, one in shares.groupby("method"):
     mean_share = one.groupby("rows").mean()
@@ -428,7 +442,7 @@ def seen(unit: int, count: int = 3) -> list[str]:
         window, token = divmod(row, length)
         start, end = (int(windows["test"].ends[window, t]) for t in (token - 1, token))
         text = windows["test"].texts[window]
-        found.setdefault(window, f"{text[max(0, start - 36):start]}[{text[start:end].strip()}]".replace("\n", " "))
+        found.setdefault(window, f"{text[max(0, start - 36) : start]}[{text[start:end].strip()}]".replace("\n", " "))
         if len(found) == count:
             return list(found.values())
     return list(found.values())
@@ -467,7 +481,7 @@ display(Markdown(markdown(table)))
 # object that is saved, read and browsed like any other. Its gradients are those above.
 
 # %%
-few = windows["fit"].tokens[:6]
+few = windows["fit"].tokens[:4]
 door = ed.decompose(
     model, few, divergence=kl, parameters=[weights["V"]], n_directions=20, samples="uses", scale="unit",
     sparsity=ed.BatchTopK(2 / 20), steps=5 if smoke else 150, batch_size=128, progress=False,
@@ -493,7 +507,10 @@ for label in ("V", "gate"):
     report.claim(f"level_{label}", f"{label}, context: k-means of inputs is within 0.03 of directions",
                  abs(g["mean"]), "<=", 0.03, g["error"])  # fmt: skip
 one = each_behaviour[counts[0]]
-for name, other, relation in (("SAE unit", "SAE", ">"), ("centre of a k-means of gradients", "k-means of gradients", "<=")):
+for name, other, relation in (
+    ("SAE unit", "SAE", ">"),
+    ("centre of a k-means of gradients", "k-means of gradients", "<="),
+):
     difference = one["ours"] - one[other]
     report.claim(f"one_row_{other}".replace(" ", "_"),
                  f"one direction rebuilds {'more' if relation == '>' else 'no more'} of a behaviour than one {name}",

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,7 +81,7 @@ def test_windows_are_of_all_kinds_and_no_paragraph_is_in_two_parts(pair: tuple[A
     for kind in smollm.KINDS:
         texts = [set(smollm.paragraphs(kind, part)) for part in smollm.PARTS]
         assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
-    with pytest.raises(ValueError, match="poem.*kinds are story"):
+    with pytest.raises(ValueError, match=r"poem.*kinds are story"):
         smollm.paragraphs("poem", "fit")
     with pytest.raises(ValueError, match="too few"):
         smollm.windows(pair[1], "test", 3, 4000)
@@ -106,9 +102,29 @@ def test_a_word_counts_where_it_ends_however_it_is_cut() -> None:
             torch.testing.assert_close(of_letters[name][torch.tensor(words) - 1], found)
     true = {name: [text[: words[i]].split()[-1] for i in found.nonzero()[:, 0]] for name, found in of_words.items()}
     assert true["the"] == ['"the'] and true["he, him, his"] == ["He"] and true["-ing"] == true["computing"]
-    assert true["after the"] == ["programming"] and true["first word of a sentence"] == ["He"]
+    assert true["after the"] == ["programming"] and true["first word of a sentence"] == ["He", '"the']
     assert len(true["inside quotation marks"]) == 6 and len(true["text: jargon"]) == len(words)
     assert not of_words["text: story"].any() and of_letters["inside a word"].sum() > 10
+
+
+def test_what_was_captured_is_kept_for_the_same_settings(
+    tmp_path: Path, pair: tuple[Any, Any], windows: smollm.Windows
+) -> None:
+    calls = []
+
+    def make() -> dict[str, smollm.Captured]:
+        calls.append(1)
+        mean = smollm.mean_prediction(pair[0], windows.tokens)
+        return {"fit": smollm.capture(pair[0], windows.tokens, WEIGHTS, mean)}
+
+    path = tmp_path / "new" / "uses.pt"
+    first, second = (smollm.kept(path, {"block": 1}, make)["fit"] for _ in range(2))
+    assert len(calls) == 1
+    for weight in WEIGHTS:
+        assert torch.equal(first.data[weight], second.data[weight])
+        assert torch.equal(first.asked[weight], second.asked[weight])
+    smollm.kept(path, {"block": 2}, make)
+    assert len(calls) == 2
 
 
 def test_a_model_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,8 +155,8 @@ def vocabulary(tokenizer: Any) -> dict[str, Float[Tensor, " k"]]:
     def members(test: Any) -> Tensor:
         return torch.tensor([float(bool(text) and test(text)) for text in texts])
 
-    found = {name: members(lambda text, of=set(listed.split()): text.strip().lower() in of)
-             for name, listed in LISTS.items()}  # fmt: skip
+    sets = {name: set(listed.split()) for name, listed in LISTS.items()}
+    found = {name: members(lambda text, of=of: text.strip().lower() in of) for name, of in sets.items()}
     found |= {name: members(lambda text, marks=marks: text.strip()[:1] in set(marks)) for name, marks in MARKS.items()}
     for name, (end, least) in ENDINGS.items():
         found[name] = members(lambda text, end=end, n=least: text.strip().endswith(end) and len(text.strip()) >= n)
@@ -168,7 +168,9 @@ def vocabulary(tokenizer: Any) -> dict[str, Float[Tensor, " k"]]:
 
 def prediction(captured: Captured) -> dict[str, Bool[Tensor, " n"]]:
     """What the model expects at every token."""
-    found = {f"next: {name}": mass >= MASS for name, mass in captured.told.items() if name not in ("entropy", "largest")}
+    found = {
+        f"next: {name}": mass >= MASS for name, mass in captured.told.items() if name not in ("entropy", "largest")
+    }
     return found | {"next: certain": captured.told["largest"] >= 0.9, "next: undecided": captured.told["entropy"] >= 5}
 
 

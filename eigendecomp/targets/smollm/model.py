@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -167,7 +167,9 @@ class Captured:
     def uses(self, model: nn.Module, name: str, rows: slice | Tensor = slice(None)) -> Uses:
         """The uses of one weight in the form that directions are fitted to."""
         axes, first = {name: (1,)}, {name: True}  # a weight is (outputs, inputs), and what arrives runs over the second
-        return Uses(Target(model, [name]), 1, axes, first, {name: self.data[name][rows]}, {name: self.asked[name][rows]})
+        return Uses(
+            Target(model, [name]), 1, axes, first, {name: self.data[name][rows]}, {name: self.asked[name][rows]}
+        )
 
 
 @torch.no_grad()
