@@ -43,6 +43,7 @@ shown = 10
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -229,8 +230,8 @@ for form in forms:
         sae = autoencoder("attention", form, kept, tuning_seed, sae_steps // hurry)
         tried = {"ours": of_directions(d, "attention", form), "SAE": of_autoencoder(sae, "attention", form)}
         for method, readings in tried.items():
-            best = max(on_validation(z).amax(0).mean().item() for z in readings.values())
-            tuning.append({"method": method, "form": form, "kept": kept, "validation": best})
+            highest = max(on_validation(z).amax(0).mean().item() for z in readings.values())
+            tuning.append({"method": method, "form": form, "kept": kept, "validation": highest})
 tuning = pd.DataFrame(tuning)
 chosen = {method: part.loc[part["validation"].idxmax()] for method, part in tuning.groupby("method")}
 report.record(
@@ -290,15 +291,15 @@ for (site, seed), sae in saes.items():
             tried.setdefault(method, {}).update(by_rows(found, site, one, signed, f"{one}, "))
     for method, readings in tried.items():
         rows += score(method, site, seed, readings, kept)
-scores = pd.DataFrame(rows)
+scores: Any = pd.DataFrame(rows)
 
 # %% [markdown]
 # One reading for each method and site, the best on validation text over both seeds; an autoencoder is also shown as it
 # is usually read.
 
 # %%
-mean_of = scores.groupby(["method", "site", "reading"])["validation"].mean()
-best = {key: part.idxmax()[2] for key, part in mean_of.groupby(level=[0, 1])}
+mean_of: Any = scores.groupby(["method", "site", "reading"])["validation"].mean()
+best: dict = {key: part.idxmax()[2] for key, part in mean_of.groupby(level=[0, 1])}
 picked = scores[[best[m, s] == r for m, s, r in zip(scores.method, scores.site, scores.reading, strict=True)]]
 usual = scores[scores["reading"] == "as it is"].assign(method="SAE, as it is")
 picked = pd.concat([picked, usual])
@@ -387,7 +388,7 @@ held = [
     for count, values in clusters.rebuilt(behaviours, dictionary, counts).items()
     for name, value in zip((known["test"].names[i] for i in families["prediction"]), values.tolist(), strict=True)
 ]  # fmt: skip
-held = pd.DataFrame(held)
+held: Any = pd.DataFrame(held)
 shares = held.groupby(["method", "rows", "seed"])["held"].mean()
 report.record(behaviours={method: {count: results.spread(part.tolist()) for count, part in one.groupby("rows")}
                           for method, one in shares.groupby("method")})  # fmt: skip
@@ -419,13 +420,16 @@ for ax, family in zip(axes, families, strict=False):
         title={"context": "what stands in the text"}.get(family, "what is expected"),
     )
     ax.grid(axis="x", lw=0.4)
-for method, one in shares.groupby("method"):
-    mean_share = one.groupby("rows").mean()
-    axes[2].plot(mean_share.index, mean_share, "o-", color=tint[method], ms=3.5, lw=1.2)
-    axes[2].annotate(method, (mean_share.index[-1], mean_share.iloc[-1]), (5, -2), textcoords="offset points",
-                     fontsize=6.5, color=tint[method], annotation_clip=False)  # fmt: skip
-axes[2].set(xscale="log", xticks=counts, xticklabels=counts, xlabel="rows", title="of a behaviour's gradient, rebuilt")
-axes[2].set_xlim(0.8, 200)
+lines_of = shares.groupby(level=["method", "rows"]).mean().unstack().sort_values(counts[-1])
+apart, level = 0.065 * lines_of.to_numpy().max(), -1.0  # labels of lines that end close together are moved up
+for method, values in lines_of.iterrows():
+    axes[2].plot(values.index, values, "o-", color=tint[method], ms=3.5, lw=1.2)
+    level = max(values.iloc[-1], level + apart)
+    axes[2].annotate(method, (1.25 * counts[-1], level), fontsize=6.5, va="center", color=tint[method],
+                     annotation_clip=False)  # fmt: skip
+axes[2].set(xscale="log", xlabel="rows", title="of a behaviour's gradient, rebuilt", xlim=(0.8, 200))
+axes[2].set_xticks(counts, counts)
+axes[2].minorticks_off()
 report.figure("methods", figure)
 
 # %% [markdown]

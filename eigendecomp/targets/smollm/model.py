@@ -89,7 +89,7 @@ def stand_in(layers: int = 3, width: int = 24, seed: int = 0) -> tuple[nn.Module
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = stories.load_tokenizer()
-    config = LlamaConfig(
+    config = cast(Any, LlamaConfig)(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=3, num_key_value_heads=1, use_cache=False, attn_implementation="eager",
     )  # fmt: skip
