@@ -102,13 +102,16 @@ def run_l3d(target: str, seed: int, _: float, gradient: l3d.Gradient = "paper") 
 
 
 def run_ours(target: str, seed: int, _: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Our directions, refitted on the samples that keep one: the cosines of every feature alone are kept."""
+    """Our directions, refitted on the samples that keep one: the cosines of every feature alone are kept.
+
+    The number of steps was chosen on seeds 100 to 103, after 500 of them had lost a feature in most of twenty seeds.
+    """
     network, model = NETWORKS[target], load(target)
     x = network.data(20_000, torch.Generator().manual_seed(2))
     clock = time.process_time()
     d = ed.decompose(
         model, x, reference=ed.Mean(), parameters=weights(model), n_directions=network.features,
-        sparsity=ed.BatchTopK(0.05), steps=2000, seed=seed, progress=False,  # 500 lose a feature in most seeds
+        sparsity=ed.BatchTopK(0.05), steps=2000, seed=seed, progress=False,
     )  # fmt: skip
     rows = scores.refitted(d, x[:6000])
     seconds = time.process_time() - clock
