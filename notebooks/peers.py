@@ -311,24 +311,30 @@ report.record(middle=middle.astype(object).where(middle.notna(), None).to_dict("
 middle.round(4)
 
 # %% [markdown]
-# **Forty in ten.** First the peers on the same network, then twenty seeds of ours, from files as well.
+# **Forty in ten.** First the peers on the same network, then twenty seeds of ours, from files as well: one fit, and of
+# three fits that with the lowest training error.
 
 # %%
 shown["large"]
 
 # %%
 cosines = pd.DataFrame([
-    {"seed": seed, "learned": tensors["learned"].mean().item(), "least, learned": tensors["learned"].min().item(),
+    {"fits": of, "seed": seed, "learned": tensors["learned"].mean().item(),
+     "least, learned": tensors["learned"].min().item(),
      "refitted": tensors["refitted"].mean().item(), "least, refitted": tensors["refitted"].min().item(),
      "seconds": about["seconds"]}
-    for seed, (tensors, about) in runs("large", "ours").items()
+    for of, method in (("one", "ours"), ("best of three", "best"))
+    for seed, (tensors, about) in runs("large", method).items()
 ])  # fmt: skip
 report.table("forty", cosines)
 report.record(
-    forty={name: results.spread(cosines[name].tolist()) for name in cosines if name != "seed"},
-    forty_found=int((cosines["least, refitted"] > 0.99).sum()),
+    forty={
+        str(of): {name: results.spread(part[name].tolist()) for name in part if name not in ("fits", "seed")}
+        | {"found": int((part["least, refitted"] > 0.99).sum()), "runs": len(part)}
+        for of, part in cosines.groupby("fits")
+    }
 )
-cosines.describe().loc[["count", "mean", "min", "max"]].round(5)
+cosines.groupby("fits")[["refitted", "least, refitted", "seconds"]].agg(["count", "mean", "min"]).round(5)
 
 # %% [markdown]
 # **Circuits.** L3D's score: from each row the input that it owns and what it makes of it, $\hat a$, against the row of
@@ -516,8 +522,8 @@ REFITTED = "ours, refitted"
 inputs = r2[r2["method"] == REFITTED]
 claim("five", "Five features in two dimensions: mean own cosine of refitted directions, worst seed",
       of("tms", REFITTED, "own cosine"), ">=", 0.9999)  # fmt: skip
-claim("forty", "Forty features in ten dimensions: mean own cosine of refitted directions, worst of the seeds",
-      cosines["refitted"], ">=", 0.9995)  # fmt: skip
+claim("forty", "Forty features in ten dimensions: mean own cosine of the refitted best of three fits, worst seed",
+      cosines.loc[cosines["fits"] == "best of three", "refitted"], ">=", 0.9995)  # fmt: skip
 claim("identity", "A frozen identity has one gradient a feature: least cosine with W_in[i] W_out[:, i], worst seed",
       middle[middle["method"] == REFITTED]["least cosine with W_in[i] W_out[:, i]"], ">=", 0.99)  # fmt: skip
 claim(

@@ -78,6 +78,7 @@ def gradients(
 
 def _settled(x: Tensor, asked: Tensor, a: Tensor, b: Tensor, signed: bool, steps: int) -> tuple[float, Tensor, Tensor]:
     """The mean cosine of gradients with their centres, and the centres, after some steps."""
+    close = x.new_zeros(len(x), 1)
     for step in range(steps + 1):
         met, wanted = x @ a.T, asked @ b.T
         along = met * wanted
