@@ -428,7 +428,6 @@ for method, values in lines_of.iterrows():
     axes[2].annotate(method, (1.25 * counts[-1], level), fontsize=6.5, va="center", color=tint[method],
                      annotation_clip=False)  # fmt: skip
 axes[2].set(xscale="log", xlabel="rows", title="of a behaviour's gradient, rebuilt", xlim=(0.8, 200))
-axes[2].set_ylim(top=1.15 * max(level, lines_of.to_numpy().max()))
 axes[2].set_xticks(counts, counts)
 axes[2].minorticks_off()
 report.figure("methods", figure)
