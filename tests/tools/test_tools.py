@@ -67,7 +67,8 @@ def test_executes_once_and_leaves_nothing_when_it_fails(repository: Path) -> Non
     source, pair = repository / "notebooks" / "toy.py", repository / "notebooks" / "toy.ipynb"
     first = execute(repository)
     assert first.returncode == 0, first.stderr
-    assert first.stderr == ""
+    told = [line for line in first.stderr.splitlines() if "KeyboardInterrupt caught in kernel" not in line]
+    assert told == []  # a kernel that is slow to end may say how it was ended
     assert re.fullmatch(r"toy: executing\ntoy: executed in \d+\.\d minutes \(not executed here yet\)\n", first.stdout)
     assert json.loads((repository / "figures" / "toy.json").read_text()) == {"count": 3}
     assert pairs.problems(source) == []
