@@ -15,7 +15,8 @@
 # 95%, over concepts and seeds):
 #
 # - **Concepts of tokens: not ahead of k-means, ahead of autoencoders as they are usually read.** 300 directions of
-#   $W_V$ reach an average precision of 0.64 on context and 0.54 on predictions, k-means of inputs 0.66 and 0.54, autoencoders
+#   $W_V$ reach an average precision of 0.64 on context and 0.54 on predictions, k-means of inputs 0.66 and 0.54,
+#   autoencoders
 #   0.59 and 0.41 by their codes, 0.63 and 0.46 before the threshold, 0.64 and 0.51 by decoder rows. The lead over
 #   decoder rows is 0.035 (0.015 to 0.057) on predictions and none on context.
 # - **With 100 units directions are behind.** k-means of inputs, with no gradient, is ahead by 0.04 and 0.02 at $W_V$
