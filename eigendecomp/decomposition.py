@@ -189,7 +189,8 @@ def decompose(
 
     Args:
         model: any module, in evaluation mode. Its parameters are read, never changed.
-        inputs: a tensor, or a tuple of tensors passed to the model together; the first axis counts examples.
+        inputs: a tensor, a tuple or mapping of tensors passed to the model together, or a data set of such examples;
+            the first axis counts examples.
         divergence: how outputs are compared; :class:`SquaredError` by default.
         reference: what a sample is compared with; :class:`OtherSample` by default, for uses :class:`Mean`, which under
             KL is the same without the noise of a draw.

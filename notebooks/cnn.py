@@ -15,10 +15,13 @@
 # random directions and readers, training images, single gradients, and the ten logits. Settings and readings are chosen
 # on validation images, scores are of test images.
 #
-# What it asks, in this order: which concepts are resolved by readings that are not told the network's prediction, and
-# of these which tell readers apart at all, since random readers and training images fall behind; what changes when the
-# prediction may be used; how much of a confusion's gradient lies in few directions; what a push along one does. The
-# answers are in the table of claims at the end, each with its margin.
+# Do directions of a block resolve more than autoencoders do? Read without the network's prediction, directions resolve
+# the concepts that tell readers apart at an average precision of 0.64. The better autoencoder of the block reaches
+# 0.55, k-means of images 0.54, but k-means of gradients 0.65. Five directions hold 72% of a confusion's gradient, five
+# principal components 76%, five means of gradients 86%. Pushed, directions are as selective as random ones.
+#
+# In this order: concepts, read without the prediction and with it; confusions; pushes. The table of claims at the end
+# has the margins.
 
 # %% tags=["parameters"]
 n_directions, more, rank, kept = 100, 300, 4, 8  # more: the larger size; kept: coefficients a sample
@@ -378,7 +381,7 @@ read = {part: readings(part) for part in truth}
 # %% [markdown]
 # ## How well concepts are resolved
 #
-# For every concept the unit with the best average precision on 1,000 validation images, scored on 2,000 test images;
+# For every concept the unit with the best average precision on 800 validation images, scored on 1,200 test images;
 # and a weighted sum of three units, chosen and weighted in the same way. First the readings, on validation images
 # alone: units chosen on one half, scored on the other.
 
@@ -411,8 +414,9 @@ mean.round(3)
 
 # %% [markdown]
 # Readings that are not told the prediction come first: of every method the best of them on validation images. A score
-# counts only where random readers and random training images fall behind: a concept *tells* if on validation images
-# (units chosen on one half, scored on the other) the best of ours, k-means and SAEs is ahead of both by the margin.
+# counts only where random readers, random training images and random directions fall behind: a concept *tells* if on
+# validation images (units chosen on one half, scored on the other) the best of ours, k-means and SAEs is ahead of all
+# three by the margin.
 
 # %%
 halves = {key: study.concepts.resolve((z[:half], known_half[0]), (z[half:], known_half[1])).single

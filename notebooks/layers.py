@@ -14,8 +14,9 @@
 # works for one feature alone. **One direction of parameter space holds what all layers do for a feature**, where the
 # embedding is the identity. With one and a half directions a feature, all features own one in most fits, and those
 # that own none are hardly computed by the network itself. The neuron contributions of all layers together can be read
-# from a feature's direction. With a random embedding they agree less. Directions fitted to one layer find the features
-# too, but only that layer's third of the computation.
+# from a feature's direction, at an r² of 0.98; all features own one in 50 of 60 fits. With a random embedding in 200
+# dimensions they agree less. Directions fitted to one layer find the features too, but only that layer's third of the
+# computation. Goals that were missed: 95% of fits with all features owned, and at most 1% of change elsewhere.
 
 # %% tags=["parameters"]
 seed = 0
