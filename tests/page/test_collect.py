@@ -329,6 +329,12 @@ class Visit:
         self.page.wait_for_selector("#heading")
         self.seconds = time.perf_counter() - begun
 
+    def comes_to(self, number: int) -> None:
+        """Wait for a direction's page: it is drawn when the address has changed, a moment after the click."""
+        from playwright.sync_api import expect
+
+        expect(self.page.locator("#heading")).to_have_text(f"Direction {number}")
+
     def heading(self) -> str:
         return self.page.inner_text("#heading")
 
@@ -354,24 +360,25 @@ def test_opens_clicks_and_turns(visit: Visit) -> None:
     page = visit.page
     numbers = visit.numbers()
     assert sorted(numbers) == list(range(6))
-    assert visit.heading() == f"Direction {numbers[0]}"
+    visit.comes_to(numbers[0])
     page.click("#list tbody tr:nth-child(4) td.what")
-    assert visit.heading() == f"Direction {numbers[3]}"
+    visit.comes_to(numbers[3])
     assert page.url.endswith(f"#{numbers[3]}")
     assert page.locator("#list tr[aria-current]").count() == 1
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(f"location.hash === '#{numbers[4]}'")
-    assert visit.heading() == f"Direction {numbers[4]}"
-    for _ in range(2):
+    visit.comes_to(numbers[4])
+    for number in (numbers[3], numbers[2]):
         page.keyboard.press("ArrowLeft")
-        page.wait_for_timeout(50)
-    assert visit.heading() == f"Direction {numbers[2]}"
+        visit.comes_to(number)
     page.go_back()
-    page.wait_for_function(f"document.getElementById('heading').textContent === 'Direction {numbers[3]}'")
+    visit.comes_to(numbers[3])
     page.locator(".turn a").last.click()
-    assert visit.heading() == f"Direction {numbers[4]}"
-    page.locator("#interactions a").first.click()
-    assert visit.heading() != f"Direction {numbers[4]}"
+    visit.comes_to(numbers[4])
+    meets = page.locator("#interactions a").first
+    other = int(str(meets.get_attribute("href")).removeprefix("#"))
+    assert other != numbers[4]
+    meets.click()
+    visit.comes_to(other)
 
 
 def test_sorts(visit: Visit, pages: dict[str, Path]) -> None:
@@ -438,7 +445,7 @@ def test_deep_links(fragment: str, expected: int | None, chrome, pages: dict[str
     visit = Visit(chrome, pages["vector"], fragment)
     assert visit.heading() == f"Direction {visit.numbers()[0] if expected is None else expected}"
     visit.page.evaluate("location.hash = '#2'")
-    visit.page.wait_for_function("document.getElementById('heading').textContent === 'Direction 2'")
+    visit.comes_to(2)
     visit.quiet()
     visit.page.close()
 
