@@ -6,6 +6,7 @@ forms it.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -97,7 +98,7 @@ class Call:
 
 
 @dataclass(eq=False, kw_only=True)
-class Use(Node):
+class Use(Node, ABC):
     """One use of one parameter: output = operation(data, weight).
 
     ``index`` gives the flat position in the parameter of every entry of the weight as the operation sees it: (in, out)
@@ -117,9 +118,9 @@ class Use(Node):
         )
 
     @classmethod
+    @abstractmethod
     def of(cls, call: Call, place: int) -> "Sequence[Use]":
         """The uses of the weight at this place; raises :class:`NotUnderstood`."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:
@@ -137,9 +138,9 @@ class Use(Node):
         """How a use with two sides splits the parameter's axes; none for a gradient that is formed."""
         return Axes()
 
+    @abstractmethod
     def gradient(self, plan: "Plan", delta: Float[Tensor, "c *out"], examples: int) -> Float[Tensor, "ec w"]:
         """The formed gradient of every example and cotangent, from the output gradients of c cotangents."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)
@@ -200,20 +201,21 @@ class Plan:
 # ---- uses with two sides
 
 
+def shared(plan: Plan, inputs: Shaped[Tensor, "e t *i"]) -> Side:
+    """The side that an example's cotangents share: what arrives at every position."""
+    return Side(inputs.unsqueeze(0), *plan.axes.of(inputs=True))
+
+
 class Product(Use):
     """A use whose gradient is a sum of outer products of inputs and output gradients."""
-
-    def inputs(self, layout: Layout, examples: int) -> Shaped[Tensor, "e t *i"]:
-        """What arrives at every position: numbers, or rows of a table."""
-        raise NotImplementedError
 
     def output_gradients(self, layout: Layout, delta: Tensor, examples: int) -> Float[Tensor, "c e t o"]:
         """What goes back to every position."""
         return layout.split(self.by_sample(delta), examples, 1)
 
+    @abstractmethod
     def input_side(self, plan: Plan, examples: int) -> Side:
-        """The side that an example's cotangents share."""
-        return Side(self.inputs(plan.layout, examples).unsqueeze(0), *plan.axes.of(inputs=True))
+        """The inputs at every position, numbers or rows of a table: the side that an example's cotangents share."""
 
     def sides(self, plan: Plan, delta: Float[Tensor, "c *out"], examples: int) -> Term:
         """The two factors of the gradient."""
@@ -262,8 +264,8 @@ class Linear(Product):
     def by_sample(self, x: Tensor) -> Tensor:
         return x.mT if self.transposed else x
 
-    def inputs(self, layout: Layout, examples: int) -> Tensor:
-        return layout.split(self.by_sample(self.data.detach()), examples)
+    def input_side(self, plan: Plan, examples: int) -> Side:
+        return shared(plan, plan.layout.split(self.by_sample(self.data.detach()), examples))
 
 
 class Vector(Linear):
@@ -272,8 +274,8 @@ class Vector(Linear):
     def by_sample(self, x: Tensor) -> Tensor:
         return x.unsqueeze(-1)
 
-    def inputs(self, layout: Layout, examples: int) -> Tensor:
-        return layout.split(self.data.detach(), examples)
+    def input_side(self, plan: Plan, examples: int) -> Side:
+        return shared(plan, plan.layout.split(self.data.detach(), examples))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -311,9 +313,9 @@ class Embedding(Product):
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return split_axes(self.index.flatten(1), shape, input_rows=True)
 
-    def inputs(self, layout: Layout, examples: int) -> Tensor:
-        tokens = layout.split(self.data, examples).flatten(1)
-        return tokens.masked_fill(tokens == self.padding, -1)
+    def input_side(self, plan: Plan, examples: int) -> Side:
+        tokens = plan.layout.split(self.data, examples).flatten(1)
+        return shared(plan, tokens.masked_fill(tokens == self.padding, -1))
 
     def output_gradients(self, layout: Layout, delta: Tensor, examples: int) -> Tensor:
         return layout.split(delta, examples, 1).flatten(2, -2)
@@ -385,9 +387,9 @@ class Elementwise(Use):
         # Axes of stride 0 are those over which the weight was spread: one entry stays.
         return index[0][tuple(slice(1) if stride == 0 else slice(None) for stride in index.stride()[1:])].flatten()
 
+    @abstractmethod
     def times_derivative(self, delta: Tensor) -> Tensor:
         """Output gradients times the derivative of each entry of the output in its entry of the weight."""
-        raise NotImplementedError
 
     def gradient(self, plan: Plan, delta: Tensor, examples: int) -> Tensor:
         value = plan.layout.split(self.times_derivative(delta), examples, 1)

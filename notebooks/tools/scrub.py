@@ -54,6 +54,7 @@ def scrub(notebook: NotebookNode, replacements: dict[str, str]) -> NotebookNode:
     def clean(text: str) -> str:
         for old, new in replacements.items():
             text = text.replace(old, new)
+        text = re.sub(r"(?:/[\w.-]+)+/tmp[a-z0-9_]{8}\b", "<temporary>", text)  # of tempfile, another in every run
         text = re.sub(r"\S*ipykernel_\d+/\d+\.py", "<cell>", text)
         text = re.sub(r"\S*: TqdmWarning: IProgress not found.*\n.*\n", "", text)  # of the environment, not of the code
         return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x…", text)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eigendecomp.study.clusters import rebuilt as rebuilt
 from eigendecomp.support.random import generator
 from eigendecomp.targets.fashion.block import FromMiddle
 from eigendecomp.targets.fashion.images import (
@@ -191,22 +192,3 @@ def gradient_means(
         a = torch.where(new_a.norm(dim=1, keepdim=True) > 0, unit_rows(new_a), a)
         b = torch.where(new_b.norm(dim=1, keepdim=True) > 0, unit_rows(new_b), b)
     return a, b
-
-
-def rebuilt(
-    g: Float[Tensor, "m w"], rows: Float[Tensor, "v w"], counts: tuple[int, ...]
-) -> dict[int, Float[Tensor, " m"]]:
-    """The share of each ‖g‖² in the span of so many rows, which are added one at a time, the most aligned first."""
-    gram, along = (rows @ rows.T).double(), (g @ rows.T).double()
-    total, chosen = g.double().square().sum(1), torch.zeros(len(g), 0, dtype=torch.long)
-    found, left = {}, along
-    for count in range(1, max(counts) + 1):
-        taken = torch.zeros_like(along, dtype=torch.bool).scatter_(1, chosen, True)
-        chosen = torch.cat([chosen, left.abs().masked_fill(taken, -1).argmax(1, keepdim=True)], 1)
-        held = gram[chosen.unsqueeze(2), chosen.unsqueeze(1)] + 1e-9 * torch.eye(count, dtype=torch.double)
-        y = along.gather(1, chosen)
-        weights = torch.linalg.solve(held, y.unsqueeze(2))
-        left = along - (gram[chosen].mT @ weights).squeeze(2)
-        if count in counts:
-            found[count] = (weights.squeeze(2) * y).sum(1) / total
-    return found
