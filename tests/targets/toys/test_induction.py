@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import eigendecomp as ed
-from eigendecomp.study import recovery, switches
+from eigendecomp.study import recovery
 from eigendecomp.study.moves import displaced
 from eigendecomp.targets.toys import induction
 from eigendecomp.targets.toys.induction import Induction, Sequences
+from rooms.sequences import removal, switches
 
 V, T = induction.VOCABULARY, induction.LENGTH
 
@@ -75,14 +76,14 @@ def test_samples_are_those_that_only_one_of_the_two_can_answer() -> None:
 
 def test_a_circuit_built_by_hand_has_the_scores_of_its_path_and_says_what_is_repeated() -> None:
     model, q = built(), sequences()
-    scores = induction.path_scores(model, q)
+    scores = removal.path_scores(model, q)
     assert scores["previous"][0] == pytest.approx(1, abs=1e-3)
     assert scores["induction"][1] == pytest.approx(1, abs=1e-3)
     assert scores["previous"][1] < 0.5 and scores["induction"][0] < 0.5
     assert induction.said(model, q)["induction"] == pytest.approx(1, abs=1e-3)
     with torch.no_grad():  # without copies of the previous token nothing can be looked for
         dict(model.named_parameters())["heads.0.W_O.weight"].zero_()
-    assert induction.path_scores(model, q)["induction"][1] < 0.5
+    assert removal.path_scores(model, q)["induction"][1] < 0.5
     assert induction.said(model, q)["induction"] < 0.5
 
 
@@ -119,7 +120,7 @@ def test_the_truth_is_the_gradient_of_what_each_feature_says_sample_by_sample() 
 
 def test_removal_is_none_without_a_step_and_whole_without_the_second_head() -> None:
     model = built()
-    task = induction.Removal(model, sequences())
+    task = removal.Removal(model, sequences())
     name = "heads.1.W_O.weight"
     move = displaced(model, {name: -dict(model.named_parameters())[name].detach().clone()})
     still = task.effect(move, 0.0)
@@ -138,13 +139,13 @@ def test_training_learns_and_the_seed_decides_it_and_a_fit_has_strengths_of_both
     assert not torch.equal(model.W_U.weight, other.W_U.weight)
     assert said["bigrams"] > 2 / V
     q = sequences(8)
-    d = induction.fit(model, seed=0, steps=4, sequences=20)
+    d = removal.fit(model, seed=0, steps=4, sequences=20)
     assert isinstance(d, ed.Decomposition) and set(d.target.names) == set(induction.truth(model, q).objects)
-    strength = induction.strength(d, q)
+    strength = removal.strength(d, q)
     one = d.impact(q.inputs, 1).unflatten(0, (8, T))
     torch.testing.assert_close(strength[1], one[q.samples()["bigrams"]].mean(0))
     scores = recovery.recovered(strength, d.directions(), induction.truth(model, q))
     assert scores.features == 2 and set(scores.mean_cosine) == {"head 1", "head 2"}
-    assert set(induction.fit(model, seed=0, steps=2, heads=(1,), sequences=20).target.names) == set(
+    assert set(removal.fit(model, seed=0, steps=2, heads=(1,), sequences=20).target.names) == set(
         induction.HEADS["head 2"]
     )
