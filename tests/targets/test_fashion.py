@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_network
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
@@ -241,7 +242,7 @@ def test_the_shipped_network_is_accurate_and_its_record_is_its_own(
     assert not model.training and cnn.CHECKPOINT.stat().st_size < 1_000_000
     assert cnn.predict(model, test_subset[0][:7], batch_size=3).shape == (7, 10)
     assert cnn.accuracy(model, *test_subset) >= 0.92
-    record = json.loads(cnn.RECORD.read_text())
+    record = json.loads(cnn.CHECKPOINT.with_name("training.json").read_text())
     assert record["test_accuracy"] >= 0.925 and len(record["test_accuracy_by_class"]) == 10
     assert record["checkpoint_sha256"] == fashion.hashlib.sha256(cnn.CHECKPOINT.read_bytes()).hexdigest()
     assert record["parameters"] == sum(p.numel() for p in model.parameters()) <= 150_000
@@ -249,7 +250,7 @@ def test_the_shipped_network_is_accurate_and_its_record_is_its_own(
 
 @needs_data
 def test_the_recorded_accuracy_is_that_of_the_checkpoint(model: cnn.FashionCNN) -> None:
-    recorded = json.loads(cnn.RECORD.read_text())["test_accuracy"]
+    recorded = json.loads(cnn.CHECKPOINT.with_name("training.json").read_text())["test_accuracy"]
     assert cnn.accuracy(model, *fashion.load("test")) == pytest.approx(recorded, abs=3e-4)
 
 
@@ -278,22 +279,22 @@ def test_per_sample_gradients_of_the_network(model: cnn.FashionCNN, test_subset:
 
 def test_training_is_repeatable_saved_and_learns(tmp_path: Path) -> None:
     images, labels = (tensor[::2] for tensor in fashion.load("train", subset=True))
-    settings = cnn.Settings(epochs=4, batch_size=25, widths=(4, 6, 8), held_out=250)
+    settings = train_network.Settings(epochs=4, batch_size=25, widths=(4, 6, 8), held_out=250)
     before = torch.get_rng_state()
-    model, history = cnn.train(images, labels, 1, settings)
+    model, history = train_network.train(images, labels, 1, settings)
     assert torch.equal(before, torch.get_rng_state()) and not model.training
     assert [row["epoch"] for row in history] == [1, 2, 3, 4] and history[-1]["held_out_accuracy"] > 0.5
-    again, _ = cnn.train(images, labels, 1, settings)
-    cnn.save_model(again, tmp_path / "deep" / "again.safetensors")
+    again, _ = train_network.train(images, labels, 1, settings)
+    train_network.save_model(again, tmp_path / "deep" / "again.safetensors")
     loaded = cnn.load_model(tmp_path / "deep" / "again.safetensors")
     assert torch.equal(cnn.predict(model, images[:9]), cnn.predict(loaded, images[:9]))
     with pytest.raises(ValueError, match="held_out=1250"):
-        cnn.train(images, labels, settings=cnn.Settings(held_out=1250))
+        train_network.train(images, labels, settings=train_network.Settings(held_out=1250))
 
 
 def test_augmentation_only_flips_and_shifts() -> None:
     image = torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    changed = cnn.augment(image.expand(64, -1, -1, -1), 2, torch.Generator().manual_seed(0))
+    changed = train_network.augment(image.expand(64, -1, -1, -1), 2, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
     possible = [p[..., i : i + 28, j : j + 28] for p in (padded, padded.flip(3)) for i in range(5) for j in range(5)]
     used = [[torch.equal(one[None], other) for other in possible].index(True) for one in changed]
@@ -301,7 +302,7 @@ def test_augmentation_only_flips_and_shifts() -> None:
 
 
 def test_a_missing_or_foreign_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors.*eigendecomp\.targets\.fashion\.network train"):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors.*data/cnn/train_network\.py"):
         cnn.load_model(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="another network"):
         cnn.load_model(fashion.SUBSET)

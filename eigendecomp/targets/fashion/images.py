@@ -5,8 +5,7 @@ are int64 with shape (n,). The four unpacked IDX files lie in ``ROOT/FashionMNIS
 them, and their sha256 is checked whenever they are read. ``ROOT`` is the argument ``root``, or else the
 environment variable EIGENDECOMP_DATA, or else ``data/downloads`` in the repository.
 
-    python -m eigendecomp.targets.fashion.images fetch         # torchvision's download, else Debian's package
-    python -m eigendecomp.targets.fashion.images subset        # writes data/cnn/fashion_subset.safetensors
+    python -m eigendecomp.targets.fashion.images fetch   # torchvision's download, else Debian's package
 """
 
 import argparse
@@ -24,7 +23,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 Split = Literal["train", "test"]
@@ -135,7 +134,7 @@ def load(
         if not SUBSET.is_file():
             raise FileNotFoundError(
                 f"the shipped subset {SUBSET} is missing; restore it from the repository, or, with the "
-                "whole data, run: python -m eigendecomp.targets.fashion.images subset"
+                "whole data, run: python data/cnn/subset.py"
             )
         tensors = load_file(SUBSET)
         images, labels = tensors[f"{split}_images"], tensors[f"{split}_labels"]
@@ -212,46 +211,14 @@ def fetch(root: str | Path | None = None) -> Path:
     raise OSError("Fashion-MNIST could not be fetched:\n" + "\n".join(failures) + f"\nRemedies:\n{REMEDIES}")
 
 
-# ----------------------------------------------------------------------------------------------- command line
-
-
-def write_subset(root: str | Path | None = None) -> Path:
-    """Write the shipped subset: 2,500 images of either split, 250 of every class; returns its path.
-
-    Tensors ``train_images`` (2500, 28, 28) and ``train_labels`` of bytes, ``train_index`` (their rows in the
-    split), and the same for ``test``.
-    """
-    generator = torch.Generator().manual_seed(0)
-    folder, tensors = raw_folder(root), {}
-    for split, prefix in PREFIX.items():
-        images = parse_idx(verified(folder / f"{prefix}-images-idx3-ubyte"))
-        labels = parse_idx(verified(folder / f"{prefix}-labels-idx1-ubyte"))
-        order = torch.randperm(len(labels), generator=generator)
-        chosen = [order[labels[order] == label][:250] for label in range(len(CLASSES))]
-        index = torch.cat(chosen).sort().values
-        tensors |= {
-            f"{split}_images": images[index],
-            f"{split}_labels": labels[index],
-            f"{split}_index": index.to(torch.int32),
-        }
-    SUBSET.parent.mkdir(parents=True, exist_ok=True)
-    source = "Fashion-MNIST, (c) 2017 Zalando SE, https://github.com/zalandoresearch/fashion-mnist, MIT licence"
-    save_file(tensors, SUBSET, metadata={"source": source})  # of several keys, the order would vary by run
-    return SUBSET
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: ``fetch`` or ``subset``."""
+    """The command line: ``fetch``."""
     parser = argparse.ArgumentParser(prog="python -m eigendecomp.targets.fashion.images")
-    parser.add_argument("command", choices=("fetch", "subset"))
+    parser.add_argument("command", choices=("fetch",))
     parser.add_argument("--root", help="holds FashionMNIST/raw (default: EIGENDECOMP_DATA or data/downloads)")
-    chosen = parser.parse_args(arguments)
     try:
-        if chosen.command == "fetch":
-            print(f"four files, sha256 verified: {fetch(chosen.root)}")
-        else:
-            print(write_subset(chosen.root))
-    except (OSError, ValueError) as error:
+        print(f"four files, sha256 verified: {fetch(parser.parse_args(arguments).root)}")
+    except OSError as error:
         raise SystemExit(f"error: {error}") from None
 
 

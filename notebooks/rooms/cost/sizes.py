@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eigendecomp.targets.smollm.model import load
+from rooms.smollm.model import load
 
 
 class Attention(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from eigendecomp.targets.smollm.model import KINDS, Captured, Windows
+from rooms.smollm.model import KINDS, Captured, Windows
 from rooms.stories.concepts import Concepts
 
 WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?|\d+|[^\w\s]|_")

@@ -1,1 +1,0 @@
-"""SmolLM2-135M, a model that was trained elsewhere, on texts of three kinds."""
