@@ -22,6 +22,7 @@ from eigendecomp.targets.fashion.network import (
     accuracy,
     predict,
     split_indices,
+    untrained,
 )  # fmt: skip
 
 
@@ -48,13 +49,6 @@ def augment(images: Float[Tensor, "n 1 h w"], shift: int, generator: torch.Gener
     columns = torch.where(flip, columns.flip(1), columns)
     padded = F.pad(images[:, 0], (shift,) * 4)
     return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].unsqueeze(1)
-
-
-def untrained(widths: tuple[int, int, int], seed: int) -> FashionCNN:
-    """A network as it is drawn from the seed."""
-    with torch.random.fork_rng(devices=[]):  # modules only draw from the global generator
-        torch.manual_seed(seed)
-        return FashionCNN(widths)
 
 
 def optimiser(model: nn.Module, settings: Settings) -> torch.optim.SGD:

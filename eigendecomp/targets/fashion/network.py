@@ -95,6 +95,13 @@ def accuracy(model: nn.Module, images: Float[Tensor, "n c h w"], labels: Int[Ten
     return (predict(model, images).argmax(1) == labels).double().mean().item()
 
 
+def untrained(widths: tuple[int, int, int], seed: int) -> FashionCNN:
+    """A network as it is drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):  # modules only draw from the global generator
+        torch.manual_seed(seed)
+        return FashionCNN(widths)
+
+
 def load_model(path: str | Path = CHECKPOINT) -> FashionCNN:
     """The trained network from its checkpoint (default: the shipped one), in eval mode.
 
