@@ -745,8 +745,8 @@ print("\n".join(f"{name}: {value:.1f} CPU seconds" for name, value in cpu_second
 def claim_mean(name, words, values, comparison, bound):
     """A claim of a mean over fits; for differences, of fits that share their seed."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    error = results.error_of_mean(values)
-    report.claim(name, f"{words}, mean over seeds", values.mean().item(), comparison, bound, error)
+    error, over = results.error_of_mean(values), f"{len(values)} fits"
+    report.claim(name, f"{words}, mean over seeds", values.mean().item(), comparison, bound, error, over)
 
 
 def difference(name, measure, a, b):
@@ -772,7 +772,7 @@ claim_mean("pure", "toy model: another sample gives purer directions than the mo
 for name, bound in (("XOR", 0.95), ("TMS 5-2", 0.98)):
     claim_mean(f"direct {name}", f"{name}: the direct method finds the same directions, cosine above {bound}",
                cosines[name]["first order and direct"]["values"], ">", bound)  # fmt: skip
-pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
+report.verdicts()
 
 # %%
 _ = report.write()

@@ -464,28 +464,30 @@ report.table("settings", settings).round(3)
 error_of, inside = results.error_of_mean, spectra[:, :3].sum(1)
 rate = rates["pruned, best of four"]
 report.claim("three_dimensions", "a circle's gradients lie in three dimensions",
-             inside.mean().item(), ">", 0.97, error_of(inside))  # fmt: skip
+             inside.mean().item(), ">", 0.97, error_of(inside), f"{len(inside)} circles")  # fmt: skip
 report.claim("found", "three directions for every circle and no row of several, in more than nine fits of ten",
-             rate["rate"], ">", 0.9, rate["error"])  # fmt: skip
+             rate["rate"], ">", 0.9, rate["error"], f"{rate['fits']} fits")  # fmt: skip
 report.claim("one_circle", "a row in use takes nearly all of its squared impact from one circle, mean over fits of the "
-             "worst row", ours["share"].mean(), ">", 0.9, error_of(ours["share"].tolist()))  # fmt: skip
+             "worst row", ours["share"].mean(), ">", 0.9, error_of(ours["share"].tolist()),
+             f"{len(ours)} fits")  # fmt: skip
 for name in sizes:
-    units = ours[ours["rows"] == name]["units"]
+    distance = (ours[ours["rows"] == name]["units"] - 3).abs()
     report.claim(f"three_of_{name}", f"with {name} rows a circle has three directions, within a fifth",
-                 (units - 3).abs().mean(), "<", 0.2, error_of((units - 3).abs().tolist()))  # fmt: skip
+                 distance.mean(), "<", 0.2, error_of(distance.tolist()), f"{len(distance)} fits")  # fmt: skip
 for case, part in tasks.groupby("case", sort=False):
     number, distance = int(part["predicted"].iloc[0]), (part["units"] - part["predicted"]).abs()
     report.claim(str(case), f"{case} references: {number} directions a circle, within a half",
-                 distance.mean(), "<", 0.5, error_of(distance.tolist()))  # fmt: skip
+                 distance.mean(), "<", 0.5, error_of(distance.tolist()), f"{len(distance)} fits")  # fmt: skip
 
 # %%
 counts = theirs.groupby(["layer", "rows"])["units"].mean()
 report.claim("autoencoder_arcs", "an autoencoder spends more units on a circle than we spend directions",
-             counts.min() - ours["units"].mean(), ">", 0.0, error_of(theirs["units"].tolist()))  # fmt: skip
+             counts.min() - ours["units"].mean(), ">", 0.0, error_of(theirs["units"].tolist()),
+             f"{len(theirs)} fits")  # fmt: skip
 shared = {name: settings.loc[settings["setting"] == name, "share"].item() for name in others}
 report.claim("several", "with several circles on some row is shared by circles", shared["several circles on"], "<", 0.5)
 report.claim("as_above", "with one circle on none is", shared["as above"], ">", 0.9)
-pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
+report.verdicts()
 
 # %%
 report.write().name

@@ -592,11 +592,13 @@ error_of = results.error_of_mean
 
 def claim_rate(name, words, found):
     rate = study.rates.told(int(sum(found)), len(found))
-    report.claim(name, f"{words}, in more than half of the fits", rate["rate"], ">", 0.5, rate["error"])
+    over = f"{len(found)} fits"
+    report.claim(name, f"{words}, in more than half of the fits", rate["rate"], ">", 0.5, rate["error"], over)
 
 
 def claim_mean(name, words, values, comparison, bound):
-    report.claim(name, f"{words}, mean of fits", values.mean(), comparison, bound, error_of(values.tolist()))
+    error, over = error_of(values.tolist()), f"{len(values)} fits"
+    report.claim(name, f"{words}, mean of fits", values.mean(), comparison, bound, error, over)
 
 
 claim_rate("owned", "every one of five features owns a direction", main["owned"] == 5)
@@ -627,8 +629,8 @@ if len(runs):
     share = runs[runs["setting"].str.contains("best") & (runs["target"] == "five in two")]["found"]
     rate = study.rates.told(int(share.sum()), len(share))
     report.claim("owned on machines", "every feature owns a direction in nine of ten fits, over processors' kernels",
-                 rate["rate"], ">", 0.9, rate["error"])  # fmt: skip
-pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
+                 rate["rate"], ">", 0.9, rate["error"], f"{len(share)} fits")  # fmt: skip
+report.verdicts()
 
 # %%
 report.write().name

@@ -359,23 +359,24 @@ table.round(2)
 # Each with the number found, its bound, and how many of its own standard errors lie between them.
 
 # %%
+over = f"{len(chosen)} fits"
 error_of, one_set = results.error_of_mean, ratios["one set, L1, constant (draft)"]
 decoders = ratios["two sets, L1, constant: decoder rows"]
 for name, count, words in (("owned", (chosen > 0).all(1), "each of three inputs owns a direction"),
                            ("draft", (chosen >= DRAFT).all(1), "encoder rows reach the draft's ratios")):  # fmt: skip
     rate = study.rates.told(int(count.sum()), len(count))
-    report.claim(name, f"{words}, in more than half of the fits", rate["rate"], ">", 0.5, rate["error"])
+    report.claim(name, f"{words}, in more than half of the fits", rate["rate"], ">", 0.5, rate["error"], over)
 for i, owner in enumerate(OWNERS):
     report.claim(f"stands out {owner}", f"the activation of {owner} stands out by more than in the draft, mean of fits",
-                 chosen[:, i].mean().item(), ">", DRAFT[i].item(), error_of(chosen[:, i]))  # fmt: skip
+                 chosen[:, i].mean().item(), ">", DRAFT[i].item(), error_of(chosen[:, i]), over)  # fmt: skip
 difference = (chosen - decoders).amin(1)
 report.claim("two sides", "encoder rows separate every input better than decoder rows, mean of the least difference",
-             difference.mean().item(), ">", 0.0, error_of(difference))  # fmt: skip
+             difference.mean().item(), ">", 0.0, error_of(difference), over)  # fmt: skip
 lost = study.rates.told(int((one_set > 0).all(1).sum()), len(one_set))
-report.claim("one set", "a single set of rows loses an input in some fit", lost["rate"], "<", 1.0, lost["error"])
+report.claim("one set", "a single set of rows loses an input in some fit", lost["rate"], "<", 1.0, lost["error"], over)
 components_own = int((ratios["principal components"][0] > 0).sum())
 report.claim("components", "principal components leave an input without a direction", components_own, "<", 3)
-pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
+report.verdicts()
 
 # %%
 report.write().name
