@@ -867,14 +867,15 @@ print(f"{page.name}: {page.stat().st_size / 1e6:.1f} MB")
 for other in ("k-means of images", "SAE of images", f"SAE, {sae_kept[0]} on", "training images", "random readers"):
     if len(gaps) > 1:
         text = f"on concepts that tell, directions, not told the prediction, are ahead of {other}"
-        report.claim(f"telling, {other}", text, gaps[other].mean(), ">", 0, gaps[other].sem())
+        over = f"{len(gaps)} concepts"
+        report.claim(f"telling, {other}", text, gaps[other].mean(), ">", 0, gaps[other].sem(), over)
 five = shares[shares["rows"] == 5].pivot_table(index="behaviour", columns="method", values="held")
 for other in floor_methods:
     gap = (five["ours"] - five[other]).tolist()
     text = f"five directions hold more of a confusion's gradient than {other}"
-    report.claim(f"behaviours, {other}", text, sum(gap) / len(gap), ">", 0, results.error_of_mean(gap))
-pd.DataFrame([{"claim": c.statement, "difference": c.quantity, "margin": c.margin, "holds": c.verdict}
-              for c in report.claims.values()]).round(3)  # fmt: skip
+    over = f"{len(gap)} confusions"
+    report.claim(f"behaviours, {other}", text, sum(gap) / len(gap), ">", 0, results.error_of_mean(gap), over)
+report.verdicts()
 
 # %%
 report.write().name

@@ -636,14 +636,16 @@ report.table("store", stored.round(4))
 
 # %%
 report.claim("store faster", "a further fit from the store takes at most a fifth of a live fit's time",
-             live_seconds / largest["fit, s"].mean(), ">=", 5)  # fmt: skip
+             live_seconds / largest["fit, s"].mean(), ">=", 5, over=f"{len(largest)} fits")  # fmt: skip
 report.claim("store error", "from the largest store the held-out error is the live fit's within .01",
-             largest["error"].mean() - live_error, "<=", 0.01, float(largest["error"].std() / 2**0.5))  # fmt: skip
+             largest["error"].mean() - live_error, "<=", 0.01, float(largest["error"].std() / 2**0.5),
+             over=f"{len(largest)} fits")  # fmt: skip
 report.claim("many directions", "with the most directions a step takes at most a tenth of the time",
              kept["times faster"].iloc[-1], ">=", 10)  # fmt: skip
 report.claim("few directions", "with few directions a step is no slower than with all derivatives",
              kept["times faster"].iloc[0], ">=", 0.9)  # fmt: skip
 print(f"live: {live_seconds:.1f} s, error {live_error:.4f}; store: {largest['fit, s'].mean():.1f} s")
+report.verdicts()
 
 # %% [markdown]
 # ## A pretrained model (opt-in)

@@ -61,6 +61,7 @@ if results.profile() == "smoke":
     training_steps = dict.fromkeys(training_steps, 200)
     stories, story_length, many_directions = 2, 8, 10
 
+# %%
 report = results.Results("curvature", seeds=seeds, steps=steps, direct_steps=direct_steps, largest_draw=largest_draw)
 SE, KL = ed.SquaredError(), ed.KLDivergence()
 
@@ -282,6 +283,7 @@ def spaced(name, kind):
     return dict(placed)[kind] - max(0.0, placed[-1][1] - 1.03) * (explained[name][kind][-1] > 0.9)
 
 
+# %%
 figure, axes = plots.panels(1, 2, height=2.3, sharey=True)
 for ax, name, rank in zip(axes, explained, (5, CLASSES - 1), strict=True):
     shares_panel(ax, name, rank)
@@ -336,12 +338,12 @@ def errors(name, sample):
     return {"measured": measured, "expected": [(expected / n**0.5).item() for n in NUMBERS]}
 
 
+# %%
 def slope(values):
     x, y = torch.tensor(NUMBERS).log(), torch.tensor(values).log()
     return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
 
 
-# %%
 strong = int((test["TMS 5-2"] > 0.5).any(1).nonzero()[0])
 converging = {"TMS 5-2": errors("TMS 5-2", strong), "classifier": errors("classifier", 0)}
 slopes = {name: slope(of["measured"]) for name, of in converging.items()}
@@ -384,6 +386,7 @@ INTERFERENCE = {"XOR": 1.0, "TMS 5-2": 4.0, "TMS 40-10": 4.0, "classifier": 4.0}
 cpu_seconds = {}
 
 
+# %%
 def first_order(name, seed, **other):
     started, settings = time.process_time(), {"steps": steps, **FIRST[name], "seed": seed, **other}
     settings |= {"parameters": chosen[name], "n_directions": counts[name], "progress": False}
@@ -550,7 +553,7 @@ eps = torch.linspace(0, 0.45, 100)
 axes[2].plot(eps, 2 * eps.sqrt() + eps, color="black", lw=1)
 axes[2].axhline(1, color="0.7", lw=0.8, ls=":")
 axes[2].text(0.2, 1.27, "bound", size=7, ha="right")
-axes[2].text(0.45, 1.02, "empty from here on", size=6.5, color="0.4", ha="right")
+axes[2].text(0.5, 1.03, "empty from here on", size=7, color="0.4", ha="right")
 axes[2].set(xlabel="error ε of the draws", ylim=(0, 1.5), title="share of H not rebuilt")
 axes[0].set_title("share of gradients not rebuilt")
 axes[1].set_title("rows that a sample's draws use")
@@ -746,8 +749,8 @@ print("\n".join(f"{name}: {value:.1f} CPU seconds" for name, value in cpu_second
 def claim_mean(name, words, values, comparison, bound):
     """A claim of a mean over fits; for differences, of fits that share their seed."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    error = results.error_of_mean(values)
-    report.claim(name, f"{words}, mean over seeds", values.mean().item(), comparison, bound, error)
+    error, over = results.error_of_mean(values), f"{len(values)} fits"
+    report.claim(name, f"{words}, mean over seeds", values.mean().item(), comparison, bound, error, over)
 
 
 def difference(name, measure, a, b):
@@ -773,7 +776,7 @@ claim_mean("pure", "toy model: another sample gives purer directions than the mo
 for name, bound in (("XOR", 0.95), ("TMS 5-2", 0.98)):
     claim_mean(f"direct {name}", f"{name}: the direct method finds the same directions, cosine above {bound}",
                cosines[name]["first order and direct"]["values"], ">", bound)  # fmt: skip
-pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
+report.verdicts()
 
 # %%
 _ = report.write()

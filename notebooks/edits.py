@@ -182,7 +182,9 @@ for name, other, statement in (
     ("rome", "ROME-like", "one direction costs less than a ROME-like edit from ten examples"),
 ):
     middle, low, high = (float(np.log(value)) for value in ratio(other))
-    report.claim(f"cheaper_than_{name}", statement, middle, ">", 0.0, (high - low) / (2 * 1.96))
+    over = f"{len(damage)} behaviours"
+    report.claim(f"cheaper_than_{name}", statement, middle, ">", 0.0, (high - low) / (2 * 1.96), over)
+report.verdicts()
 
 # %%
 report.write().name

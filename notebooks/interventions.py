@@ -516,7 +516,8 @@ def logs(model, method):
 def claim_difference(name, words, a, b, bound=0.0):
     """That the mean of ``a`` is above that of ``b`` by more than a bound."""
     error = (results.error_of_mean(a) ** 2 + results.error_of_mean(b) ** 2) ** 0.5
-    report.claim(name, words, (a.mean() - b.mean()).item(), ">", bound, error)
+    over = f"{len(a)} and {len(b)} moves"
+    report.claim(name, words, (a.mean() - b.mean()).item(), ">", bound, error, over)
 
 
 for case in cases:
@@ -530,8 +531,8 @@ for case in cases:
                      torch.tensor(lora.tolist()), torch.tensor(mine.tolist()))  # fmt: skip
 rate = study.rates.told(int(separated.sum()), len(separated))
 report.claim("pairs", "pairs with a product stand out of all that has none, in more than half of the fits",
-             rate["rate"], ">", 0.5, rate["error"])  # fmt: skip
-pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
+             rate["rate"], ">", 0.5, rate["error"], f"{len(separated)} fits")  # fmt: skip
+report.verdicts()
 
 # %%
 report.write().name

@@ -453,17 +453,18 @@ for layers in sizes:
     row = one_row(seeds, layers, "identity")
     report.claim(
         f"owned_{layers}", f"{layers} layers: all features own a direction in 95% of {row['seeds']:.0f} seeds",
-        row["all owned"] / row["seeds"], ">=", 0.95,
+        row["all owned"] / row["seeds"], ">=", 0.95, over=f"{row['seeds']:.0f} fits",
     )  # fmt: skip
     report.claim(
         f"contributions_{layers}", f"{layers} layers: directions give neuron contributions, r² at least .97",
         row["nc"], ">=", 0.97, 0.0 if row["seeds"] < 2 else row["nc sd"] / row["seeds"] ** 0.5,
+        f"{row['seeds']:.0f} fits",
     )  # fmt: skip
     each = off[(off["layers"] == layers) & (off["embedding"] == "identity") & (off["method"] == "direction")]
     for key, bound in (("left", 0.005), ("elsewhere", 0.01)):
         report.claim(
             f"off_{key}_{layers}", f"switched off along its direction, {layers} layers: {key} at most {bound:g}",
-            each[key].mean(), "<=", bound, each[key].std() / len(each) ** 0.5,
+            each[key].mean(), "<=", bound, each[key].std() / len(each) ** 0.5, f"{len(each)} features",
         )  # fmt: skip
 
 
@@ -490,8 +491,9 @@ report.claim(
     "lost", "a feature that owns no direction is one of which the network computes less than a quarter", weak, "<", 0.25
 )
 slowest = usual[(usual["layers"] == 3) & (usual["embedding"] == "identity")]["fit_cpu_seconds"]
-report.claim("seconds", "a fit of three layers takes at most 60 s of one core", slowest.max(), "<=", 60)
-pd.DataFrame([{"claim": c.statement, "found": c.quantity, "holds": c.verdict} for c in report.claims.values()]).round(4)
+report.claim("seconds", "a fit of three layers takes at most 60 s of one core", slowest.max(), "<=", 60,
+             over=f"the slowest of {len(slowest)} fits")  # fmt: skip
+report.verdicts()
 
 # %%
 report.write().name

@@ -7,15 +7,19 @@
 # ---
 
 # %% [markdown]
-# # Circles in superposition
+# # Circles: how many directions does a feature on a circle own?
 #
-# Some features are not directions of a layer but curves: an hour of the day, an orientation. How many directions does
-# a circle own? As many as its gradients have dimensions, and these can be told from what the network does with it.
+# **What comes out: as many as its gradients have dimensions, which can be told from the task before any fit. It fails
+# for the network that triples angles.**
 #
 # ![What is found follows what is predicted](../figures/manifold_tasks.png)
 #
-# **As the task changes, the number of directions a circle owns follows the number of dimensions of its gradients**:
-# the picture shows where it does and where it does not.
+# *Two, three or four directions are predicted for a circle, by what the network does with it and by the reference.*
+#
+# Some features are not directions of a layer but curves: an hour of the day, an orientation. Words: the *reference* is
+# the output that a sample's output is compared with, the *gradient* that of the divergence between the two. A
+# *direction* is a learned row, few of which rebuild a gradient; its *impact* is the mean size of its coefficient. A
+# circle *owns* a direction if most of its squared impact comes from that circle.
 #
 # Six features are circles. Each is on in one sample of ten, and all of them pass through ten dimensions where they
 # would need twelve. The network that most of this notebook takes apart doubles every angle; others read out one
@@ -278,16 +282,16 @@ for k, (name, parts) in enumerate(curves.items()):
     for c in range(2):
         ax, part = axes[2 * k + c], torch.cat([parts[c], parts[c][:1]])
         for unit in range(part.shape[1]):
-            ax.plot(closed, part[:, unit], lw=1.2, color=plots.COLORS[unit % 7])
+            ax.plot(closed, part[:, unit], lw=1.2, color=plots.OURS if name == "ours" else plots.SAE)
         ax.plot(closed, part.norm(dim=1), lw=1.2, color="black", ls=":")
         ax.set(xticks=[0, torch.pi / 2, torch.pi, 1.5 * torch.pi], yticks=[1], yticklabels=[], ylim=(0, 1.1))
-        ax.set_xticklabels(["0", "π/2", "π", ""], size=6)
+        ax.set_xticklabels(["0", "π/2", "π", ""], size=7)
         ax.tick_params(pad=-3)
         ax.set_title(f"{name}\ncircle {c + 1}: {part.shape[1]} units", fontsize=7, pad=8)
 report.figure("angles", figure)
 
 # %% [markdown]
-# ## Units against the dictionary's size, errors against sparsity
+# ## Errors against sparsity, units against the dictionary's size
 #
 # An error of ours is a share of the squared gradients, an autoencoder's a share of the activations' variance: each
 # method is measured on what it rebuilds. Floors for ours: principal components of the gradients and random rows of
@@ -314,26 +318,22 @@ report.record(error_against_kept=errors.to_dict("list"))
 report.table("errors", errors).round(3)
 
 # %%
-figure, (left, center, right) = plots.panels(1, 3, height=2.1)
+figure, (left, center) = plots.panels(1, 2, width=0.75 * plots.PAGE, height=2.0)
 position = torch.arange(5)
-left.bar(position, spectra[:, :5].mean(0), color=plots.OURS, width=0.6, label="trained network")
-left.plot(position, [0.5, 0.25, 0.25, 0, 0], "_", color="black", ms=16, mew=1.5, label="exact doubling")
+left.bar(position, spectra[:, :5].mean(0), color=plots.OURS, width=0.6)
+left.plot(position, [0.5, 0.25, 0.25, 0, 0], "_", color="black", ms=16, mew=1.5)
+plots.name_line(left, 0.45, 0.47, "bars: the trained network", plots.OURS)
+plots.name_line(left, 0.45, 0.42, "lines: exact doubling", "black")
 left.set(xlabel="dimension of a circle's gradients", ylabel="share of squared norm", xticks=position)
 left.set_xticklabels([str(i + 1) for i in range(5)])
-left.legend()
 series = {"ours": (ours, plots.OURS, "o"), "SAE, embedding": (theirs[theirs.layer == "embed"], plots.SAE, "s"),
           "SAE, GELU units": (theirs[theirs.layer == "gelu"], plots.COLORS[4], "^")}  # fmt: skip
 for name, (table, color, marker) in series.items():
     group = table.groupby("rows")["units"]
     center.fill_between(group.min().index, group.min(), group.max(), color=color, alpha=0.2, lw=0)
-    center.plot(group.mean().index, group.mean(), marker + "-", color=color, label=name, ms=4)
-center.set(xlabel="units in the dictionary", ylabel="units that carry 90% of a circle", xticks=sizes, ylim=(0, 7))
-center.legend()
-for name, color, style in (("ours", plots.OURS, "o-"), ("PCA", plots.PCA, "v--"), ("random", plots.RANDOM, "x--"),
-                           ("SAE, embedding", plots.SAE, "s-")):  # fmt: skip
-    right.plot(errors["kept"], errors[name], style, color=color, label=name, ms=4)
-right.set(xlabel="coefficients kept a sample", ylabel="share not rebuilt", yscale="log", ylim=(4e-3, 1.3))
-right.legend(loc="center right", bbox_to_anchor=(1.0, 0.72))
+    center.plot(group.mean().index, group.mean(), marker + "-", color=color, ms=4)
+    plots.name_line(center, sizes[-1], group.mean().iloc[-1], name, color, xytext=(5, 0))
+center.set(xlabel="units in the dictionary", ylabel="units of a circle", xticks=sizes, ylim=(0, 6))
 report.figure("summary", figure)
 
 # %% [markdown]
@@ -408,7 +408,7 @@ for ax, name in zip(axes, REFERENCES, strict=True):
     ax.plot(place + 0.12, means["units"], "o", color=plots.OURS, ms=5)
     ax.set(xticks=place, ylim=(1, 6), title=f"references: {name}", xlim=(-0.6, len(shown) - 0.4))
     ax.set_xticklabels(shown, rotation=20)
-axes[0].set_ylabel("a circle")
+axes[0].set_ylabel("directions of a circle")
 for y, color, words in ((5.6, "black", "— predicted"), (5.1, plots.PCA, "■ dimensions of gradients"),
                         (4.6, plots.OURS, "● directions found")):  # fmt: skip
     axes[0].text(-0.4, y, words, color=color, size=7, va="center")
@@ -465,28 +465,30 @@ report.table("settings", settings).round(3)
 error_of, inside = results.error_of_mean, spectra[:, :3].sum(1)
 rate = rates["pruned, best of four"]
 report.claim("three_dimensions", "a circle's gradients lie in three dimensions",
-             inside.mean().item(), ">", 0.97, error_of(inside))  # fmt: skip
+             inside.mean().item(), ">", 0.97, error_of(inside), f"{len(inside)} circles")  # fmt: skip
 report.claim("found", "three directions for every circle and no row of several, in more than nine fits of ten",
-             rate["rate"], ">", 0.9, rate["error"])  # fmt: skip
+             rate["rate"], ">", 0.9, rate["error"], f"{rate['fits']} fits")  # fmt: skip
 report.claim("one_circle", "a row in use takes nearly all of its squared impact from one circle, mean over fits of the "
-             "worst row", ours["share"].mean(), ">", 0.9, error_of(ours["share"].tolist()))  # fmt: skip
+             "worst row", ours["share"].mean(), ">", 0.9, error_of(ours["share"].tolist()),
+             f"{len(ours)} fits")  # fmt: skip
 for name in sizes:
-    units = ours[ours["rows"] == name]["units"]
+    distance = (ours[ours["rows"] == name]["units"] - 3).abs()
     report.claim(f"three_of_{name}", f"with {name} rows a circle has three directions, within a fifth",
-                 (units - 3).abs().mean(), "<", 0.2, error_of((units - 3).abs().tolist()))  # fmt: skip
+                 distance.mean(), "<", 0.2, error_of(distance.tolist()), f"{len(distance)} fits")  # fmt: skip
 for case, part in tasks.groupby("case", sort=False):
     number, distance = int(part["predicted"].iloc[0]), (part["units"] - part["predicted"]).abs()
     report.claim(str(case), f"{case} references: {number} directions a circle, within a half",
-                 distance.mean(), "<", 0.5, error_of(distance.tolist()))  # fmt: skip
+                 distance.mean(), "<", 0.5, error_of(distance.tolist()), f"{len(distance)} fits")  # fmt: skip
 
 # %%
 counts = theirs.groupby(["layer", "rows"])["units"].mean()
 report.claim("autoencoder_arcs", "an autoencoder spends more units on a circle than we spend directions",
-             counts.min() - ours["units"].mean(), ">", 0.0, error_of(theirs["units"].tolist()))  # fmt: skip
+             counts.min() - ours["units"].mean(), ">", 0.0, error_of(theirs["units"].tolist()),
+             f"{len(theirs)} fits")  # fmt: skip
 shared = {name: settings.loc[settings["setting"] == name, "share"].item() for name in others}
 report.claim("several", "with several circles on some row is shared by circles", shared["several circles on"], "<", 0.5)
 report.claim("as_above", "with one circle on none is", shared["as above"], ">", 0.9)
-pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
+report.verdicts()
 
 # %%
 report.write().name

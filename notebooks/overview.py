@@ -9,8 +9,8 @@
 # %% [markdown]
 # # Overview: what does the method do with one sample?
 #
-# **What comes out: the gradient of a sample with two features on is a sum of few directions, and a step along one of
-# them changes one output.**
+# **What comes out: the gradient of a sample with two features on is nearly the sum of two directions, and a step along
+# one of them changes one output.**
 #
 # ![A network, its gradient, a sparse code times directions, a step.](../figures/overview_sample.png)
 #
@@ -96,6 +96,10 @@ def between(ax, text):
     ax.text(0.5, 0.42, text, ha="center", va="center", size=11)
 
 
+# %% [markdown]
+# The picture. A direction's sign is free, and each is drawn with the sign that makes its coefficient positive.
+
+# %%
 shown = used[:3]
 widths = [1.15, 0.2, 1.15, 0.2, 0.65, *[0.2, 1.0] * len(shown), 0.3, 0.95]
 figure, axes = plots.panels(1, len(widths), height=1.75, gridspec_kw={"width_ratios": widths})
@@ -103,9 +107,9 @@ drawn(axes[0], weights, "a network,\none sample", nodes=(x[0], f[0].detach()))
 between(axes[1], "→")
 drawn(axes[2], gradient, "its gradient\n$g$")
 between(axes[3], "≈")
-axes[4].barh(range(5), z, color="0.85", height=0.7)
-axes[4].barh(range(5), code, color=plots.OURS, height=0.7)
-axes[4].set(yticks=range(5), yticklabels=[f"$u_{v}$" for v in range(5)], xticks=[0], ylim=(4.6, -0.6))
+axes[4].barh(range(5), z.abs(), color="0.85", height=0.7)
+axes[4].barh(range(5), code.abs(), color=plots.OURS, height=0.7)
+axes[4].set(yticks=range(5), yticklabels=[f"$u_{v}$" for v in range(5)], xticks=[0, 1], ylim=(4.6, -0.6))
 axes[4].set_title("sparse\ncode", fontsize=7.5)
 rows = d.directions()
 for place, v in enumerate(shown):

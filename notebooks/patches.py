@@ -632,7 +632,7 @@ for size in sizes:
                 report.claim(
                     f"{family}, {size}, {other}",
                     f"{size} directions resolve concepts of patches ({family}) better than {other}",
-                    gap["mean"], ">", 0, gap["error"],
+                    gap["mean"], ">", 0, gap["error"], f"{gap['concepts']} concepts",
                 )  # fmt: skip
     by_behaviour = held_share[(held_share["rows"] == 5) & (held_share["size"] == size)]
     five = by_behaviour.pivot_table(index="behaviour", columns="method", values="held")
@@ -640,9 +640,9 @@ for size in sizes:
         gap = (five["ours"] - five[other]).tolist()
         text = f"five of {size} directions hold more of what changes a prediction than {other}"
         quantity = sum(gap) / len(gap)
-        report.claim(f"behaviours, {size}, {other}", text, quantity, ">", 0, results.error_of_mean(gap))
-pd.DataFrame([{"claim": c.statement, "difference": c.quantity, "margin": c.margin, "holds": c.verdict}
-              for c in report.claims.values()]).round(3)  # fmt: skip
+        over = f"{len(gap)} behaviours"
+        report.claim(f"behaviours, {size}, {other}", text, quantity, ">", 0, results.error_of_mean(gap), over)
+report.verdicts()
 
 # %%
 report.write().name

@@ -517,7 +517,7 @@ def claim(key, statement, values, comparison, bound, worst=min):
     """The worst seed against the bound, in units of the spread over seeds."""
     values = list(values)
     sd = results.spread(values)["sd"]
-    return report.claim(key, statement, worst(values), comparison, bound, sd)
+    return report.claim(key, statement, worst(values), comparison, bound, sd, f"{len(values)} fits")
 
 
 REFITTED = "ours, refitted"
@@ -542,7 +542,7 @@ for name, value in speedups.items():
         report.claim(
             f"speed_{name}", f"{name}: SPD's seconds to its best own cosine over ours to the same", value, ">=", 50
         )
-pd.DataFrame([results.told(c) for c in report.claims.values()])[["name", "quantity", "comparison", "bound", "verdict"]]
+report.verdicts()
 
 # %%
 report.write().name

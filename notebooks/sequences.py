@@ -222,10 +222,10 @@ report.figure("removal", figure)
 
 # %%
 def paired(frame, key, method, other):
-    """The mean of a method's score less another's, and its standard error, seed by seed."""
+    """The mean of a method's score less another's, its standard error, and over how many seeds, paired."""
     wide = frame.pivot_table(index="seed", columns="method", values=key)
     less = (wide[method] - wide[other]).tolist()
-    return sum(less) / len(less), results.error_of_mean(less)
+    return sum(less) / len(less), results.error_of_mean(less), f"{len(less)} fits"
 
 
 def loss_of(frame):
@@ -236,41 +236,41 @@ for head in ("head 1", "head 2"):
     cosine = circuits[circuits["method"] == "direction"][f"{head} cosine"].tolist()
     report.claim(
         f"cosine_{head[-1]}", f"the direction's part in {head} has a cosine of at least .5 with the truth of induction",
-        sum(cosine) / len(cosine), ">=", 0.5, results.error_of_mean(cosine),
+        sum(cosine) / len(cosine), ">=", 0.5, results.error_of_mean(cosine), f"{len(cosine)} fits",
     )  # fmt: skip
 removed = circuits[circuits["method"] == "direction"]["left"].tolist()
 report.claim(
     "removed", "moved along the direction, induction is left with at most a tenth",
-    sum(removed) / len(removed), "<=", 0.1, results.error_of_mean(removed),
+    sum(removed) / len(removed), "<=", 0.1, results.error_of_mean(removed), f"{len(removed)} fits",
 )  # fmt: skip
 stays = circuits[circuits["method"] == "direction"]["bigrams"].tolist()
 report.claim(
     "bigrams", "then a bigram's successor keeps nine tenths of its probability", sum(stays) / len(stays), ">=",
-    0.9 * table.loc["network", "bigrams"], results.error_of_mean(stays),
+    0.9 * table.loc["network", "bigrams"], results.error_of_mean(stays), f"{len(stays)} fits",
 )  # fmt: skip
 
 # %%
 for other in ("principal component", "random", "head 1 of it", "head 2 of it", "head 1 ablated", "head 2 ablated"):
-    less, error = paired(loss_of(circuits), "loss", "direction", other)
+    less, error, over = paired(loss_of(circuits), "loss", "direction", other)
     report.claim(
         f"induction_{other.replace(' ', '_')}", f"induction: left and elsewhere add up to less than with: {other}",
-        less, "<", 0, error,
+        less, "<", 0, error, over,
     )  # fmt: skip
 for other in ("principal component", "random", "unit", "fitted to states"):
-    less, error = paired(loss_of(fits), "loss", "direction", other)
+    less, error, over = paired(loss_of(fits), "loss", "direction", other)
     report.claim(
         f"bit_{other.replace(' ', '_')}", f"a bit: left and elsewhere add up to less than with: {other}", less, "<", 0,
-        error,
+        error, over,
     )  # fmt: skip
 report.claim("bits_owned", "all bits own a direction in 95% of fits", owned["direction"]["rate"], ">=", 0.95,
-             owned["direction"]["error"])  # fmt: skip
+             owned["direction"]["error"], f"{owned['direction']['fits']} fits")  # fmt: skip
 for other in ("principal component", "random"):
-    more, error = paired(fits, "own share", "direction", other)
+    more, error, over = paired(fits, "own share", "direction", other)
     report.claim(
         f"share_{other.split()[0]}", f"a small step changes its own bit's output by a larger share than: {other}", more,
-        ">", 0, error,
+        ">", 0, error, over,
     )  # fmt: skip
-pd.DataFrame([{"claim": c.statement, "found": c.quantity, "holds": c.verdict} for c in report.claims.values()]).round(3)
+report.verdicts()
 
 # %%
 report.write().name

@@ -516,10 +516,10 @@ for label in ("V", "gate"):
         for other, called in compared.items():
             g = gaps[label][family][other]
             report.claim(f"{other}, {label}, {family}", f"{label}, {family}: directions are ahead of {called}",
-                         g["mean"], ">", 0, g["error"])  # fmt: skip
+                         g["mean"], ">", 0, g["error"], f"{g['concepts']} concepts")  # fmt: skip
     g = gaps[label]["context"]["k-means"]
     report.claim(f"level, {label}", f"{label}, context: k-means of inputs is within 0.03 of directions",
-                 abs(g["mean"]), "<=", 0.03, g["error"])  # fmt: skip
+                 abs(g["mean"]), "<=", 0.03, g["error"], f"{g['concepts']} concepts")  # fmt: skip
 one = each_behaviour[counts[0]]
 for name, other, relation in (
     ("SAE unit", "SAE", ">"),
@@ -528,9 +528,8 @@ for name, other, relation in (
     difference = one["ours"] - one[other]
     report.claim(f"one row, {other}",
                  f"one direction rebuilds {'more' if relation == '>' else 'no more'} of a behaviour than one {name}",
-                 difference.mean(), relation, 0, difference.sem())  # fmt: skip
-pd.DataFrame([{"claim": c.statement, "found": c.quantity, "±": c.spread, "holds": c.verdict}
-              for c in report.claims.values()]).round(3)  # fmt: skip
+                 difference.mean(), relation, 0, difference.sem(), f"{len(difference)} behaviours")  # fmt: skip
+report.verdicts()
 
 # %% [markdown]
 # Another causal model of the hub is one line: `model = AutoModelForCausalLM.from_pretrained(NAME, use_cache=False,

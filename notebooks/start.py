@@ -283,4 +283,7 @@ except ValueError as error:
 # | a step takes seconds | early layers: a pass for every output | later layers, shorter windows, `samples="uses"` |
 
 # %%
+report.verdicts()
+
+# %%
 report.write().name

@@ -554,16 +554,17 @@ for weight in weights:
                           "k-means of gradients", "training inputs", "random rows"):  # fmt: skip
                 gap = report.values["gaps"][weight][str(size)][family][other]
                 text = f"{size} directions of {weight} resolve {family} better than {called.get(other, other)}"
-                report.claim(f"{family}, {weight}, {size}, {other}", text, gap["mean"], ">", 0, gap["error"])
+                over = f"{by_seed(weight, size, other, family).shape[-1]} concepts"
+                report.claim(f"{family}, {weight}, {size}, {other}", text, gap["mean"], ">", 0, gap["error"], over)
         for other in lines[1:]:
             gap = report.values["behaviours_gaps"][weight][str(size)][other]
             text = f"five of {size} directions of {weight} hold more of a behaviour than {told.get(other, other)}"
-            report.claim(f"behaviours, {weight}, {size}, {other}", text, gap["mean"], ">", 0, gap["error"])
+            over = f"{len(shared)} behaviours"
+            report.claim(f"behaviours, {weight}, {size}, {other}", text, gap["mean"], ">", 0, gap["error"], over)
 gap = report.values["heads"]["own less general"]
 text = "ablating the five heads with most of a behaviour's gradient costs it more than those of all behaviours"
-report.claim("heads", text, gap["mean"], ">", 0, gap["error"])
-pd.DataFrame([{"claim": c.statement, "difference": c.quantity, "margin": c.margin, "holds": c.verdict}
-              for c in report.claims.values()]).round(3)  # fmt: skip
+report.claim("heads", text, gap["mean"], ">", 0, gap["error"], f"{len(drop)} behaviours")
+report.verdicts()
 
 # %%
 report.write().name

@@ -7,21 +7,23 @@
 # ---
 
 # %% [markdown]
-# # Superposition: every feature owns one direction
+# # Superposition: does every feature get a direction of its own?
+#
+# **What comes out: yes, in every fit below, five features in two dimensions and forty in ten. A direction's impact is
+# about ten times as large on its own feature as on the next.**
+#
+# ![A map of impacts, bright on the diagonal alone, beside that of principal components.](../figures/tms_large.png)
+#
+# *Forty features in ten dimensions. Impact of each feature, on alone, on each direction.*
 #
 # A toy model of superposition stores more sparse features than it has hidden dimensions. What each parameter does for
-# each feature is known, so a decomposition of the parameter space can be checked. Five features in two dimensions, and
-# forty in ten. What comes out:
+# each feature is known, so directions can be checked against the truth. Words:
 #
-# - With five directions, **every feature owns one** in the fits below (one processor, few seeds), and the
-#   direction's hidden vectors are parallel to the feature's own.
-# - A direction's impact is about ten times as large for its own feature as for the next. Its activation is twice as
-#   large: a neighbour's output is barely open and yet as sensitive as any.
-# - Half a coefficient a sample rebuilds held-out gradients with less than half the error of principal components.
-# - A step along a direction changes its own feature's output and leaves those of the others.
-# - Of what separates the draft's settings from the published ones, **two sets of rows** instead of one is what finds
-#   the features cleanly. The other two decide how few coefficients rebuild a gradient.
-# - Forty features in ten dimensions give forty directions, one each.
+# - The *reference* is the output that a sample's output is compared with; the *gradient* $g$ is that of the divergence
+#   between the two. A *coefficient* $z$ is what a direction's encoder row reads from it.
+# - *Impact*: mean $|z|$ over drawn references. *Activation*: how far the output moves for a unit step.
+# - A feature *owns* the direction on which it is strongest. *Selectivity* is that strength over the next feature's.
+# - *In-vector* and *out-vector*: a direction's part in $W_{\text{in}}$ and $W_{\text{out}}$, seen in the hidden layer.
 
 # %% tags=["parameters"]
 target_seed = 0
@@ -102,8 +104,8 @@ print("lengths in the free W_in", "  ".join(f"{x:.2f}" for x in lengths(free)["W
 # and zero for one that is shut. If feature $i$ is on alone, the gradient $g = J^\top c$ is, but for the neighbours'
 # barely open outputs, a multiple of one pattern of rank 1: row $i$ of $W_{\text{in}}$ along the feature's vector,
 # column $i$ of $W_{\text{out}}$ along it, and $b_i$. These five patterns are what the fit should find. We call the
-# hidden side of a direction's part in $W_{\text{in}}$ its **encoder column** and that in $W_{\text{out}}$ its
-# **decoder row**, and compare them with the vectors that the network has for the feature.
+# hidden side of a direction's part in $W_{\text{in}}$ its **in-vector** and that in $W_{\text{out}}$ its
+# **out-vector**, and compare them with the vectors that the network has for the feature.
 #
 # Samples in which nothing is on carry no gradient of a feature, and are left out of the data: 1.1 features are on in a
 # sample, on average.
@@ -144,8 +146,8 @@ denser = fit_all("untied", **{**BEST, "sparsity": ed.BatchTopK(0.25)})
 
 # %% [markdown]
 # Every score, for each seed. **Owned**: features whose own input, on alone, has the largest impact on some direction.
-# **Selectivity**: the own feature's impact (or activation) over the next feature's. **Cosine**: of encoder column and
-# decoder row with the owner's vectors, and, as is customary, the largest over all directions. **Error**: $\sum\|g-\hat
+# **Selectivity**: the own feature's impact (or activation) over the next feature's. **Cosine**: of in-vector and
+# out-vector with the owner's vectors, and, as is customary, the largest over all directions. **Error**: $\sum\|g-\hat
 # g\|^2/\sum\|g\|^2$ on held-out samples, the mean over four draws of the references, with the number of coefficients
 # that the fit's threshold keeps in a sample. **Encoder with decoder**: the cosine of a direction's two rows.
 
@@ -154,7 +156,7 @@ denser = fit_all("untied", **{**BEST, "sparsity": ed.BatchTopK(0.25)})
 def cosines(directions, network, owner):
     """|cos| of each direction's hidden vectors with its owner's, and the largest over directions for each feature."""
     found, truth = tms.hidden_vectors(directions), tms.feature_vectors(network)
-    pairs = {"W_in": "encoder column", "W_out": "decoder row"}
+    pairs = {"W_in": "in-vector", "W_out": "out-vector"}
     scores = {}
     for name, vectors in found.items():
         own = torch.cosine_similarity(vectors, truth[name][owner], dim=1).abs()
@@ -167,6 +169,9 @@ def cosines(directions, network, owner):
 def held_out_error(d, held_out=X_held_out, draws=4):
     """The mean over draws of the references."""
     return sum(d.reconstruction_error(held_out, seed=draw) for draw in range(draws)) / draws
+
+
+# %%
 
 
 def score(d, network, held_out=X_held_out):
@@ -220,7 +225,7 @@ main_denser[["seed", "owned", "error", "kept"]].round(3)
 # %% [markdown]
 # ## The directions
 #
-# Encoder columns and decoder rows of the first seed's directions, in colour, over the network's own vectors in grey.
+# Encoder columns and out-vectors of the first seed's directions, in colour, over the network's own vectors in grey.
 # All are drawn at one length; the number is the feature that owns the direction.
 
 # %%
@@ -247,7 +252,7 @@ def draw_embedding(ax, truth, found, order):
 
 
 figure, axes = plots.panels(1, 2, width=plots.COLUMN, height=1.85)
-for ax, name, title in zip(axes, ("W_in", "W_out"), ("encoder columns", "decoder rows"), strict=True):
+for ax, name, title in zip(axes, ("W_in", "W_out"), ("in-vectors", "out-vectors"), strict=True):
     draw_embedding(ax, truth[name], found[name], order)
     ax.set_title(title)
 report.figure("embedding", figure)
@@ -268,7 +273,7 @@ for feature, ax in enumerate(axes):
         ax.axvline(x, color="black", lw=0.8)
     ax.set_xticks([1, 3, 4.5], ["$W_{in}$", r"$W_{out}^\top$", "$b$"], rotation=0)
     ax.set_yticks([k + 0.5 for k in range(5)], range(5), rotation=0)
-    ax.set(title=f"direction of {feature}", ylabel="feature" if feature == 0 else "")
+    ax.set(title=f"feature {feature}'s", ylabel="feature" if feature == 0 else "")
 report.figure("directions", figure)
 
 # %% [markdown]
@@ -285,15 +290,17 @@ figure, axes = plots.panels(1, 2, width=0.62 * plots.PAGE, height=2.1)
 for ax, (name, values) in zip(axes, strengths.items(), strict=True):
     plots.heat(ax, values, signed=False, rows=list("01234"), columns=list("01234"), numbers=True)
     ax.set(title=name, xlabel="direction of", ylabel="feature on", aspect="equal")
+    for k in range(5):  # the owners
+        ax.add_patch(plt.Rectangle((k, k), 1, 1, fill=False, ec="white", lw=1.5))
 report.figure("strengths", figure)
 
 # %% [markdown]
 # ## Moving along a direction
 #
 # The network at $w + \delta u_v$, for every direction and δ between −1 and 1, with one feature on alone at a time.
-# Directions are oriented so that a step forward raises the own feature's output. On the left it rises until,
-# backwards, it is shut. The neighbours' outputs in the middle, faint in the network itself, grow and shut with it. On
-# the right, each of the other features does what it did.
+# Directions are oriented so that a step forward raises the own feature's output. A step back lowers it until it is
+# shut. The neighbours' outputs, faint in the network itself, grow a little with it and shut with it. With another
+# feature on, that feature's output stays where it was.
 
 # %%
 deltas = torch.linspace(-1, 1, 21)
@@ -308,11 +315,12 @@ effects = {
     "other outputs, own feature on": moved[own[:, :, None] & ~own[:, None, :]],
     "others' outputs, theirs on": moved[~own[:, :, None] & own[None, :, :]],
 }
-figure, axes = plots.panels(1, 3, height=1.75, sharey=True)
-for ax, (title, curves), color in zip(axes, effects.items(), (plots.OURS, plots.COLORS[1], "0.35"), strict=True):
+figure, ax = plt.subplots(figsize=(0.7 * plots.PAGE, 2.1))
+heights = (curve[:, -1].max().item() for curve in effects.values())
+for (name, curves), color, height in zip(effects.items(), (plots.OURS, plots.COLORS[5], "0.35"), heights, strict=True):
     ax.plot(deltas, curves.T, color=color, lw=0.9, alpha=0.8)
-    ax.set(title=title, xlabel="step δ")
-axes[0].set_ylabel("change of the output")
+    plots.name_line(ax, 1, height + (0.12 if name.startswith("other ") else 0), name, color)
+ax.set(xlabel="step δ", ylabel="change of the output", xlim=(-1, 1))
 report.figure("moves", figure)
 
 # %%
@@ -345,11 +353,12 @@ error_by_kept = {}
 for name, (sets, color, dash) in SETS.items():
     curves = torch.tensor([[study.floors.sparse_error(G_held_out, rows, kept) for kept in budgets] for rows in sets])
     error_by_kept[name] = dict(zip(map(str, budgets), curves.mean(0).tolist(), strict=True))
-    ax.plot(budgets, curves.mean(0), color=color, ls=dash, lw=1.3, label=name)
-for table, marker, name in ((main, "o", "ours, a tenth kept"), (main_denser, "s", "ours, a quarter kept")):
-    ax.plot(table["kept"], table["error"], marker, color=plots.OURS, ms=4, mew=0, label=name)
+    ax.plot(budgets, curves.mean(0), color=color, ls=dash, lw=1.3)
+    plots.name_line(ax, 1.2, curves.mean(0)[4].item() + 0.07, name, color)
+for table, marker in ((main, "o"), (main_denser, "s")):
+    ax.plot(table["kept"], table["error"], marker, color=plots.OURS, ms=4, mew=0)
+plots.name_line(ax, 0.32, 0.07, "points: ours, read by the encoder", plots.OURS)
 ax.set(xlabel="coefficients kept in a sample", ylabel="error on held-out samples", ylim=(0, 1), xlim=(0.2, 2.05))
-ax.legend(loc="upper right", bbox_to_anchor=(1.02, 0.76))
 report.figure("error", figure)
 report.record(error_by_kept=error_by_kept)
 
@@ -382,8 +391,8 @@ floors = {
     "random": pd.DataFrame([floor(rows) for rows in random_rows]).mean().to_dict(),
 }
 report.record(floors=floors)
-shown = ["owned", "selectivity by impact", "selectivity by activation", "cosine, encoder column", "cosine, decoder row",
-         "max cosine, encoder column"]  # fmt: skip
+shown = ["owned", "selectivity by impact", "selectivity by activation", "cosine, in-vector", "cosine, out-vector",
+         "max cosine, in-vector"]  # fmt: skip
 table = pd.DataFrame({"ours": main.mean().to_dict(), **floors}).T[shown]
 report.table("floors", table.reset_index(names="directions"))
 table.round(3)
@@ -455,7 +464,7 @@ rows = [summarise(*key, found) for key, found in compared.items()]
 report.record(settings=rows)
 settings = report.table("settings", pd.DataFrame(rows))
 shown = ["setting", "network", "all owned", "selectivity by impact", "selectivity by activation"]
-shown += ["cosine, encoder column", "cosine, decoder row", "error at 0.5"]
+shown += ["cosine, in-vector", "cosine, out-vector", "error at 0.5"]
 settings[shown].round(3)
 
 # %% [markdown]
@@ -467,7 +476,7 @@ settings[shown].round(3)
 
 # %%
 figure, axes = plots.panels(1, 3, width=0.8 * plots.PAGE, height=1.85)
-for ax, (name, title) in zip(axes, zip(SETTINGS, ("draft", "draft, two sets", "published"), strict=True), strict=True):
+for ax, (name, title) in zip(axes, zip(SETTINGS, ("draft", "draft, two sets", "L3D"), strict=True), strict=True):
     example = compared[name, "tied"][0]
     mine = study.scores.ownership(example.impact(alone, 64)).clearest(5)
     draw_embedding(ax, tms.feature_vectors(tied)["W_in"], tms.hidden_vectors(example.directions())["W_in"], mine)
@@ -537,27 +546,34 @@ large_floors = {
     },
 }
 report.record(large_floors=large_floors)
-ours = {"error": large_scores["error"].mean(), "max cosine": large_scores["max cosine, encoder column"].mean()}
+ours = {"error": large_scores["error"].mean(), "max cosine": large_scores["max cosine, in-vector"].mean()}
 pd.DataFrame({"ours": ours, **large_floors}).T.round(3)
 
 # %% [markdown]
-# Impact of each feature, on alone, on each direction, directions in the order of their owners; and the cosines of the
-# directions' hidden vectors with their owners', beside the nearest of forty random directions.
+# Impact of each feature, on alone, on each direction, as a share of the largest, in the order of owners; the same for
+# as many principal components of the gradients, sorted likewise; and the cosines of the directions' hidden vectors with
+# their owners', beside the nearest of forty random directions.
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(0.85 * plots.PAGE, 2.5), width_ratios=[1, 1.1])
-impacts = d.impact(one_hot, 64)[:, by_impact.owner.argsort()]
-plots.heat(left, impacts, signed=False, label="impact")
-left.set(xlabel="direction, by owner", ylabel="feature on", aspect="equal", xticks=[0.5, 39.5], yticks=[0.5, 39.5])
-left.set_xticklabels(["0", "39"], rotation=0)
-left.set_yticklabels(["0", "39"], rotation=0)
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(plots.PAGE, 2.1), width_ratios=[1, 1, 1.1])
+of_components = (study.scores.gradient_rows(d, one_hot.repeat_interleave(64, 0)) @ large_components.T).abs()
+of_components = of_components.unflatten(0, (40, 64)).mean(1)
+for ax, impacts, title in ((left, d.impact(one_hot, 64), "directions"),
+                           (middle, of_components, "principal components")):  # fmt: skip
+    owner = study.scores.ownership(impacts).owner
+    plots.heat(ax, impacts[:, owner.argsort()] / impacts.max(), signed=False)
+    ax.set(title=title, xlabel="by owner", aspect="equal", xticks=[0.5, 39.5], yticks=[0.5, 39.5])
+    ax.set_xticklabels(["0", "39"], rotation=0)
+    ax.set_yticklabels(["0", "39"], rotation=0)
+left.set_ylabel("feature on")
 found, truth = tms.hidden_vectors(d.directions()), tms.feature_vectors(large)
-for name, text, color in (("W_in", "encoder columns", plots.OURS), ("W_out", "decoder rows", plots.COLORS[4])):
+for name, text, color in (("W_in", "in-vectors", plots.OURS), ("W_out", "out-vectors", plots.COLORS[4])):
     own = torch.cosine_similarity(found[name], truth[name][by_impact.owner]).abs()
-    right.plot(own.sort().values, "o", color=color, ms=4 if name == "W_in" else 2, mew=0, label=text)
-right.plot(random_cosine.sort().values, "o", color=plots.RANDOM, ms=3, mew=0, label="random, the nearest")
-right.set(xlabel="feature, sorted", ylabel="|cosine| with the feature's vector", ylim=(0.4, 1.03))
-right.legend(loc="lower right")
+    right.plot(own.sort().values, "o", color=color, ms=4 if name == "W_in" else 2, mew=0)
+    plots.name_line(right, 0, 0.95 if name == "W_in" else 0.905, text, color)
+right.plot(random_cosine.sort().values, "o", color=plots.RANDOM, ms=3, mew=0)
+plots.name_line(right, 14, 0.58, "nearest of 40 random", plots.RANDOM)
+right.set(xlabel="feature, sorted", title="|cosine| with its vector", ylim=(0.4, 1.03))
 report.figure("large", figure)
 
 # %% [markdown]
@@ -568,15 +584,15 @@ report.figure("large", figure)
 # %%
 goals = [
     ("5 in 2: features owned, least over seeds", main["owned"].min(), 5),
-    ("cosine, encoder columns", main["max cosine, encoder column"].mean(), 0.999),
-    ("cosine, decoder rows", main["max cosine, decoder row"].mean(), 0.999),
+    ("cosine, in-vectors", main["max cosine, in-vector"].mean(), 0.999),
+    ("cosine, out-vectors", main["max cosine, out-vector"].mean(), 0.999),
     ("selectivity by impact", main["selectivity by impact"].mean(), 7),
     ("least selectivity of a feature in a seed", main["least selectivity by impact"].min(), 7),
     ("error at 0.5 coefficients", main["error"].mean(), 0.21),
     ("error at 1.25 coefficients", main_denser["error"].mean(), 0.16),
     ("40 in 10: features owned, least over seeds", large_scores["owned"].min(), 40),
-    ("cosine, encoder columns, 40 in 10", large_scores["max cosine, encoder column"].mean(), 0.99),
-    ("cosine, decoder rows, 40 in 10", large_scores["max cosine, decoder row"].mean(), 0.99),
+    ("cosine, in-vectors, 40 in 10", large_scores["max cosine, in-vector"].mean(), 0.99),
+    ("cosine, out-vectors, 40 in 10", large_scores["max cosine, out-vector"].mean(), 0.99),
 ]
 summary = report.table("summary", pd.DataFrame(goals, columns=["measure", "reached", "goal"]))
 summary.round(4)
@@ -592,11 +608,13 @@ error_of = results.error_of_mean
 
 def claim_rate(name, words, found):
     rate = study.rates.told(int(sum(found)), len(found))
-    report.claim(name, f"{words}, in more than half of the fits", rate["rate"], ">", 0.5, rate["error"])
+    over = f"{len(found)} fits"
+    report.claim(name, f"{words}, in more than half of the fits", rate["rate"], ">", 0.5, rate["error"], over)
 
 
 def claim_mean(name, words, values, comparison, bound):
-    report.claim(name, f"{words}, mean of fits", values.mean(), comparison, bound, error_of(values.tolist()))
+    error, over = error_of(values.tolist()), f"{len(values)} fits"
+    report.claim(name, f"{words}, mean of fits", values.mean(), comparison, bound, error, over)
 
 
 claim_rate("owned", "every one of five features owns a direction", main["owned"] == 5)
@@ -605,7 +623,7 @@ claim_mean("impact", "impact separates a feature from the next five times or mor
            main["selectivity by impact"], ">", 5)  # fmt: skip
 claim_mean("impact over activation", "impact separates features three times as well as activation",
            main["selectivity by impact"] / main["selectivity by activation"], ">", 3)  # fmt: skip
-for side in ("encoder column", "decoder row"):
+for side in ("in-vector", "out-vector"):
     claim_mean(side, f"the nearest {side} is parallel to a feature's vector", main[f"max cosine, {side}"], ">", 0.999)
 claim_mean("error", "the error is less than half that of principal components",
            main["error"] / error_by_kept["principal components"]["0.5"], "<", 0.5)  # fmt: skip
@@ -627,8 +645,8 @@ if len(runs):
     share = runs[runs["setting"].str.contains("best") & (runs["target"] == "five in two")]["found"]
     rate = study.rates.told(int(share.sum()), len(share))
     report.claim("owned on machines", "every feature owns a direction in nine of ten fits, over processors' kernels",
-                 rate["rate"], ">", 0.9, rate["error"])  # fmt: skip
-pd.DataFrame([results.told(claim) for claim in report.claims.values()]).drop(columns="name").round(3)
+                 rate["rate"], ">", 0.9, rate["error"], f"{len(share)} fits")  # fmt: skip
+report.verdicts()
 
 # %%
 report.write().name

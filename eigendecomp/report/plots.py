@@ -63,7 +63,7 @@ def heat(
     limit = float(values.abs().max()) if limit is None else limit
     sns.heatmap(
         values.detach().numpy(), ax=ax, cmap=SIGNED if signed else MAGNITUDE, vmin=-limit if signed else 0, vmax=limit,
-        annot=numbers, fmt=".2f", annot_kws={"size": 6}, cbar=bool(label), cbar_kws={"label": label} if label else None,
+        annot=numbers, fmt=".2f", annot_kws={"size": 7}, cbar=bool(label), cbar_kws={"label": label} if label else None,
         xticklabels=list(columns) or False, yticklabels=list(rows) or False,
     )  # fmt: skip
     ax.tick_params(length=0)
@@ -135,8 +135,14 @@ def node(ax: Axes, x: float, y: float, fill, size: float, text: str) -> None:
     ax.text(x, y, text, ha="center", va="center", size=7, color="black" if light else "white", zorder=4)
 
 
+def name_line(ax: Axes, x: float, y: float, text: str, color: str, **options) -> None:
+    """A line's name beside it, in its colour: three points right of (x, y) unless told otherwise."""
+    ax.annotate(text, (x, y), **{"xytext": (3, 0), "textcoords": "offset points", "va": "center"} | options,
+                color=color, size=7)  # fmt: skip
+
+
 def label(ax: Axes, x: float, y: float, value: float, before: str = "") -> None:
     """A number on a drawing, on white; one that rounds to zero has no sign."""
     text = f"{before}{round(value, 2) + 0.0:.2f}".replace("-", "−")
     box = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.9}
-    ax.text(x, y, text, ha="center", va="center", size=6, bbox=box, zorder=5)
+    ax.text(x, y, text, ha="center", va="center", size=7, bbox=box, zorder=5)

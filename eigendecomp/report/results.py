@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 PACKAGES = ("torch", "numpy", "matplotlib", "eigendecomp")
 # What chooses the kernels of a matrix product, if it is set.
 KERNELS = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "ONEDNN_MAX_CPU_ISA")
+CLOSE = 2.0  # spreads; what is nearer to its bound than this is worded so
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq,
 }  # fmt: skip
@@ -55,6 +56,7 @@ class Claim:
         comparison: one of ``<``, ``<=``, ``>``, ``>=`` and ``==``.
         bound: the number that it is compared with.
         spread: the standard deviation of the quantity (of a mean over fits, its standard error); 0 if it has none.
+        over: how many of what the quantity is found in and its spread is over, such as "20 fits" or "34 concepts".
 
     Raises:
         ValueError: for another comparison, a number that is not finite, or a negative spread.
@@ -66,6 +68,7 @@ class Claim:
     comparison: str
     bound: float
     spread: float = 0.0
+    over: str = ""
 
     def __post_init__(self) -> None:
         if self.comparison not in COMPARISONS:
@@ -89,8 +92,43 @@ class Claim:
         distance = abs(self.quantity - self.bound) / self.spread
         return distance if self.verdict else -distance
 
+    @property
+    def close(self) -> bool:
+        """Whether the number is within ``CLOSE`` spreads of its bound, on either side."""
+        return self.margin is not None and abs(self.margin) < CLOSE
 
-CLOSE = 2.0  # spreads; what is nearer to its bound than this is worded so
+    @property
+    def words(self) -> str:
+        """The verdict as a reader is told it: "holds", "holds, near its bound" or "fails"."""
+        return "fails" if not self.verdict else "holds, near its bound" if self.close else "holds"
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Claims as a table for readers, in a notebook as HTML: whole statements, margins in spreads, verdicts in words."""
+
+    claims: Sequence[Claim]
+
+    def frame(self) -> pd.DataFrame:
+        """The table as text: one row a claim; a dash where there is no spread to measure a margin in."""
+        return pd.DataFrame(
+            {
+                "claim": [claim.statement for claim in self.claims],
+                "found": [f"{claim.quantity:.3g}" for claim in self.claims],
+                "bound": [f"{claim.comparison} {claim.bound:.3g}" for claim in self.claims],
+                "margin, spreads": ["–" if c.margin is None else f"{c.margin:.1f}" for c in self.claims],
+                "over": [claim.over or "–" for claim in self.claims],
+                "verdict": [claim.words for claim in self.claims],
+            }
+        )
+
+    def __repr__(self) -> str:
+        return self.frame().to_string(index=False)
+
+    def _repr_html_(self) -> str:
+        with pd.option_context("display.max_colwidth", None):
+            html = self.frame().to_html(index=False, justify="left")
+        return html.replace("<td>", '<td align="left" style="text-align: left">')
 
 
 class Results:
@@ -116,13 +154,18 @@ class Results:
             self.values[key] = plain(value)
 
     def claim(
-        self, name: str, statement: str, quantity: float, comparison: str, bound: float, spread: float = 0.0
-    ) -> Claim:
+        self, name: str, statement: str, quantity: float, comparison: str, bound: float, spread: float = 0.0,
+        over: str = "",
+    ) -> Claim:  # fmt: skip
         """Keep a claim, true or not, under its name; a name is given once."""
         if name in self.claims:
             raise ValueError(f"{self.name}: {name!r} is claimed already")
-        self.claims[name] = Claim(name, statement, float(quantity), comparison, float(bound), float(spread))
+        self.claims[name] = Claim(name, statement, float(quantity), comparison, float(bound), float(spread), over)
         return self.claims[name]
+
+    def verdicts(self) -> Verdicts:
+        """The claims so far, to be shown by a notebook."""
+        return Verdicts(list(self.claims.values()))
 
     def figure(self, panel: str, figure: Figure) -> None:
         """Write a figure as PDF and PNG, the same bytes every time."""
@@ -156,9 +199,8 @@ class Results:
 
 
 def told(claim: Claim) -> dict[str, Any]:
-    """A claim with what follows from it, as it is written; ``close`` if it is within ``CLOSE`` spreads of its bound."""
-    close = claim.margin is not None and abs(claim.margin) < CLOSE
-    return asdict(claim) | {"verdict": claim.verdict, "margin": claim.margin, "close": close}
+    """A claim with what follows from it, as it is written."""
+    return asdict(claim) | {"verdict": claim.verdict, "margin": claim.margin, "close": claim.close}
 
 
 def versions() -> dict[str, Any]:

@@ -108,16 +108,33 @@ def test_a_claim_that_cannot_be_judged_is_refused(arguments: tuple[Any, ...], co
 
 def test_claims_are_written_beside_the_numbers(figures: Path) -> None:
     results = Results("toy")
-    assert results.claim("more", "it is more", 3, ">", 2, spread=0.5).verdict
+    assert results.claim("more", "it is more", 3, ">", 2, spread=0.5, over="20 fits").verdict
     assert not results.claim("less", "it is less", torch.tensor(3.0).item(), "<", 2).verdict
     with pytest.raises(ValueError, match="toy: 'more' is claimed already"):
         results.claim("more", "it is more", 3, ">", 2)
     results.write()
     assert json.loads((figures / "toy_claims.json").read_text()) == [
         {"name": "more", "statement": "it is more", "quantity": 3.0, "comparison": ">", "bound": 2.0, "spread": 0.5,
-         "verdict": True, "margin": 2.0, "close": False},
+         "over": "20 fits", "verdict": True, "margin": 2.0, "close": False},
         {"name": "less", "statement": "it is less", "quantity": 3.0, "comparison": "<", "bound": 2.0, "spread": 0.0,
-         "verdict": False, "margin": None, "close": False},
+         "over": "", "verdict": False, "margin": None, "close": False},
     ]  # fmt: skip
     Results("toy").write()
     assert not (figures / "toy_claims.json").exists()
+
+
+def test_verdicts_show_whole_statements_margins_and_what_is_near_its_bound() -> None:
+    results, long = Results("toy"), "a statement that is longer than the fifty characters at which pandas cuts a column"
+    results.claim("clear", long, 3, ">", 2, spread=0.25, over="20 fits")
+    results.claim("near", "barely", 3, ">", 2.9, spread=0.1)
+    results.claim("not", "a < b & c", 1, ">", 2, spread=0.5)
+    results.claim("alone", "one number", 1, "<=", 2)
+    shown = results.verdicts()
+    assert shown.frame().to_numpy().tolist() == [
+        [long, "3", "> 2", "4.0", "20 fits", "holds"],
+        ["barely", "3", "> 2.9", "1.0", "–", "holds, near its bound"],
+        ["a < b & c", "1", "> 2", "-2.0", "–", "fails"],
+        ["one number", "1", "<= 2", "–", "–", "holds"],
+    ]
+    html = shown._repr_html_()
+    assert long in html and long in repr(shown) and "a &lt; b &amp; c" in html
