@@ -1,7 +1,7 @@
 """The target: a trained model, the parameters chosen of it, and its outputs as samples."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from eigendecomp.support.axes import grouped
 from eigendecomp.support.checks import patterns
 from eigendecomp.support.examples import Examples, Inputs, chunks
 from eigendecomp.support.models import LOCK
+from eigendecomp.support.padding import StillPadding
 
 
 class Target:
@@ -88,9 +89,11 @@ class Target:
 
     def _run(self, examples: Sequence[Tensor], chosen: dict[str, Tensor] | None) -> object:
         """What the model returns with these values in the place of its parameters."""
-        values = {**self.frozen, **(self.chosen if chosen is None else chosen)}
+        own = self.chosen
+        values = {**self.frozen, **(own if chosen is None else chosen)}
         positional, named = self._arguments(examples)
-        with models.as_run(self.device.type, self.onednn):
+        padding = nullcontext() if chosen is None else StillPadding(*((x, own[name]) for name, x in chosen.items()))
+        with models.as_run(self.device.type, self.onednn), padding:
             return torch.func.functional_call(self.model, values, positional, named)
 
     @torch.no_grad()

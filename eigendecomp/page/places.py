@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence
 from eigendecomp.support.examples import Examples, alike
+from eigendecomp.support.padding import StillPadding
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,8 @@ def change(target: Target, u: Directions, call: Call) -> Float[Tensor, "e c h w"
     def run(values: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(call.module, values, call.arguments, call.named)
 
-    return torch.func.jvp(run, (values,), (tangents,))[1]
+    with StillPadding():
+        return torch.func.jvp(run, (values,), (tangents,))[1]
 
 
 def curvature_times(divergence: Divergence, f: Float[Tensor, "n k"], y: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:

@@ -11,6 +11,8 @@ from eigendecomp.decomposition import Decomposition
 def edited(d: Decomposition, steps: Mapping[int, float]) -> nn.Module:
     """A deep copy of the model with w + Σ δ u; the model itself stays as it is, and what is tied stays tied.
 
+    In the copy the row of a padded token moves as well, which :meth:`Decomposition.perturbed` keeps still.
+
     Raises:
         ValueError: if a direction does not exist, or a step is not finite.
     """

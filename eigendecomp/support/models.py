@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from eigendecomp.support import parallel
 from eigendecomp.support.examples import Named
+from eigendecomp.support.padding import StillPadding
 
 # A run puts other tensors in the place of the model's parameters and switches parts of torch off, for all threads.
 LOCK = RLock()
@@ -155,6 +156,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if "embedding" in func.__name__:
+            check_lookup(func, args)
         for i, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             if argument.is_write and isinstance(value, Tensor):
@@ -168,6 +171,17 @@ class Watch(TorchDispatchMode):
         if isinstance(result, Tensor) and keeps_channels(func, args, result, self.channels):
             self.channels[result] = True
         return result
+
+
+def check_lookup(func: Any, args: tuple) -> None:
+    """Raises ValueError if a differentiated table is looked up with an option that makes its gradient another thing."""
+    for argument, value in zip(func._schema.arguments, args):
+        if argument.name in ("scale_grad_by_freq", "sparse") and value and args[0].requires_grad:
+            raise ValueError(
+                f"a table {tuple(args[0].shape)} is looked up with {argument.name}=True, which makes its gradient "
+                f"{'sparse' if argument.name == 'sparse' else 'no derivative'}; set {argument.name}=False, which gives "
+                "the same outputs"
+            )
 
 
 class Largest(TorchDispatchMode):
@@ -273,14 +287,18 @@ def differentiable(model: nn.Module, names: Iterable[str]) -> Iterator[list[nn.P
 
 @contextmanager
 def moved(chosen: Mapping[str, Tensor], steps: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the steps are added to parameters; afterwards these are bit for bit what they were."""
+    """Inside, the steps are added to parameters; afterwards these are bit for bit what they were.
+
+    Padded tokens are given the row that was there, as their row has no derivative.
+    """
     with LOCK:  # no other thread runs a model that is moved
         kept = {name: p.detach().clone() for name, p in chosen.items()}
         try:
             with torch.no_grad():
                 for name, p in chosen.items():
                     p.add_(steps[name].view(p.shape))
-            yield
+            with StillPadding(*((p, kept[name]) for name, p in chosen.items())):
+                yield
         finally:
             with torch.no_grad():
                 for name, p in chosen.items():
