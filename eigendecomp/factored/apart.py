@@ -5,7 +5,7 @@ layers, which commonly keep positions apart. The uses in such layers, and the fi
 are such, are found once; every batch is looked at again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import torch
@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eigendecomp.factored.layouts import Layout, NotUnderstood
-from eigendecomp.factored.operations import Node, Plan
+from eigendecomp.factored.operations import Node, Plan, Use
 from eigendecomp.factored.record import Recorder, Trace
-from eigendecomp.gradients import at_own_position
+
+EachPosition = Callable[[Node, Sequence[Use], Tensor], list[Tensor]]
 
 
 class PositionsMeet(Exception):
@@ -88,27 +89,44 @@ def output_gradients(
     boundary: Node | None,
     c: Float[Tensor, "e p r k"],
     generator: torch.Generator,
+    each: EachPosition,
 ) -> list[Tensor]:
     """Output gradients of every use: (r, …) where positions are apart, (positions · r, …) where they are not.
 
     Args:
         boundary: a node from which on outputs depend on their own position alone.
+        each: pulls back from one position at a time, as :func:`each_position`.
 
     Raises:
         PositionsMeet: if in this batch a gradient goes from one position to another where none should.
     """
-    samples = c.shape[0] * c.shape[1]
     apart = [use for use, plan in zip(trace.uses, plans, strict=True) if plan.apart is not None]
     mixing = [use for use, plan in zip(trace.uses, plans, strict=True) if plan.apart is None]
     ends = [*apart, *([] if boundary is None else [boundary])]
     deltas = of_all_positions(recorder, trace.output, ends, c, generator) if ends else []
-    start, each = trace.output, at_own_position(c).transpose(0, 1)
+    start, own = trace.output, c
     if boundary is not None:
         own = Layout(positions=c.shape[1]).split(boundary.by_sample(deltas.pop()), c.shape[0], 1)
-        own = own.unflatten(1, c.shape[:2]).movedim(0, 2).flatten(3)
-        start, each = boundary, at_own_position(own).transpose(0, 1).reshape(-1, *boundary.output.shape)
-    by_use = dict(zip((*apart, *mixing), (*deltas, *recorder.pull(start, mixing, each, samples)), strict=True))
+        start, own = boundary, own.unflatten(1, c.shape[:2]).movedim(0, 2).flatten(3)
+    by_use = dict(zip((*apart, *mixing), (*deltas, *each(start, mixing, own)), strict=True))
     return [by_use[use] for use in trace.uses]
+
+
+def each_position(
+    recorder: Recorder, start: Node, uses: Sequence[Use], own: Float[Tensor, "e p r k"]
+) -> list[Float[Tensor, "pr *shape"]]:
+    """What goes back to uses from every position of a node alone, whose cotangent there is ``own``."""
+    e, p = own.shape[:2]
+    c = placed(own, 0, p).reshape(-1, *start.output.shape) if uses else own
+    return recorder.pull(start, uses, c, e * p)
+
+
+def placed(own: Float[Tensor, "e m r k"], first: int, length: int) -> Float[Tensor, "mr e length k"]:
+    """Cotangents of the positions from ``first`` on as cotangents of ``length`` positions, zero at all others."""
+    e, m, r, k = own.shape
+    each, index = own.new_zeros(m, r, e, length, k), torch.arange(m, device=own.device)
+    each[index, :, :, first + index] = own.movedim(0, 2)
+    return each.flatten(0, 1)
 
 
 def of_all_positions(
@@ -124,8 +142,11 @@ def of_all_positions(
     first = torch.randint(2, (e, p), generator=generator).bool().to(c.device)
     halves = first, ~first
     one, other = (recorder.pull(output, ends, (c * half[..., None, None]).movedim(2, 0), e * p) for half in halves)
-    for node, *pair in zip(ends, one, other, strict=True):
-        for delta, half in zip(pair, halves):
-            if layout.split(node.by_sample(delta), e, 1)[:, ~half.flatten()].any():
-                raise PositionsMeet
+    met = [
+        layout.split(node.by_sample(delta), e, 1).flatten(2).any(2) & ~half.flatten()
+        for node, *pair in zip(ends, one, other, strict=True)
+        for delta, half in zip(pair, halves)
+    ]
+    if torch.cat(met).any():  # looked at once, since a GPU waits at every look
+        raise PositionsMeet
     return [a + b for a, b in zip(one, other, strict=True)]

@@ -137,13 +137,12 @@ def find_layout(use: Use, fewer: Use, deltas: Sequence[Float[Tensor, "e *shape"]
 
 
 def activations(recorder: Recorder, trace: Trace) -> float:
-    """Bytes that an example's activations take."""
+    """Bytes that an example's activations take which a backward pass needs: those in the graph, and inputs of uses."""
     weights = (*recorder.target.chosen.values(), *recorder.target.frozen.values())
     held = {weight.untyped_storage().data_ptr() for weight in weights}
-    memory = [node.output.untyped_storage() for node in trace.kept.values()]
-    return sum({m.data_ptr(): m.nbytes() for m in memory if m.data_ptr() not in held}.values()) / len(
-        trace.output.output
-    )
+    needed = [*(node.output for node in trace.kept.values() if node.edge), *(use.data for use in trace.uses)]
+    memory = {m.data_ptr(): m.nbytes() for m in (tensor.untyped_storage() for tensor in needed)}
+    return sum(size for at, size in memory.items() if at not in held) / len(trace.output.output)
 
 
 def numbers(use: Use, plan: Plan, examples: int, positions: int, terms: int) -> float:

@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.factored.apart import PositionsMeet, output_gradients
+from eigendecomp.factored.apart import PositionsMeet, each_position, output_gradients
 from eigendecomp.factored.discover import DIFFERENT, Reading, discover
 from eigendecomp.factored.guard import Guard, Mistaken, coarse, differing
 from eigendecomp.factored.layouts import Axes
 from eigendecomp.factored.operations import Plan, Product, Use
 from eigendecomp.factored.pieces import Recomputed
+from eigendecomp.factored.prefix import NotCausal, Prefixes
 from eigendecomp.factored.record import Recorder, Trace
 from eigendecomp.factored.terms import Factored, Side, Term
 from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Part, at_own_position, sum_of
@@ -47,6 +48,7 @@ class Capture:
         self.generator = torch.Generator().manual_seed(0)
         self.slow = FunctionalSource(target, [])
         self.reading: Reading
+        self.prefixes: Prefixes | None = None  # where the model is causal
 
     @property
     def fallback(self) -> dict[str, str]:
@@ -62,6 +64,7 @@ class Capture:
         """Find how uses are read in examples of this shape; returns the cotangents with which that was found."""
         self.reading, c = discover(self.recorder, examples, self.terms)
         self.leave({})
+        self.prefixes = Prefixes.find(self.recorder, self.reading, examples)
         return c
 
     def leave(self, reasons: Mapping[str, str]) -> None:
@@ -83,7 +86,7 @@ class Capture:
             self.say(self.target.names)
             return self.gradients(examples, cotangents)
         c = cotangents(f)
-        uses = zip(trace.uses, self.reading.plans, self._output_gradients(trace, c), strict=True)
+        uses = zip(trace.uses, self.reading.plans, self._output_gradients(examples, trace, c), strict=True)
         by_name: dict[str, list[tuple[Use, Plan, Tensor]]] = defaultdict(list)
         for use, plan, delta in uses:
             by_name[plan.name].append((use, plan, delta))
@@ -106,29 +109,29 @@ class Capture:
         return Gradients(self.target.shapes, parts)
 
     def run(self, examples: Sequence[Tensor]) -> tuple[Trace, Float[Tensor, "e p k"]]:
-        """A recorded run, and the outputs of the examples; one example is run as two.
-
-        A batch of one may run through other operations than one of several.
-        """
+        """A recorded run, and the outputs of the examples."""
         boundary = self.reading.boundary
-        run = several(examples, 2) if len(examples[0]) == 1 else examples
-        trace = self.recorder.run(run, () if boundary is None else (boundary,))
+        trace = self.recorder.run(at_least_two(examples), () if boundary is None else (boundary,))
         return trace, trace.output.output.detach()[: len(examples[0])]
 
-    def _output_gradients(self, trace: Trace, c: Float[Tensor, "e p r k"]) -> list[Tensor]:
-        if len(c) == 1:
-            c = torch.cat([c, torch.zeros_like(c)])
-        reading = self.reading
+    def _output_gradients(self, examples: Sequence[Tensor], trace: Trace, c: Float[Tensor, "e p r k"]) -> list[Tensor]:
+        two = c if len(c) > 1 else torch.cat([c, torch.zeros_like(c)])
+        reading, each = self.reading, partial(each_position, self.recorder)
+        if self.prefixes is not None:
+            each = partial(self.prefixes.pull, trace, at_least_two(examples))
         same = trace.operations == reading.operations
         boundary = trace.kept.get(-1 if reading.boundary is None else reading.boundary) if same else None
         try:
-            return output_gradients(self.recorder, trace, reading.plans, boundary, c, self.generator)
+            return output_gradients(self.recorder, trace, reading.plans, boundary, two, self.generator, each)
+        except NotCausal:
+            log.info("outputs depend on later positions here, so prefixes of sequences are not run any more")
         except PositionsMeet:
             log.warning("positions meet in layers that seemed to keep them apart; they are captured one by one now")
             reading.boundary = None
             for plan in reading.plans:
                 plan.apart = None
-            return self._output_gradients(trace, c)
+        self.prefixes = None
+        return self._output_gradients(examples, trace, c)
 
     def _formed(self, examples: Sequence[Tensor], c: Float[Tensor, "e p r k"]) -> dict[str, Float[Tensor, "n w"]]:
         """The gradients of the parameters that are left to the oracle."""
@@ -243,8 +246,10 @@ class CapturedSource(Capture):
             self.say(self.fallback)
 
     def _distrust(self, wrong: Sequence[str]) -> None:
-        """Leave parameters to the oracle; where it is itself wrong, to a backward pass for each example."""
-        if set(wrong) - set(self.fallback):
+        """Run no prefixes; leave parameters to the oracle; where it is wrong, to a backward pass for each example."""
+        if self.prefixes is not None:
+            self.prefixes = None
+        elif set(wrong) - set(self.fallback):
             self.leave(dict.fromkeys(wrong, UNTRUE))
             self.say(wrong)
         elif not self.slow.loop:
@@ -332,6 +337,11 @@ def sums_of(parts: Mapping[str, Sequence[Part]]) -> Callable[[Tensor], dict[str,
     return lambda weights: {
         name: sum_of([part.weighted(weights)[name] for part in some]) for name, some in parts.items()
     }
+
+
+def at_least_two(examples: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One example as two: a batch of one may run through other operations than one of several."""
+    return several(examples, 2) if len(examples[0]) == 1 else examples
 
 
 def several(examples: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
