@@ -19,12 +19,13 @@ from eigendecomp.reference import Mean
 from eigendecomp.sparsity import BatchTopK
 from eigendecomp.study.moves import Move
 from eigendecomp.study.recovery import Truth
-from eigendecomp.study.switches import Effect
+from eigendecomp.study.switches import Effect, search
 from eigendecomp.targets.toys.training import minimise
 
 VOCABULARY, LENGTH = 24, 24
 PERIODS = (6, 11)  # the shortest and the longest block
 FEATURES = ("induction", "bigrams")
+LARGEST = 12.0  # the longest step along a unit direction that is tried
 
 
 class Head(nn.Module):
@@ -62,6 +63,10 @@ class Induction(nn.Module):
         for head in self.heads:
             r = head(r)
         return self.W_U(r)
+
+    def truth(self) -> Truth:
+        """What computes induction and bigrams, on sequences of its own: see :func:`truth`."""
+        return truth(self, data(200, torch.Generator().manual_seed(4000)))
 
     @torch.no_grad()
     def patterns(self, tokens: Int[Tensor, "n t"]) -> list[Float[Tensor, "n t t"]]:
@@ -183,7 +188,7 @@ HEADS = {f"head {n + 1}": tuple(f"heads.{n}.W_{letter}.weight" for letter in "QK
 
 
 def truth(model: Induction, sequences: Sequences) -> Truth:
-    """For each feature what computes it in either head: {parameter: (features, *shape)}.
+    """For each feature what computes it in either head, and what is left of induction's path without its direction.
 
     The gradient of the logit of the token that the feature says, over the mean logit, averaged over its samples.
     """
@@ -196,14 +201,36 @@ def truth(model: Induction, sequences: Sequences) -> Truth:
         torch.autograd.grad(over[k][samples[k]].mean(), list(weights.values()), retain_graph=True) for k in FEATURES
     ]
     objects = {name: torch.stack(parts) for name, *parts in zip(weights, *rows, strict=True)}
-    return Truth(sequences.inputs, objects, HEADS)
+    shown = torch.stack([samples[k].flatten() for k in FEATURES])
+    return Truth(sequences.inputs, objects, HEADS, samples=shown, acted=Path(model, sequences).without)
 
 
-def strength(d: Decomposition, sequences: Sequences, references: int = 1) -> Float[Tensor, "features v"]:
-    """Mean impact of every direction over each feature's samples."""
-    impact = d.impact(sequences.inputs, references)
-    vocabulary = d.target.outputs(sequences.inputs[:1]).shape[-1]
-    return torch.stack([impact[samples.flatten()].mean(0) for samples in sequences.samples(vocabulary).values()])
+class Path:
+    """The path of induction before and after a move, whose step is chosen on one half of the sequences.
+
+    ``previous`` and ``copies`` are the path scores of the first and of the second head, on the other half; ``moved``
+    those after. ``left`` and ``elsewhere`` are those of :class:`Removal` there.
+    """
+
+    def __init__(self, model: Induction, sequences: Sequences) -> None:
+        half = len(sequences.tokens) // 2
+        self.model, self.half = model, Sequences(sequences.tokens[half:], sequences.period[half:])
+        self.choose = Removal(model, Sequences(sequences.tokens[:half], sequences.period[:half]))
+        self.judge = Removal(model, self.half)
+
+    def without(self, move: Move, feature: int) -> dict[str, float]:
+        """The scores for induction; bigrams are to stay, and have none."""
+        if FEATURES[feature] != "induction":
+            return {}
+        step = search(lambda step: self.choose.effect(move, step), LARGEST, both=True, tries=5).step
+        effect, before = self.judge.effect(move, step), path_scores(self.model, self.half)
+        with move(step):
+            after = path_scores(self.model, self.half)
+        return {
+            "previous": before["previous"][0], "previous moved": after["previous"][0],
+            "copies": before["induction"][1], "copies moved": after["induction"][1],
+            "left": effect.left, "elsewhere": effect.elsewhere,
+        }  # fmt: skip
 
 
 class Removal:

@@ -13,10 +13,11 @@ from eigendecomp.reference import Mean
 from eigendecomp.sparsity import BatchTopK
 from eigendecomp.study.moves import Move, matched
 from eigendecomp.study.recovery import Truth
-from eigendecomp.study.switches import Effect
+from eigendecomp.study.switches import Effect, search
 from eigendecomp.targets.toys.training import minimise
 
 BITS, LENGTH, UNITS = 3, 12, 16
+LARGEST = 6.0  # the longest step along a unit direction that is tried
 
 
 class FlipFlop(nn.Module):
@@ -46,6 +47,10 @@ class FlipFlop(nn.Module):
 
     def forward(self, x: Float[Tensor, "n t bits"]) -> Float[Tensor, "n t bits"]:
         return self.read(self.states(x))
+
+    def truth(self) -> Truth:
+        """What keeps each bit: see :func:`truth`."""
+        return truth(self)
 
 
 def data(
@@ -97,7 +102,7 @@ def train(
 
 
 def truth(model: FlipFlop) -> Truth:
-    """For every bit what keeps it, in the weights of writes and of states: {parameter: (bits, *shape)}.
+    """For every bit what keeps it, in the weights of writes and of states, and what is left of it without its direction.
 
     The gradient of the bit's own output times the value written, over all steps of sequences that write this bit alone,
     once with +1 and once with −1.
@@ -116,12 +121,18 @@ def truth(model: FlipFlop) -> Truth:
         )
         for side in ("write", "state")
     }  # fmt: skip
-    return Truth(x.flatten(0, 1), objects, layers)
+    shown = torch.eye(bits, dtype=torch.bool).repeat_interleave(x[0, ..., 0].numel(), 1)
+    return Truth(x.flatten(0, 1), objects, layers, samples=shown, acted=lambda move, bit: forgotten(model, move, bit))
 
 
-def strength(d: Decomposition, bits: int = BITS, references: int = 1) -> Float[Tensor, "bits v"]:
-    """Mean impact of every direction on samples in which a bit is kept alone."""
-    return d.impact(alone(bits).flatten(0, 1), references).unflatten(0, (bits, -1)).mean(1)
+def forgotten(model: FlipFlop, move: Move, bit: int, sequences: int = 100) -> dict[str, float]:
+    """What :class:`Forgetting` says of a move whose step is chosen on other sequences."""
+    draw = torch.Generator().manual_seed(4000)
+    dtype, bits = model.read.weight.dtype, model.read.out_features
+    choose, judge = (Forgetting(model, data(sequences, draw, bits=bits).to(dtype), bit) for _ in range(2))
+    step = search(lambda step: choose.effect(move, step), LARGEST, both=True, tries=5).step
+    effect = judge.effect(move, step)
+    return {"left": effect.left, "elsewhere": effect.elsewhere}
 
 
 class Forgetting:
