@@ -52,6 +52,7 @@ paper: | $(READY) ## build paper/main.pdf from the text and the results in figur
 test: $(READY) ## unit tests, then every notebook in the smoke profile (small settings; figures/ is not touched)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
 	@rm -rf $(SMOKE) && mkdir -p $(SMOKE)/notebooks $(SMOKE)/figures && ln -s ../../data $(SMOKE)/data
+	@ln -s ../../../notebooks/rooms $(SMOKE)/notebooks/rooms
 ifneq ($(SOURCES),)
 	@$(BIN)/jupytext --quiet --to ../$(SMOKE)/notebooks//ipynb $(SOURCES)
 	HF_HUB_OFFLINE=1 EIGENDECOMP_PROFILE=smoke EIGENDECOMP_FIGURES="$(CURDIR)/$(SMOKE)/figures" \

@@ -49,12 +49,12 @@ from eigendecomp.reference import Reference
 from eigendecomp.report import plots, results
 from eigendecomp.sparsity import cutoff
 from eigendecomp.study.moves import Probe, along, displaced, probabilities
-from eigendecomp.targets.fashion import block as cnn_block
-from eigendecomp.targets.fashion import concepts as fashion_concepts
 from eigendecomp.targets.fashion import images as fashion
 from eigendecomp.targets.fashion import network as cnn
-from eigendecomp.targets.fashion import patches as cnn_patches
-from eigendecomp.targets.fashion import prepared
+from rooms.fashion import block as cnn_block
+from rooms.fashion import concepts as fashion_concepts
+from rooms.fashion import jacobians, prepared
+from rooms.fashion import patches as cnn_patches
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -172,7 +172,7 @@ rows |= {f"single gradients {seed}": u for seed, u in single.items()}
 rows |= {f"k-means of gradients {seed}": u for seed, u in means.items()}
 for name, d in others.items():
     rows |= {f"{name}, read": d.encoder.flat(), f"{name}, write": d.decoder.flat()}
-seen = {part: study.jacobians.read(first.target, entering[part], rows) for part in truth}
+seen = {part: jacobians.read(first.target, entering[part], rows) for part in truth}
 
 
 # %%

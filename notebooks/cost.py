@@ -51,10 +51,11 @@ from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.terms import Factored, Side, by_folding, by_rows, folding_cost, rows_cost
 from eigendecomp.gradients import Gradients
 from eigendecomp.objective import Objective, everything
-from eigendecomp.report import benchmark, plots, results
+from eigendecomp.report import plots, results
 from eigendecomp.target import Target
-from eigendecomp.targets import sizes, stories
+from eigendecomp.targets import stories
 from eigendecomp.targets.toys import tms
+from rooms.cost import benchmark, sizes
 
 warnings.filterwarnings("ignore")
 plots.style()

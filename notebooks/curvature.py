@@ -51,6 +51,7 @@ from eigendecomp.support.random import generator
 from eigendecomp.target import Target
 from eigendecomp.targets.stories import model as story
 from eigendecomp.targets.toys import tms, xor
+from rooms.curvature import criteria
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -192,8 +193,8 @@ def left_out(model, x, divergence, reference, parameters=("*",)):
     """Share of tr H outside the gradient, and the largest curvature orthogonal to it over the largest there is."""
     root = curvature.hessian_root(model, x, divergence, parameters=parameters)
     draw = generator(0, "reference")
-    g = study.criteria.drawn_gradients(model, x, divergence, reference, 1, draw, parameters=parameters)
-    basis, share = study.criteria.orthonormal(g), (1 - study.criteria.explained_share(root, g)).clamp_min(0)
+    g = criteria.drawn_gradients(model, x, divergence, reference, 1, draw, parameters=parameters)
+    basis, share = criteria.orthonormal(g), (1 - criteria.explained_share(root, g)).clamp_min(0)
     rest = torch.linalg.matrix_norm(root - root @ basis.mT @ basis, 2) / torch.linalg.matrix_norm(root, 2)
     return {"mean": share.mean().item(), "largest": share.max().item(), "curvature left": rest.max().item() ** 2}
 
@@ -237,8 +238,8 @@ def shares(name, reference, n=128):
     """Share of tr H that 1, 2, … gradients explain: mean over samples whose output can move."""
     moves, draw = roots[name][:n].square().sum((1, 2)) > 1e-6, generator(0, "draws")
     settings = (divergences[name], reference, max(DRAWS), draw)
-    g = study.criteria.drawn_gradients(models[name], test[name][:n], *settings, parameters=chosen[name])
-    return [study.criteria.explained_share(roots[name][:n][moves], g[moves, :m]).mean().item() for m in DRAWS]
+    g = criteria.drawn_gradients(models[name], test[name][:n], *settings, parameters=chosen[name])
+    return [criteria.explained_share(roots[name][:n][moves], g[moves, :m]).mean().item() for m in DRAWS]
 
 
 def best_shares(name, n=128):
@@ -509,7 +510,7 @@ def with_support(g, d, kept, shared):
     strength = (g @ d.encoder.flat().double().T).square()
     strength = strength.sum(1, keepdim=True).expand_as(strength) if shared else strength
     support = strength.topk(kept, -1).indices
-    basis = study.criteria.orthonormal(d.decoder.flat().double()[support])
+    basis = criteria.orthonormal(d.decoder.flat().double()[support])
     seen = torch.zeros_like(strength, dtype=torch.bool).scatter(2, support, True)
     return torch.einsum("nyw,nykw,nykx->nyx", g, basis, basis), seen.any(1).sum(1).double().mean()
 
@@ -596,8 +597,8 @@ def by_group(name, d):
 def judged(name, of):
     rows, strengths = [rows_of(d) for d in of], [by_group(name, d) for d in of]
     return {
-        "rebuilt": results.spread([study.criteria.rebuilt_hessians(roots[name], row).trace for row in rows]),
-        "concentrated": results.spread([study.criteria.strongest_share(roots[name], row) for row in rows]),
+        "rebuilt": results.spread([criteria.rebuilt_hessians(roots[name], row).trace for row in rows]),
+        "concentrated": results.spread([criteria.strongest_share(roots[name], row) for row in rows]),
         "pure": results.spread([study.scores.top_share(strength.T, 1).mean().item() for strength in strengths]),
         "stable": alike(rows, rows[1:] + rows[:1]),
         "owned": results.spread([float(study.scores.ownership(strength).owned) for strength in strengths]),
@@ -605,7 +606,7 @@ def judged(name, of):
 
 
 scores = {key: judged(key[0], of) for key, of in fits.items()}
-ceiling = {name: study.criteria.rebuilt_hessians(roots[name], eigenvectors[name]).trace for name in kinds}
+ceiling = {name: criteria.rebuilt_hessians(roots[name], eigenvectors[name]).trace for name in kinds}
 report.record(by_reference={", ".join(key): of for key, of in scores.items()}, rebuilt_by_eigenvectors=ceiling)
 rows = [{"target": n, "reference": kind} | {k: v["mean"] for k, v in of.items()} for (n, kind), of in scores.items()]
 report.table("by_reference", pd.DataFrame(rows)).round(3)
@@ -662,19 +663,19 @@ def sets_of(name):
     }
 
 
-def criteria(root, rows):
-    rebuilt, activation = study.criteria.rebuilt_hessians(root, rows), study.scores.activation_along(root, rows)
+def both_criteria(root, rows):
+    rebuilt, activation = criteria.rebuilt_hessians(root, rows), study.scores.activation_along(root, rows)
     return {
         "trace": rebuilt.trace,
         "error": rebuilt.error,
         "error with UᵀU": rebuilt.plain_error,
-        "trace, strongest": study.criteria.strongest_share(root, rows),
+        "trace, strongest": criteria.strongest_share(root, rows),
         "strongest of Σ uᵀHu": study.scores.top_share(activation.square(), 1).mean().item(),
     }
 
 
 sets = {name: sets_of(name) for name in models}
-measured = {name: {kind: criteria(roots[name], rows) for kind, rows in of.items()} for name, of in sets.items()}
+measured = {name: {kind: both_criteria(roots[name], rows) for kind, rows in of.items()} for name, of in sets.items()}
 report.record(criteria=measured)
 rows = [{"target": n, "directions": kind, **row} for n, of in measured.items() for kind, row in of.items()]
 report.table("criteria", pd.DataFrame(rows)).round(3)
@@ -689,7 +690,7 @@ for ax, (name, of) in zip(axes, sets.items(), strict=True):
     ks = list(range(1, min(8, counts[name]) + 1))
     for shift, (kind, rows) in enumerate(of.items()):
         color, marker = LOOKS[kind]
-        values = [study.criteria.strongest_share(roots[name][:256], rows, k) for k in ks]
+        values = [criteria.strongest_share(roots[name][:256], rows, k) for k in ks]
         ax.plot([k + 0.08 * (shift - 1.5) for k in ks], values, marker=marker, color=color, ms=3.5, lw=1.1, mew=0)
     ax.set(title=f"{name} ({counts[name]} directions)", ylim=(0, 1.03), xticks=ks, xlabel="strongest directions")
 axes[0].set_ylabel("share of tr H")

@@ -43,6 +43,7 @@ from eigendecomp import study
 from eigendecomp.report import plots, results
 from eigendecomp.study.moves import Move, along, displaced
 from eigendecomp.targets.toys import manifold, product, tms
+from rooms.interventions import maps
 
 plots.style()
 smoke = results.profile() == "smoke"
@@ -477,7 +478,7 @@ names = [str(int(owner[v])) for v in order]
 figure, (left, center, right) = plots.panels(1, 3, height=2.2)
 shown = matrix[order][:, order].clone()
 plots.heat(left, shown.fill_diagonal_(0), signed=True, rows=names, columns=names, limit=0.5, label=" ")
-used = study.maps.together(d, dense_x)[order][:, order]
+used = maps.together(d, dense_x)[order][:, order]
 plots.heat(center, used, signed=False, rows=names, columns=names, limit=0.5, label=" ")
 spot = {int(v): torch.tensor(2 * torch.pi * i / len(order)) for i, v in enumerate(order)}
 for a in spot:

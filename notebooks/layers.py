@@ -41,13 +41,15 @@ import torch
 
 from eigendecomp import study
 from eigendecomp.report import plots, results
-from eigendecomp.study import recovery, switches
+from eigendecomp.study import recovery
 from eigendecomp.study.moves import along
 from eigendecomp.targets.toys import resid_mlp
+from rooms.layers import fitting
+from rooms.sequences import switches
 
 plots.style()
 smoke = results.profile() == "smoke"
-sizes, training_steps, steps = resid_mlp.SIZES, resid_mlp.TRAINING_STEPS, resid_mlp.STEPS
+sizes, training_steps, steps = fitting.SIZES, fitting.TRAINING_STEPS, fitting.STEPS
 if smoke:
     sizes = {layers: {"features": 20, "neurons": 12 // layers} for layers in sizes}
     training_steps, steps = dict.fromkeys(training_steps, 150), dict.fromkeys(sizes, 120)
@@ -95,7 +97,7 @@ fits, seconds = {}, {}
 for (layers, kind), model in networks.items():
     started = time.process_time()
     n = round(multiple * sizes[layers]["features"])
-    fits[layers, kind] = resid_mlp.fit(model, n, seed=seed, steps=steps[layers])
+    fits[layers, kind] = fitting.fit(model, n, seed=seed, steps=steps[layers])
     seconds[layers, kind] = time.process_time() - started
 report.record(fit_cpu_seconds={f"{layers} {kind}": value for (layers, kind), value in seconds.items()})
 

@@ -54,6 +54,7 @@ from eigendecomp import study
 from eigendecomp.curvature import hessian_root
 from eigendecomp.report import plots, results
 from eigendecomp.targets.toys import manifold
+from rooms.curvature import criteria
 
 plots.style()
 target_steps = 5000
@@ -370,7 +371,7 @@ report.record(task_r2=fidelity)
 def dimensions(network: torch.nn.Module, reference: ed.reference.Reference) -> torch.Tensor:
     """The shares of each circle's squared gradients by dimension, largest first."""
     draw = torch.Generator().manual_seed(0)
-    g = [study.criteria.drawn_gradients(network, x, ed.SquaredError(), reference, 4, draw, parameters=["embed.weight"])
+    g = [criteria.drawn_gradients(network, x, ed.SquaredError(), reference, 4, draw, parameters=["embed.weight"])
          for x in probe]  # fmt: skip
     energy = torch.stack([torch.linalg.svdvals(part.flatten(0, 1)).square() for part in g])
     return energy / energy.sum(1, keepdim=True)

@@ -57,11 +57,11 @@ import eigendecomp as ed
 from eigendecomp import study
 from eigendecomp.report import plots, results
 from eigendecomp.study.moves import Probe, displaced, probabilities, total_variation
-from eigendecomp.targets.fashion import concepts as fashion_concepts
 from eigendecomp.targets.fashion import images as fashion
 from eigendecomp.targets.fashion import network as cnn
-from eigendecomp.targets.fashion import patches as cnn_patches
-from eigendecomp.targets.fashion import prepared
+from rooms.fashion import concepts as fashion_concepts
+from rooms.fashion import patches as cnn_patches
+from rooms.fashion import prepared
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")

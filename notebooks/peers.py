@@ -39,7 +39,8 @@ from eigendecomp.report import plots, results
 from eigendecomp.study.peers import l3d, scores, spd
 from eigendecomp.support import files
 from eigendecomp.target import Target
-from eigendecomp.targets.toys import circuits, networks
+from eigendecomp.targets.toys import circuits
+from rooms.peers import networks
 
 plots.style()
 smoke = results.profile() == "smoke"

@@ -39,9 +39,10 @@ import pandas as pd
 import torch
 
 from eigendecomp.report import plots, results
-from eigendecomp.study import rates, recovery, switches
+from eigendecomp.study import rates, recovery
 from eigendecomp.study.moves import along
 from eigendecomp.targets.toys import induction, recurrent
+from rooms.sequences import forgetting, removal, switches
 
 plots.style()
 if results.profile() == "smoke":
@@ -59,7 +60,7 @@ report = results.Results("sequences", seed=seed, shown=shown, training_steps=tra
 # %%
 model, said = induction.train(seed=seed, steps=training_steps["induction"])
 q = induction.data(shown, torch.Generator().manual_seed(4000 + seed))
-paths = induction.path_scores(model, q)
+paths = removal.path_scores(model, q)
 report.record(network={"said": said, **{name: list(pair) for name, pair in paths.items()}})
 pd.DataFrame(paths, index=["head 1", "head 2"]).round(3)
 
@@ -70,9 +71,9 @@ pd.DataFrame(paths, index=["head 1", "head 2"]).round(3)
 
 # %%
 started = time.process_time()
-d = induction.fit(model, seed=seed, steps=steps["induction"])
-report.record(fit_cpu_seconds=time.process_time() - started, fit={"rank": induction.RANK})
-truth, strength = induction.truth(model, q), induction.strength(d, q)
+d = removal.fit(model, seed=seed, steps=steps["induction"])
+report.record(fit_cpu_seconds=time.process_time() - started, fit={"rank": removal.RANK})
+truth, strength = induction.truth(model, q), removal.strength(d, q)
 rows = d.directions()
 
 
@@ -97,7 +98,7 @@ directions.round(3)
 
 
 # %%
-task = induction.Removal(model, q)
+task = removal.Removal(model, q)
 found = {v: switches.search(lambda s, v=v: task.effect(along(d, v), s), 12.0, both=True, tries=5) for v in range(4)}
 best = min(found, key=lambda v: switches.loss(found[v]))
 report.record(drawn={"direction": best, "left": found[best].left, "elsewhere": found[best].elsewhere})
@@ -163,8 +164,8 @@ table.round(3)
 
 # %%
 network, missed = recurrent.train(seed=seed, steps=training_steps["recurrent"])
-fitted = recurrent.fit(network, seed=seed, steps=steps["recurrent"])
-example = recurrent.strength(fitted)
+fitted = forgetting.fit(network, seed=seed, steps=steps["recurrent"])
+example = forgetting.strength(fitted)
 scores = recovery.recovered(example, fitted.directions(), recurrent.truth(network))
 report.record(recurrent={"missed": missed, "error": fitted.history.error[-1], **scores.row()})
 pd.DataFrame(example, index=["bit 1", "bit 2", "bit 3"]).round(3)

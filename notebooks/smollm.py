@@ -54,8 +54,8 @@ import eigendecomp as ed
 from eigendecomp import study
 from eigendecomp.report import plots, results
 from eigendecomp.study import clusters
-from eigendecomp.targets.smollm import concepts as smollm_concepts
 from eigendecomp.targets.smollm import model as smollm
+from rooms.smollm import concepts as smollm_concepts
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")

@@ -54,10 +54,10 @@ import eigendecomp as ed
 from eigendecomp import study
 from eigendecomp.report import plots, results
 from eigendecomp.study.moves import Move, along, probabilities, push_either_way
-from eigendecomp.targets.stories import heads as story_heads
 from eigendecomp.targets.stories import model as stories
-from eigendecomp.targets.stories import rivals
-from eigendecomp.targets.stories import units as story_units
+from rooms.stories import heads as story_heads
+from rooms.stories import rivals
+from rooms.stories import units as story_units
 
 plots.style()
 smoke = results.profile() == "smoke"

@@ -1,33 +1,7 @@
 """Scores, floors, opponents and readings of a decomposition."""
 
-from eigendecomp.study import (
-    autoencoders,
-    clusters,
-    concepts,
-    criteria,
-    floors,
-    jacobians,
-    maps,
-    moves,
-    rates,
-    readings,
-    recovery,
-    scores,
-    switches,
-)
+from eigendecomp.study import autoencoders, clusters, concepts, floors, moves, rates, readings, recovery, scores
 
 __all__ = [
-    "autoencoders",
-    "clusters",
-    "concepts",
-    "criteria",
-    "floors",
-    "jacobians",
-    "maps",
-    "moves",
-    "rates",
-    "readings",
-    "recovery",
-    "scores",
-    "switches",
-]
+    "autoencoders", "clusters", "concepts", "floors", "moves", "rates", "readings", "recovery", "scores",
+]  # fmt: skip

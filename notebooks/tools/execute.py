@@ -3,7 +3,7 @@
     python notebooks/tools/execute.py NAME [--force]
 
 Does nothing if build/NAME.stamp still agrees. The stamp lists, in the format of sha256sum, everything that
-the last run read (source, package, data, pins) and everything that it wrote. It is not in git,
+the last run read (source, package, rooms, data, pins) and everything that it wrote. It is not in git,
 so a clean clone computes every figure itself, whatever modification times its checkout happened to give.
 
 Figures are written to build/figures/NAME and moved to figures/ with the notebook when the last cell has run:
@@ -30,7 +30,7 @@ def digest(path: Path) -> str:
 def input_files(name: str) -> list[str]:
     """What a notebook's results depend on, from the repository's root; no downloads, no prose."""
     files = [ROOT / "notebooks" / f"{name}.py", ROOT / "requirements.txt"]
-    for folder in ("eigendecomp", "data"):
+    for folder in ("eigendecomp", "notebooks/rooms", "data"):
         found = (path for path in (ROOT / folder).rglob("*") if path.suffix not in (".pyc", ".md"))
         files += (path for path in found if path.is_file())
     relative = (path.relative_to(ROOT).as_posix() for path in files)

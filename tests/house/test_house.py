@@ -127,7 +127,8 @@ def test_a_missing_extra_is_named() -> None:
 
 
 def test_a_study_without_scipy_names_it() -> None:
-    from eigendecomp.study import maps, scores
+    from eigendecomp.study import scores
+    from rooms.interventions import maps
 
     with hidden("scipy"):
         for call in (lambda: maps.clustered(torch.eye(4)), lambda: scores.matched_cosine(torch.eye(3), torch.eye(3))):

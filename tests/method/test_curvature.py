@@ -16,8 +16,8 @@ from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence
 from eigendecomp.gradients import FunctionalSource
 from eigendecomp.reference import Draws
-from eigendecomp.study.criteria import explained_share, orthonormal, rebuilt_hessians, strongest_share
 from eigendecomp.target import Target
+from rooms.curvature.criteria import explained_share, orthonormal, rebuilt_hessians, strongest_share
 
 DIVERGENCES: list[Divergence] = [ed.SquaredError(), ed.KLDivergence()]
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: type(d).__name__)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from eigendecomp.targets.toys.networks import NETWORKS, weights
 
 import eigendecomp as ed
 from eigendecomp.study import floors, recovery
 from eigendecomp.study.moves import Move
 from eigendecomp.study.recovery import Truth, recovered
 from eigendecomp.targets.toys import circuits, groups, resid_mlp, squares, tms
-from eigendecomp.targets.toys.networks import NETWORKS, weights
 from eigendecomp.targets.toys.resid_mlp import ResidMLP
 
 

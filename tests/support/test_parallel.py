@@ -14,7 +14,7 @@ from eigendecomp.factored.source import CapturedSource
 from eigendecomp.gradients import FunctionalSource
 from eigendecomp.support import files
 from eigendecomp.target import Target
-from eigendecomp.targets import sizes
+from rooms.cost import sizes
 
 SCRIPT = """
 import sys, torch, eigendecomp as ed

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 import eigendecomp as ed
 from eigendecomp.reference import Reference
-from eigendecomp.study.criteria import drawn_gradients
 from eigendecomp.targets.toys import manifold
+from rooms.curvature.criteria import drawn_gradients
 
 PLANES = manifold.planes(3, 20, 0)
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from eigendecomp.directions import Directions
-from eigendecomp.study import jacobians, moves
+from eigendecomp.study import moves
 from eigendecomp.target import Target
-from eigendecomp.targets.fashion import block as cnn_block
-from eigendecomp.targets.fashion import concepts as fashion_concepts
 from eigendecomp.targets.fashion import images as fashion
 from eigendecomp.targets.fashion import network as cnn
+from rooms.fashion import block as cnn_block
+from rooms.fashion import concepts as fashion_concepts
+from rooms.fashion import jacobians
 
 needs_data = pytest.mark.skipif(
     not fashion.available(),

@@ -14,8 +14,8 @@ pytest.importorskip("transformer_lens")
 import eigendecomp as ed
 from eigendecomp.study import readings
 from eigendecomp.target import Target
-from eigendecomp.targets.smollm import concepts
 from eigendecomp.targets.smollm import model as smollm
+from rooms.smollm import concepts
 
 WEIGHTS = list(smollm.weights(1).values())
 

@@ -116,7 +116,9 @@ class Reconstruction:
     adversarial: float
 
 
-def filled(rows: Float[Tensor, "c w"], weights: Mapping[str, Float[Tensor, "i o"]]) -> dict[str, Float[Tensor, "c i o"]]:
+def filled(
+    rows: Float[Tensor, "c w"], weights: Mapping[str, Float[Tensor, "i o"]]
+) -> dict[str, Float[Tensor, "c i o"]]:
     """Directions with a length in every weight, so that their parts there add up to it as well as they can."""
     parts = parts_of(rows, {name: tuple(weight.shape) for name, weight in weights.items()})
     return {name: signed(part, weights[name]) for name, part in parts.items()}

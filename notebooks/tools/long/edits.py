@@ -16,10 +16,11 @@ import warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore")  # of libraries
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # notebooks/, where the rooms are
 
 import pandas as pd
 
-from eigendecomp.targets.stories import behaviours, editing
+from rooms.edits import behaviours, editing
 
 RUNS = Path(__file__).resolve().parents[3] / "data" / "runs"
 TUNING_SEED, TUNING_EXAMPLES = 100, 10

@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # notebooks/, where the rooms are
+
 import torch
 
 import eigendecomp as ed
@@ -22,12 +24,13 @@ from eigendecomp.report.results import plain, versions
 from eigendecomp.study import floors, recovery
 from eigendecomp.targets.toys import resid_mlp
 from eigendecomp.targets.toys.resid_mlp import ResidMLP
+from rooms.layers import fitting
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS: dict[str, Any] = {
-    "samples": resid_mlp.SAMPLES, "kept": resid_mlp.KEPT, "steps": {str(k): n for k, n in resid_mlp.STEPS.items()},
-    "batch_size": resid_mlp.BATCH_SIZE, "learning_rate": resid_mlp.LEARNING_RATE, "rank": 1, "reference": "Mean",
-    "training_steps": resid_mlp.TRAINING_STEPS, "training_batch": 256, "networks": 4, "width": 200,
+    "samples": fitting.SAMPLES, "kept": fitting.KEPT, "steps": {str(k): n for k, n in fitting.STEPS.items()},
+    "batch_size": fitting.BATCH_SIZE, "learning_rate": fitting.LEARNING_RATE, "rank": 1, "reference": "Mean",
+    "training_steps": fitting.TRAINING_STEPS, "training_batch": 256, "networks": 4, "width": 200,
 }  # fmt: skip
 SWEEP = (0.5, 1.0, 2.0, 4.0)
 Run = dict[str, Any]
@@ -37,13 +40,13 @@ def run(
     layers: int, seed: int, embedding: str = "identity", multiple: float = 1.5, width: int = 0, only: int = -1
 ) -> Run:
     """What a row is known by; ``only`` is the layer whose parameters are decomposed alone, −1 for all."""
-    width = (resid_mlp.SIZES[layers]["features"] if embedding == "identity" else 200) if width == 0 else width
+    width = (fitting.SIZES[layers]["features"] if embedding == "identity" else 200) if width == 0 else width
     return {"layers": layers, "embedding": embedding, "width": width, "multiple": multiple, "only": only, "seed": seed}
 
 
 def runs() -> Iterator[Run]:
     """All of them, what the notebook needs most first."""
-    depths = tuple(resid_mlp.SIZES)
+    depths = tuple(fitting.SIZES)
     yield from (run(layers, 0) for layers in depths)
     yield from (run(3, 0, only=layer) for layer in range(3))
     yield run(3, 0, "random")
@@ -61,7 +64,7 @@ def runs() -> Iterator[Run]:
 @cache
 def network(layers: int, embedding: str, width: int, seed: int) -> tuple[ResidMLP, float]:
     """A trained network and what it misses."""
-    size = {**resid_mlp.SIZES[layers], "width": width}
+    size = {**fitting.SIZES[layers], "width": width}
     trained = {"steps": SETTINGS["training_steps"][embedding], "batch_size": SETTINGS["training_batch"]}
     return resid_mlp.train(layers, embedding, seed=seed, **size, **trained)  # type: ignore[arg-type]
 
@@ -100,7 +103,7 @@ def result(one: Run) -> Run:
     model, missed = network(one["layers"], one["embedding"], one["width"], one["seed"] % SETTINGS["networks"])
     n = round(one["multiple"] * len(model.W_E))
     started = time.process_time()
-    d = resid_mlp.fit(model, n, seed=one["seed"], only=one["only"])
+    d = fitting.fit(model, n, seed=one["seed"], only=one["only"])
     row = {**one, "directions": n, "missed": missed, "fit_cpu_seconds": time.process_time() - started}
     row |= recovery.recovery(d, model).row()
     if one["multiple"] >= 1:

@@ -14,7 +14,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # notebooks/, where the rooms are
 
 import torch
 from torch import Tensor
@@ -25,7 +28,7 @@ from eigendecomp.report.results import plain, versions
 from eigendecomp.study.peers import l3d, npeff, scores, spd
 from eigendecomp.support import files
 from eigendecomp.target import Target
-from eigendecomp.targets.toys.networks import FOLDER, NETWORKS, directions, load, path, weights
+from rooms.peers.networks import FOLDER, NETWORKS, directions, load, path, weights
 
 KNOWN = {"tms": 0.9999, "identity": 0.9999, "large": 0.9995}  # the cosine of ours, at which a run of SPD may end
 VECTORS = (*KNOWN, "circuits")  # where each row of W_in is a feature's vector

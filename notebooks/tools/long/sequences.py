@@ -15,25 +15,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # notebooks/, where the rooms are
+
 import torch
 from torch import Tensor, nn
 
 import eigendecomp as ed
 from eigendecomp.report.results import plain, versions
-from eigendecomp.study import floors, recovery, switches
+from eigendecomp.study import floors, recovery
 from eigendecomp.study.moves import Move, displaced
 from eigendecomp.study.recovery import Truth
-from eigendecomp.study.switches import Effect
 from eigendecomp.targets.toys import induction, recurrent
+from rooms.sequences import forgetting, removal, switches
+from rooms.sequences.switches import Effect
 
 ROOT = Path(__file__).resolve().parents[3]
 Parts = Mapping[str, Tensor]  # by parameter, (directions, *shape)
 Row = dict[str, Any]
 SETTINGS: dict[str, Any] = {
-    module.__name__.rsplit(".", 1)[-1]: {
+    name: {
         "directions": module.DIRECTIONS, "rank": module.RANK, "kept": module.KEPT, "steps": module.STEPS,
     }
-    for module in (induction, recurrent)
+    for name, module in {"induction": removal, "recurrent": forgetting}.items()
 }  # fmt: skip
 SETTINGS |= {"networks": 4, "sequences": 100, "tries": 5}
 SEEDS = {"induction": 5, "recurrent": 20}
@@ -88,18 +91,18 @@ def silenced(model: induction.Induction, head: int) -> dict[str, Tensor]:
 
 
 def induction_moves(
-    model: induction.Induction, seed: int, steps: int, choose: induction.Removal, truth: Truth
+    model: induction.Induction, seed: int, steps: int, choose: removal.Removal, truth: Truth
 ) -> dict[str, list[dict[str, Tensor]]]:
     """By method, the changes of the weights that it has to offer."""
-    d = induction.fit(model, seed=seed, steps=steps)
+    d = removal.fit(model, seed=seed, steps=steps)
     found = {
-        name: [part(rows, v) for v in range(induction.DIRECTIONS)]
+        name: [part(rows, v) for v in range(removal.DIRECTIONS)]
         for name, rows in dictionaries(d, choose.sequences.inputs[:40], seed).items()
     }
     for head, names in enumerate(truth.layers.values()):
-        alone = induction.fit(model, seed=seed, steps=steps, heads=(head,)).directions()
-        found[f"fitted to head {head + 1}"] = [part(alone, v) for v in range(induction.DIRECTIONS)]
-        found[f"head {head + 1} of it"] = [part(d.directions(), v, names) for v in range(induction.DIRECTIONS)]
+        alone = removal.fit(model, seed=seed, steps=steps, heads=(head,)).directions()
+        found[f"fitted to head {head + 1}"] = [part(alone, v) for v in range(removal.DIRECTIONS)]
+        found[f"head {head + 1} of it"] = [part(d.directions(), v, names) for v in range(removal.DIRECTIONS)]
         found[f"head {head + 1} ablated"] = [silenced(model, head)]
     whole = part(truth.objects, 0)
     norm = torch.cat([value.flatten() for value in whole.values()]).norm()
@@ -107,15 +110,14 @@ def induction_moves(
     return found
 
 
-def induction_rows(model: induction.Induction, seed: int, steps: int = induction.STEPS) -> Iterator[Row]:
+def induction_rows(model: induction.Induction, seed: int, steps: int = removal.STEPS) -> Iterator[Row]:
     """What every method does to induction and to bigrams.
 
     The parts of a direction in one head are those of the direction that does best whole.
     """
     n = SETTINGS["sequences"]
     choose, judge = (
-        induction.Removal(model, induction.data(n, torch.Generator().manual_seed(start + seed)))
-        for start in (2000, 3000)
+        removal.Removal(model, induction.data(n, torch.Generator().manual_seed(start + seed))) for start in (2000, 3000)
     )
     truth = induction.truth(model, choose.sequences)
     offered, best = induction_moves(model, seed, steps, choose, truth), 0
@@ -126,13 +128,13 @@ def induction_rows(model: induction.Induction, seed: int, steps: int = induction
         number, effect = searched(choose, judge, moves, 1.2 if ablated else 12.0, not ablated)
         best = number if method == "direction" else best
         with moves[number](effect.step):
-            said, paths = induction.said(model, judge.sequences), induction.path_scores(model, judge.sequences)
+            said, paths = induction.said(model, judge.sequences), removal.path_scores(model, judge.sequences)
         yield {
             "method": method, "left": effect.left, "elsewhere": effect.elsewhere, "beside": effect.beside,
             "induction": said["induction"], "bigrams": said["bigrams"],
             "previous": paths["previous"][0], "induction score": paths["induction"][1], **in_heads(few[number], truth),
         }  # fmt: skip
-    said, paths = induction.said(model, judge.sequences), induction.path_scores(model, judge.sequences)
+    said, paths = induction.said(model, judge.sequences), removal.path_scores(model, judge.sequences)
     yield {"method": "network", **said, "previous": paths["previous"][0], "induction score": paths["induction"][1]}
 
 
@@ -149,16 +151,16 @@ def unit_off(model: recurrent.FlipFlop, unit: int) -> dict[str, Tensor]:
     return changes
 
 
-def recurrent_rows(model: recurrent.FlipFlop, seed: int, steps: int = recurrent.STEPS) -> Iterator[Row]:
+def recurrent_rows(model: recurrent.FlipFlop, seed: int, steps: int = forgetting.STEPS) -> Iterator[Row]:
     """What every method does to each bit, and the scores of the dictionaries."""
     truth, bits = recurrent.truth(model), range(recurrent.BITS)
     draw = torch.Generator().manual_seed(2000 + seed)
     x, y = (recurrent.data(SETTINGS["sequences"], draw) for _ in range(2))
     offered: dict[str, list[list[dict[str, Tensor]]]] = {}  # by method and bit
     scores: dict[str, Row] = {}
-    fitted = recurrent.fit(model, seed=seed, steps=steps)
-    sides = {side: recurrent.fit(model, seed=seed, steps=steps, parameters=(f"{side}_*",)) for side in truth.layers}
-    alone = recurrent.data(100, draw, written=recurrent.WRITTEN)
+    fitted = forgetting.fit(model, seed=seed, steps=steps)
+    sides = {side: forgetting.fit(model, seed=seed, steps=steps, parameters=(f"{side}_*",)) for side in truth.layers}
+    alone = recurrent.data(100, draw, written=forgetting.WRITTEN)
     sets = {name: (fitted, rows) for name, rows in dictionaries(fitted, alone, seed).items()}
     sets |= {f"fitted to {side}s": (d, d.directions()) for side, d in sides.items()}
     for name, (d, rows) in sets.items():
@@ -176,12 +178,12 @@ def recurrent_rows(model: recurrent.FlipFlop, seed: int, steps: int = recurrent.
     offered["unit"] = [[unit_off(model, unit) for unit in range(model.units)] for _ in bits]
     for method, each in offered.items():
         for bit in bits:
-            choose, judge = (recurrent.Forgetting(model, some, bit) for some in (x, y))
+            choose, judge = (forgetting.Forgetting(model, some, bit) for some in (x, y))
             moves = [displaced(model, change) for change in each[bit]]
             number, effect = searched(choose, judge, moves, 1.5 if method == "unit" else 6.0, method != "unit")
             yield {
                 "method": method, "bit": bit, "left": effect.left, "elsewhere": effect.elsewhere,
-                "own share": recurrent.own_share(model, moves[number], y, bit), **scores.get(method, {}),
+                "own share": forgetting.own_share(model, moves[number], y, bit), **scores.get(method, {}),
             }  # fmt: skip
 
 

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 warnings.filterwarnings("ignore")  # of libraries
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # notebooks/, where the rooms are
 
 import pandas as pd
 import torch
 
 from eigendecomp.report.results import versions
 from eigendecomp.study import clusters
-from eigendecomp.targets.stories import rivals
-from eigendecomp.targets.stories.rivals import COUNTS, KINDS, SITES, Story, Units
+from rooms.stories import rivals
+from rooms.stories.rivals import COUNTS, KINDS, SITES, Story, Units
 
 RUNS = Path(__file__).resolve().parents[3] / "data" / "runs"
 TUNING_SEED, SEEDS, SIZES = 100, (0, 1, 2), (100, 300, 1000)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import eigendecomp as ed
-from eigendecomp.study import recovery, switches
+from eigendecomp.study import recovery
 from eigendecomp.study.moves import displaced
 from eigendecomp.targets.toys import induction
 from eigendecomp.targets.toys.induction import Induction, Sequences
+from rooms.sequences import removal, switches
 
 V, T = induction.VOCABULARY, induction.LENGTH
 
@@ -75,14 +76,14 @@ def test_samples_are_those_that_only_one_of_the_two_can_answer() -> None:
 
 def test_a_circuit_built_by_hand_has_the_scores_of_its_path_and_says_what_is_repeated() -> None:
     model, q = built(), sequences()
-    scores = induction.path_scores(model, q)
+    scores = removal.path_scores(model, q)
     assert scores["previous"][0] == pytest.approx(1, abs=1e-3)
     assert scores["induction"][1] == pytest.approx(1, abs=1e-3)
     assert scores["previous"][1] < 0.5 and scores["induction"][0] < 0.5
     assert induction.said(model, q)["induction"] == pytest.approx(1, abs=1e-3)
     with torch.no_grad():  # without copies of the previous token nothing can be looked for
         dict(model.named_parameters())["heads.0.W_O.weight"].zero_()
-    assert induction.path_scores(model, q)["induction"][1] < 0.5
+    assert removal.path_scores(model, q)["induction"][1] < 0.5
     assert induction.said(model, q)["induction"] < 0.5
 
 
@@ -119,7 +120,7 @@ def test_the_truth_is_the_gradient_of_what_each_feature_says_sample_by_sample() 
 
 def test_removal_is_none_without_a_step_and_whole_without_the_second_head() -> None:
     model = built()
-    task = induction.Removal(model, sequences())
+    task = removal.Removal(model, sequences())
     name = "heads.1.W_O.weight"
     move = displaced(model, {name: -dict(model.named_parameters())[name].detach().clone()})
     still = task.effect(move, 0.0)
@@ -138,23 +139,24 @@ def test_training_learns_and_the_seed_decides_it_and_a_fit_has_strengths_of_both
     assert not torch.equal(model.W_U.weight, other.W_U.weight)
     assert said["bigrams"] > 2 / V
     q = sequences(8)
-    d = induction.fit(model, seed=0, steps=4, sequences=20)
+    d = removal.fit(model, seed=0, steps=4, sequences=20)
     assert isinstance(d, ed.Decomposition) and set(d.target.names) == set(induction.truth(model, q).objects)
-    truth = induction.truth(model, q)
+    truth = removal.truth(model, q)
     strength = recovery.strength(d, truth, 1)
     one = d.impact(q.inputs, 1).unflatten(0, (8, T))
     torch.testing.assert_close(strength[1], one[q.samples()["bigrams"]].mean(0))
     scores = recovery.recovery(d, model)
     assert scores.features == 2 and set(scores.mean_cosine) == {"head 1", "head 2"}
+    scores = recovery.recovery(d, truth)
     assert scores.row()["previous"] == scores.acted["previous"]
-    assert set(induction.fit(model, seed=0, steps=2, heads=(1,), sequences=20).target.names) == set(
+    assert set(removal.fit(model, seed=0, steps=2, heads=(1,), sequences=20).target.names) == set(
         induction.HEADS["head 2"]
     )
 
 
 def test_the_path_of_a_circuit_built_by_hand_is_broken_where_its_second_head_asks_for_nothing() -> None:
     model = built()
-    truth = model.truth()
+    truth = removal.truth(model, sequences())
     assert truth.acted is not None and truth.acted(displaced(model, {}), 1) == {}  # bigrams are to stay
     name = "heads.1.W_Q.weight"
     scores = truth.acted(displaced(model, {name: -dict(model.named_parameters())[name].detach() / 6}), 0)

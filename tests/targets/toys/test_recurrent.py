@@ -7,6 +7,7 @@ from eigendecomp.study import recovery
 from eigendecomp.study.moves import displaced
 from eigendecomp.targets.toys import recurrent
 from eigendecomp.targets.toys.recurrent import FlipFlop
+from rooms.sequences import forgetting
 
 
 def untrained() -> FlipFlop:
@@ -68,7 +69,7 @@ def test_forgetting_counts_the_bit_apart_from_the_others() -> None:
         without[..., bit] = 0
         on, off = model(x), model(without)
         row = -model.read.weight.detach() * torch.eye(3)[bit].double().unsqueeze(1)
-    task = recurrent.Forgetting(model, x, bit)
+    task = forgetting.Forgetting(model, x, bit)
     half = task.effect(displaced(model, {"read.weight": row}), 0.5)  # half of what the bit's output reads
     assert half.left == pytest.approx(0.25) and half.beside == 0
     bias = model.read.bias.detach()[bit]
@@ -82,9 +83,9 @@ def test_the_own_share_of_a_change_of_one_output_is_whole_and_of_all_alike_a_thi
     model, x = untrained(), writes(10)
     one = displaced(model, {"read.bias": torch.eye(3)[1].double()})
     alike = displaced(model, {"read.bias": torch.ones(3).double()})
-    assert recurrent.own_share(model, one, x, 1) == pytest.approx(1)
-    assert recurrent.own_share(model, one, x, 0) == 0
-    assert recurrent.own_share(model, alike, x, 2) == pytest.approx(1 / 3)
+    assert forgetting.own_share(model, one, x, 1) == pytest.approx(1)
+    assert forgetting.own_share(model, one, x, 0) == 0
+    assert forgetting.own_share(model, alike, x, 2) == pytest.approx(1 / 3)
 
 
 def test_training_learns_and_the_seed_decides_it_and_a_fit_is_scored() -> None:
@@ -93,20 +94,21 @@ def test_training_learns_and_the_seed_decides_it_and_a_fit_is_scored() -> None:
     other, _ = recurrent.train(seed=4, steps=60, units=8)
     assert missed == same < 0.9
     assert torch.equal(model.read.weight, again.read.weight) and not torch.equal(model.read.weight, other.read.weight)
-    d = recurrent.fit(model, seed=0, steps=4, sequences=30)
+    d = forgetting.fit(model, seed=0, steps=4, sequences=30)
     assert not any(name.startswith("read") for name in d.target.names)
-    scores = recovery.recovery(d, model)
+    truth = forgetting.truth(model)
+    scores = recovery.recovery(d, truth)
     assert scores.features == 3 and set(scores.mean_cosine) == {"write", "state"}
     assert set(scores.acted) == {"left", "elsewhere"} and scores.row()["left"] == scores.acted["left"] <= 1.01
     impact = d.impact(recurrent.alone().flatten(0, 1)).unflatten(0, (3, 2 * recurrent.LENGTH))
-    torch.testing.assert_close(recovery.strength(d, model.truth()), impact.mean(1))
-    writes_only = recurrent.fit(model, seed=0, steps=2, parameters=("write_*",), sequences=30)
+    torch.testing.assert_close(recovery.strength(d, truth), impact.mean(1))
+    writes_only = forgetting.fit(model, seed=0, steps=2, parameters=("write_*",), sequences=30)
     assert all(name.startswith("write") for name in writes_only.target.names)
 
 
 def test_a_bit_whose_reading_is_taken_away_is_gone_and_one_that_is_not_moved_stays() -> None:
     model = untrained()
-    truth = recurrent.truth(model)
+    truth = forgetting.truth(model)
     assert truth.acted is not None
     row = -model.read.weight.detach() * torch.eye(3)[1].double().unsqueeze(1)
     gone = truth.acted(displaced(model, {"read.weight": row}), 1)

@@ -36,7 +36,7 @@ from eigendecomp.support import parallel
 from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.random import generator
 from eigendecomp.target import Target
-from eigendecomp.targets import sizes
+from rooms.cost import sizes
 
 
 class JacobianSource:

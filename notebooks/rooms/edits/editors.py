@@ -3,7 +3,7 @@
 A weight W is (in, out) here. The gradient G of a behaviour's log mass, a mean over labelled examples, says how a change
 Δ lowers it, ⟨G, Δ⟩ to first order, and a second moment H of the model's own gradients what it costs, ½ ΔᵀHΔ. Each
 editor gives a change that lowers the mass; only its direction counts, as steps are chosen by
-:class:`eigendecomp.study.edits.Bench`.
+:class:`rooms.edits.edits.Bench`.
 """
 
 from collections.abc import Callable

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eigendecomp.targets.smollm.model import KINDS, Captured, Windows
-from eigendecomp.targets.stories.concepts import Concepts
+from rooms.stories.concepts import Concepts
 
 WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?|\d+|[^\w\s]|_")
 MASS = 0.25  # of a list in the next-token distribution, from which on it counts as expected

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.targets.stories.rivals import Story
+from rooms.stories.rivals import Story
 
 LETTERS = "QKVO"
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from eigendecomp.targets.fashion import images, network, prepared
+from eigendecomp.targets.fashion import images, network
+from rooms.fashion import prepared
 
 
 def test_the_block_begins_where_the_network_was_cut() -> None:

@@ -21,8 +21,8 @@ import eigendecomp as ed
 from eigendecomp.study import autoencoders, clusters, readings
 from eigendecomp.study import concepts as resolution
 from eigendecomp.support.random import generator
-from eigendecomp.targets.stories import concepts
 from eigendecomp.targets.stories import model as stories
+from rooms.stories import concepts
 
 GROUP = {"*.W_[QKV]": "head d_model d_head -> (head d_head) d_model"}  # rank one is that of a matrix
 PARTS: dict[str, stories.Split] = {"fit": "train", "choose": "validation", "test": "test"}

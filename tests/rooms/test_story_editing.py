@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("transformer_lens")
 pytest.importorskip("sae_lens")
 
-from eigendecomp.targets.stories import editing
-from eigendecomp.targets.stories.workshop import Workshop
+from rooms.edits import editing
+from rooms.edits.workshop import Workshop
 
 
 @pytest.fixture(scope="module")

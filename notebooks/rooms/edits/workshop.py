@@ -14,13 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 import eigendecomp as ed
-from eigendecomp.study import autoencoders, editors, readings
-from eigendecomp.study.edits import Behaviour, Bench, log_probabilities
+from eigendecomp.study import autoencoders, readings
 from eigendecomp.study.moves import Probe
 from eigendecomp.support.examples import as_examples
 from eigendecomp.support.random import generator
-from eigendecomp.targets.stories import behaviours, concepts
 from eigendecomp.targets.stories import model as stories
+from rooms.edits import behaviours, editors
+from rooms.edits.edits import Behaviour, Bench, log_probabilities
+from rooms.stories import concepts
 
 KINDS = ("directions", "autoencoder", "random")  # of dictionaries
 

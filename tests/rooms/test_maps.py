@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import eigendecomp as ed
-from eigendecomp.study import maps, scores
+from eigendecomp.study import scores
 from eigendecomp.targets.toys import manifold, product
+from rooms.interventions import maps
 
 
 @pytest.mark.parametrize("divergence", [ed.SquaredError(), ed.KLDivergence()])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eigendecomp.targets.stories import model as stories
-from eigendecomp.targets.stories.concepts import Concepts, Rules, common, earlier, shifted
+from rooms.stories.concepts import Concepts, Rules, common, earlier, shifted
 
 TEXT = 'Once upon a time, there was a little girl named Lily. One day, Lily said, "I saw a big dog!" Tim was sad.'
 

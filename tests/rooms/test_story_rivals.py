@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from eigendecomp.study import concepts as resolution
-from eigendecomp.targets.stories import heads, rivals
+from rooms.stories import heads, rivals
 
 SETTINGS = {
     "directions": {"kept": 2, "steps": 3}, "SAE": {"kept": 2, "steps": 5}, "k-means of inputs": {"restarts": 1},

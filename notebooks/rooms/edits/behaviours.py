@@ -3,8 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.study.edits import Behaviour
-from eigendecomp.targets.stories.concepts import Rules
+from rooms.edits.edits import Behaviour
+from rooms.stories.concepts import Rules
 
 SCORED = {
     "she, her": "she, her",

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from eigendecomp.targets.fashion import block, images, network, patches
+from eigendecomp.targets.fashion import images, network
+from rooms.fashion import block, patches
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from torch import nn
 import eigendecomp as ed
 from eigendecomp.curvature import hessian_root
 from eigendecomp.decomposition import Decomposition
-from eigendecomp.study import jacobians
 from eigendecomp.study.scores import gradient_rows
 from eigendecomp.target import Target
+from rooms.fashion import jacobians
 
 
 @pytest.fixture(scope="module")

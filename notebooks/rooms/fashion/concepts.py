@@ -1,6 +1,6 @@
 """Concepts of Fashion-MNIST's images: its classes, and more that are computed from label or image.
 
-Their thresholds were chosen on the training images; ``python -m eigendecomp.targets.fashion.concepts`` computes them
+Their thresholds were chosen on the training images; ``python -m rooms.fashion.concepts`` computes them
 again.
 """
 
@@ -201,7 +201,7 @@ def thresholds(images: Float[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"]) ->
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: print every threshold, computed and in use, and the share of either split that holds."""
-    parser = argparse.ArgumentParser(prog="python -m eigendecomp.targets.fashion.concepts")
+    parser = argparse.ArgumentParser(prog="python -m rooms.fashion.concepts")
     parser.add_argument("--root", help="holds FashionMNIST/raw (default: EIGENDECOMP_DATA or data/downloads)")
     root = parser.parse_args(arguments).root
     try:

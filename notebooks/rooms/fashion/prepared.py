@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eigendecomp.targets.fashion import images as fashion
 from eigendecomp.targets.fashion import network as cnn
-from eigendecomp.targets.fashion.block import FromMiddle
+from rooms.fashion.block import FromMiddle
 
 
 @dataclass(frozen=True)

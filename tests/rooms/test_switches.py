@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from eigendecomp.study import switches
 from eigendecomp.study.moves import displaced
-from eigendecomp.study.switches import Effect, Switch
+from rooms.sequences import switches
+from rooms.sequences.switches import Effect, Switch
 
 
 class Own(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 import eigendecomp as ed
 from eigendecomp.study.moves import Probe, displaced, probabilities
 from eigendecomp.targets.stories import model as stories
-from eigendecomp.targets.stories import units as story_units
+from rooms.stories import units as story_units
 
 
 def test_strongest_and_found_again() -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eigendecomp.study import editors
-from eigendecomp.study.edits import Behaviour, Bench, divergence, log_probabilities, mass
 from eigendecomp.study.moves import Probe, displaced
 from eigendecomp.target import Target
+from rooms.edits import editors
+from rooms.edits.edits import Behaviour, Bench, divergence, log_probabilities, mass
 
 INPUTS, OUTPUTS, ROWS = 5, 7, 6
 

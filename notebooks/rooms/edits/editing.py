@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.study import autoencoders, editors
-from eigendecomp.study.edits import Score
+from eigendecomp.study import autoencoders
 from eigendecomp.study.moves import Move, displaced, gradient
 from eigendecomp.target import Target
-from eigendecomp.targets.stories import behaviours
-from eigendecomp.targets.stories.workshop import Examples, Workshop
+from rooms.edits import behaviours, editors
+from rooms.edits.edits import Score
+from rooms.edits.workshop import Examples, Workshop
 
 SCORES = ("step", "left", "damage", "worst", "same_words")
 CHOICES = 3  # rows of a dictionary that are tried on validation stories

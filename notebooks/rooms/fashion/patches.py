@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from eigendecomp.study.clusters import rebuilt as rebuilt
 from eigendecomp.support.random import generator
-from eigendecomp.targets.fashion.block import FromMiddle
 from eigendecomp.targets.fashion.images import (
     ANKLE_BOOT,
     BAG,
@@ -24,6 +23,7 @@ from eigendecomp.targets.fashion.images import (
     T_SHIRT,
     TROUSER,
 )
+from rooms.fashion.block import FromMiddle
 
 LIT, SIDE, CELLS = 0.05, 28, 14  # of a pixel that belongs to the garment; pixels and patches along a side
 FOOTWEAR, TOPS = (SANDAL, SNEAKER, ANKLE_BOOT), (T_SHIRT, PULLOVER, COAT, SHIRT)

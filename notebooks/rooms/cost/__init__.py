@@ -1,0 +1,1 @@
+"""Networks of any size, and what their gradients cost (notebook cost)."""

@@ -1,0 +1,1 @@
+"""The direct criteria of the propositions (notebooks curvature and manifold)."""

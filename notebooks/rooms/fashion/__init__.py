@@ -1,0 +1,1 @@
+"""Concepts, patches and the middle block of the Fashion-MNIST network (notebooks cnn and patches)."""

@@ -1,0 +1,1 @@
+"""Maps of how directions act on each other (notebook interventions)."""

@@ -1,0 +1,1 @@
+"""Fits of residual networks of one to three layers (notebook layers)."""

@@ -1,0 +1,1 @@
+"""The trained toys that the peers take apart (notebook peers)."""

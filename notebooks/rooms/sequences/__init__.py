@@ -1,0 +1,1 @@
+"""Switching features off (notebooks sequences and layers)."""

@@ -1,0 +1,1 @@
+"""Concepts of tokens in SmolLM2 (notebook smollm)."""

@@ -1,0 +1,1 @@
+"""Opponents, concepts and heads of the story model (notebooks tinystories and edits)."""
