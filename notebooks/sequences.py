@@ -73,7 +73,8 @@ pd.DataFrame(paths, index=["head 1", "head 2"]).round(3)
 started = time.process_time()
 d = removal.fit(model, seed=seed, steps=steps["induction"])
 report.record(fit_cpu_seconds=time.process_time() - started, fit={"rank": removal.RANK})
-truth, strength = induction.truth(model, q), removal.strength(d, q)
+truth = removal.truth(model, q)
+scored, strength = recovery.recovery(d, truth), recovery.strength(d, truth)
 rows = d.directions()
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from eigendecomp.targets.toys.networks import NETWORKS, weights
 
 import eigendecomp as ed
 from eigendecomp.study import floors, recovery
@@ -10,6 +9,8 @@ from eigendecomp.study.moves import Move
 from eigendecomp.study.recovery import Truth, recovered
 from eigendecomp.targets.toys import circuits, groups, resid_mlp, squares, tms
 from eigendecomp.targets.toys.resid_mlp import ResidMLP
+from rooms.layers import fitting
+from rooms.peers.networks import NETWORKS, weights
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_features_have_the_mean_impact_of_their_own_samples_and_the_scores_of_th
     whole = model.truth()
     x = torch.cat([whole.inputs, 0.5 * whole.inputs])
     shown = torch.eye(20, dtype=torch.bool).repeat(1, 2)
-    d = resid_mlp.fit(model, 20, seed=0, steps=20)
+    d = fitting.fit(model, 20, seed=0, steps=20)
 
     def acted(move: Move, feature: int) -> dict[str, float]:
         with move(1.0) as moved:

@@ -105,8 +105,8 @@ def weights(model: nn.Module) -> list[str]:
     return [stage.name for stage in model.stages()]  # type: ignore[operator]
 
 
-# Ours, chosen on seeds 0 and 100. Circuits and groups are compared with zero, as L3D's code has it; x and −x pass through
-# different units of the squares, which have two directions each.
+# Ours, chosen on seeds 0 and 100. Circuits and groups are compared with zero, as L3D's code has it. Of squares x and
+# −x pass through different units, so that there are two directions each.
 OURS: dict[str, dict[str, Any]] = {
     "tms": {"reference": Mean(), "sparsity": BatchTopK(0.2), "steps": 1500},
     "identity": {"reference": Mean(), "sparsity": BatchTopK(0.25), "steps": 400},
