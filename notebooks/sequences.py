@@ -13,13 +13,10 @@
 # together repeat what came last time. Does one direction hold both heads, and does removing it remove induction and
 # leave bigrams? And does one direction hold a bit that a recurrent network keeps?
 #
-# The first is half true. One direction of four has a part in both heads and takes most of induction away while the
-# bigrams' probability stays; but a principal component of the gradients does the same, and taking a head out does it
-# better. The second is false: in most fits every bit owns a direction, but no step along it removes the bit; taking one
-# unit of the state out does.
-#
-# The scores over seeds are kept in `data/runs/sequences.json`, made by
-# `python notebooks/tools/long/sequences.py`; one network of each kind is trained and taken apart here.
+# **The first is half true, the second is false.** One direction of four has a part in both heads and takes most of
+# induction away while the bigrams' probability stays; but a principal component of the gradients does the same, and
+# taking a head out does it better. In most fits every bit owns a direction, but no step along it removes the bit;
+# taking one unit of the state out does.
 
 # %% tags=["parameters"]
 seed = 0
@@ -49,7 +46,42 @@ if results.profile() == "smoke":
     shown, training_steps, steps = 40, dict.fromkeys(training_steps, 60), dict.fromkeys(steps, 5)
 report = results.Results("sequences", seed=seed, shown=shown, training_steps=training_steps, steps=steps)
 
+# %%
+kept = json.loads(Path("../data/runs/sequences.json").read_text())
+runs = pd.DataFrame(kept["rows"])
+circuits = runs[runs["target"] == "induction"]
+keeping = runs[runs["target"] == "recurrent"]
+fits = keeping.groupby(["method", "seed"], as_index=False)[
+    ["left", "elsewhere", "own share", "owned", "selectivity", "mean_cosine"]
+].mean()
+
+# %%
+LOOK = {
+    "direction": (plots.OURS, "o"), "principal component": (plots.PCA, "s"), "random": (plots.RANDOM, "x"),
+    "gradient by labels": (plots.TRUTH, "D"), "head 1 ablated": (plots.COLORS[4], "^"),
+    "head 2 ablated": (plots.COLORS[4], "v"), "unit": (plots.COLORS[4], "^"),
+    "head 1 of it": (plots.COLORS[5], "<"), "head 2 of it": (plots.COLORS[5], ">"),
+    "writes of it": (plots.COLORS[5], "<"), "states of it": (plots.COLORS[5], ">"),
+}  # fmt: skip
+
+# %%
+figure, axes = plots.panels(1, 2, height=2.5)
+for ax, frame, title in zip(axes, (circuits, fits), ("induction", "a bit of three"), strict=True):
+    for method, (color, marker) in LOOK.items():
+        spots = frame.loc[frame["method"] == method]  # pyright: ignore
+        if len(spots):
+            ax.plot(spots["left"], spots["elsewhere"], marker, color=color, ms=3.5, label=method, lw=0, alpha=0.75)
+    ax.set(title=title, xlabel="left", ylabel="changed elsewhere", xlim=(-0.03, None), ylim=(-0.02, None))
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
+report.figure("removal", figure)
+
 # %% [markdown]
+# **Induction and a bit, removed.** Every point is a network or a fit: what is left of what is to be removed, against
+# what changes elsewhere (both said below). Nearer to the corner is better. Heads and units that are taken out do best.
+#
+# The scores over seeds are kept in `data/runs/sequences.json`, made by
+# `python notebooks/tools/long/sequences.py`; one network of each kind is trained and taken apart here.
+#
 # ## The induction circuit
 #
 # Two layers of attention, a head each, no MLP. A sequence repeats a block of 6 to 11 tokens of a vocabulary of 24. In
@@ -73,8 +105,8 @@ pd.DataFrame(paths, index=["head 1", "head 2"]).round(3)
 started = time.process_time()
 d = removal.fit(model, seed=seed, steps=steps["induction"])
 report.record(fit_cpu_seconds=time.process_time() - started, fit={"rank": removal.RANK})
-truth, strength = induction.truth(model, q), removal.strength(d, q)
-rows = d.directions()
+truth = removal.truth(model, q)
+strength, rows = recovery.strength(d, truth), d.directions()
 
 
 def in_each_head(v):
@@ -129,11 +161,8 @@ report.figure("patterns", figure)
 # measured. The gradient by labels is told what induction is, and so is who takes a head out.
 
 # %%
-kept = json.loads(Path("../data/runs/sequences.json").read_text())
-runs = pd.DataFrame(kept["rows"])
 ORDER = ["direction", "head 1 of it", "head 2 of it", "fitted to head 1", "fitted to head 2", "principal component",
          "random", "gradient by labels", "head 1 ablated", "head 2 ablated", "network"]  # fmt: skip
-circuits = runs[runs["target"] == "induction"]
 SCORES = [
     "left",
     "elsewhere",
@@ -165,18 +194,32 @@ table.round(3)
 # %%
 network, missed = recurrent.train(seed=seed, steps=training_steps["recurrent"])
 fitted = forgetting.fit(network, seed=seed, steps=steps["recurrent"])
-example = forgetting.strength(fitted)
-scores = recovery.recovered(example, fitted.directions(), recurrent.truth(network))
-report.record(recurrent={"missed": missed, "error": fitted.history.error[-1], **scores.row()})
+bit_truth = forgetting.truth(network)
+report.record(recurrent={"missed": missed, "error": fitted.history.error[-1]})
+example = recovery.strength(fitted, bit_truth)
 pd.DataFrame(example, index=["bit 1", "bit 2", "bit 3"]).round(3)
+
+# %% [markdown]
+# One `recovery` scores both targets: how many features own a direction (of two, and of three bits), how alike it is to
+# the truth by layer, and what is left once the network is moved along it. For induction the path scores are told before
+# and after: attention of the first head to the previous token (`previous`), of the second to what followed earlier
+# copies (`copies`). Steps are chosen on other sequences than those measured.
+
+# %%
+recovered = {
+    "induction": recovery.recovery(d, truth).row(), "a bit of three": recovery.recovery(fitted, bit_truth).row()
+}  # fmt: skip
+report.record(recovery=recovered)
+recovered = pd.DataFrame(recovered).T.rename_axis("target").dropna(axis=1, how="all")
+report.table("recovery", recovered.reset_index())
+recovered.astype(float).round(3)
+
+# %% [markdown]
+# The bits over twenty fits, from the file:
 
 # %%
 BITS = ["direction", "writes of it", "states of it", "fitted to writes", "fitted to states", "principal component",
         "random", "gradient by labels", "unit"]  # fmt: skip
-keeping = runs[runs["target"] == "recurrent"]
-fits = keeping.groupby(["method", "seed"], as_index=False)[
-    ["left", "elsewhere", "own share", "owned", "selectivity", "mean_cosine"]
-].mean()
 bits = fits.groupby("method").mean(numeric_only=True).drop(columns="seed")
 bits = bits.join(fits.groupby("method")[["left", "elsewhere", "own share"]].std().add_suffix(" sd")).loc[BITS]
 bits["seeds"] = fits.groupby("method")["seed"].nunique()
@@ -194,24 +237,6 @@ def owned_rate(method):
 owned = {method: owned_rate(method) for method in ("direction", "principal component", "random")}
 report.record(all_bits_owned=owned)
 pd.DataFrame(owned).T[["successes", "fits", "rate", "least", "most"]].round(2)
-
-# %%
-LOOK = {
-    "direction": (plots.OURS, "o"), "principal component": (plots.PCA, "s"), "random": (plots.RANDOM, "x"),
-    "gradient by labels": (plots.TRUTH, "D"), "head 1 ablated": (plots.COLORS[4], "^"),
-    "head 2 ablated": (plots.COLORS[4], "v"), "unit": (plots.COLORS[4], "^"),
-    "head 1 of it": (plots.COLORS[5], "<"), "head 2 of it": (plots.COLORS[5], ">"),
-    "writes of it": (plots.COLORS[5], "<"), "states of it": (plots.COLORS[5], ">"),
-}  # fmt: skip
-figure, axes = plots.panels(1, 2, height=2.5)
-for ax, frame, title in zip(axes, (circuits, fits), ("induction", "a bit of three"), strict=True):
-    for method, (color, marker) in LOOK.items():
-        spots = frame.loc[frame["method"] == method]  # pyright: ignore
-        if len(spots):
-            ax.plot(spots["left"], spots["elsewhere"], marker, color=color, ms=3.5, label=method, lw=0, alpha=0.75)
-    ax.set(title=title, xlabel="left", ylabel="changed elsewhere", xlim=(-0.03, None), ylim=(-0.02, None))
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
-report.figure("removal", figure)
 
 # %% [markdown]
 # ## What was reached

@@ -1,15 +1,16 @@
 """How much of a known truth directions recover: one score for every target that has ``truth()``."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
+from eigendecomp.study.moves import Move, along
 from eigendecomp.study.scores import ownership
 
 Parts = Mapping[str, Float[Tensor, "n *shape"]]
@@ -20,18 +21,24 @@ class Truth:
     """What computes each feature of a network, known.
 
     Args:
-        inputs: every feature on alone, in order.
+        inputs: examples that show the features.
         objects: by parameter, the part of it that computes each feature, as (features, *shape).
         layers: by name, the parameters that make up a layer; a feature's object may have a part in each. If none are
             named, every parameter is one.
         contributions: the neuron contributions NC(i) of parts given for every feature, or of the network's own weights
             if none are given, neurons of all layers side by side; None where there are no neurons.
+        samples: which of the inputs' samples (all places of the first example, then of the second) show each feature;
+            None where sample i shows feature i alone.
+        acted: scores, by name, of a network moved along a direction until a feature is gone, as well as it goes; none
+            for a feature that is not to be removed.
     """
 
-    inputs: Float[Tensor, "features *inputs"]
+    inputs: Tensor
     objects: dict[str, Float[Tensor, "features *shape"]]
     layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     contributions: Callable[..., Float[Tensor, "features neurons"]] | None = None
+    samples: Bool[Tensor, "features samples"] | None = None
+    acted: Callable[[Move, int], dict[str, float]] | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -54,10 +61,11 @@ class Recovery:
     least_selectivity: float
     mean_cosine: dict[str, float]  # by layer, over features: of the owner's part with the object's
     least_cosine: dict[str, float]
-    mean_reader: dict[str, float]  # the same of the leading input-side singular vectors of the layer's first tensor
+    mean_reader: dict[str, float]  # the same of the leading singular vectors of the layer's first tensor, last axis
     least_reader: dict[str, float]
     nc: float | None  # mean over features of the r² of neuron contributions, neurons of all layers together
     least_nc: float | None
+    acted: dict[str, float] = field(default_factory=dict)  # scores of networks moved along owners, mean over features
 
     def row(self) -> dict[str, float]:
         """The scores on one line; of layers the mean of means and the least of all."""
@@ -65,13 +73,36 @@ class Recovery:
         for name in ("cosine", "reader"):
             means, least = asdict(self)[f"mean_{name}"].values(), asdict(self)[f"least_{name}"].values()
             few |= {f"mean_{name}": sum(means) / len(means), f"least_{name}": min(least)}
-        return few
+        return few | self.acted
 
 
 def recovery(d: Decomposition, target: Known | Truth, *, references: int = 16) -> Recovery:
     """The scores of a decomposition's directions against a target's truth, or a truth itself."""
     truth = target if isinstance(target, Truth) else target.truth()
-    return recovered(d.impact(truth.inputs, references), d.directions(), truth)
+    impact = strength(d, truth, references)
+    found = recovered(impact, d.directions(), truth)
+    return found if truth.acted is None else replace(found, acted=moved(d, owners(impact)[0], truth.acted))
+
+
+def strength(d: Decomposition, truth: Truth, references: int = 16) -> Float[Tensor, "features v"]:
+    """Mean impact of every direction on the samples of each feature."""
+    return by_feature(d.impact(truth.inputs, references), truth)
+
+
+def by_feature(impact: Float[Tensor, "samples v"], truth: Truth) -> Float[Tensor, "features v"]:
+    """Means over the samples of each feature."""
+    return impact if truth.samples is None else torch.stack([impact[rows].mean(0) for rows in truth.samples])
+
+
+def moved(
+    d: Decomposition, owner: Int[Tensor, " features"], acted: Callable[[Move, int], dict[str, float]]
+) -> dict[str, float]:
+    """The mean over features of each score of the network moved along what the feature owns; not at all if nothing."""
+    found: dict[str, list[float]] = {}
+    for feature, v in enumerate(owner.tolist()):
+        for name, value in acted(along(d, v if v >= 0 else {0: 0.0}), feature).items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def recovered(strength: Float[Tensor, "features v"], rows: Parts, truth: Truth) -> Recovery:
@@ -152,14 +183,14 @@ def each(scores: Mapping[str, Float[Tensor, " features"]], kind: str) -> dict[st
 def random_strength(d: Decomposition, rows: Directions, truth: Truth, references: int = 16) -> Tensor:
     """Impacts that other low-rank rows would have as encoders of this decomposition's gradients."""
     parts = [g.inner(rows).abs() for g in d.gradients(truth.inputs, references, 0)]
-    return torch.cat(parts).unflatten(0, (-1, references)).mean(1)
+    return by_feature(torch.cat(parts).unflatten(0, (-1, references)).mean(1), truth)
 
 
 def dense_strength(d: Decomposition, rows: Parts, truth: Truth, references: int = 16) -> Tensor:
     """The same for rows held as numbers."""
     flat = torch.cat([rows[name].flatten(1) for name in d.target.shapes], 1)
     parts = [(g.flat() @ flat.T).abs() for g in d.gradients(truth.inputs, references, 0)]
-    return torch.cat(parts).unflatten(0, (-1, references)).mean(1)
+    return by_feature(torch.cat(parts).unflatten(0, (-1, references)).mean(1), truth)
 
 
 def principal_parts(g: Float[Tensor, "n w"], n: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

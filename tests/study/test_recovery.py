@@ -5,9 +5,12 @@ import torch
 
 import eigendecomp as ed
 from eigendecomp.study import floors, recovery
+from eigendecomp.study.moves import Move
 from eigendecomp.study.recovery import Truth, recovered
-from eigendecomp.targets.toys import resid_mlp
+from eigendecomp.targets.toys import circuits, groups, resid_mlp, squares, tms
 from eigendecomp.targets.toys.resid_mlp import ResidMLP
+from rooms.layers import fitting
+from rooms.peers.networks import NETWORKS, weights
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,49 @@ def test_learned_directions_recover_far_more_than_random_ones_and_a_seed_decides
     assert learned.owned >= 18 and learned.nc is not None and random.nc is not None
     assert learned.nc > 0.6 > 2 * random.nc
     assert learned.selectivity > 5 > 2 * random.selectivity
+
+
+def test_features_have_the_mean_impact_of_their_own_samples_and_the_scores_of_their_own_move(model: ResidMLP) -> None:
+    whole = model.truth()
+    x = torch.cat([whole.inputs, 0.5 * whole.inputs])
+    shown = torch.eye(20, dtype=torch.bool).repeat(1, 2)
+    d = fitting.fit(model, 20, seed=0, steps=20)
+
+    def acted(move: Move, feature: int) -> dict[str, float]:
+        with move(1.0) as moved:
+            change = moved(whole.inputs)[feature, feature] - base[feature, feature]
+        return {"even": change.item()} if feature % 2 == 0 else {}
+
+    with torch.no_grad():
+        base = model(whole.inputs)
+    truth = Truth(x, whole.objects, whole.layers, samples=shown, acted=acted)
+    impact = d.impact(x, 4)
+    torch.testing.assert_close(recovery.strength(d, truth, 4), (impact[:20] + impact[20:]) / 2)
+    found = recovery.recovery(d, truth)
+    owner, _ = recovery.owners(recovery.strength(d, truth))
+    assert (owner < 0).any()  # such a feature is not moved, and counts all the same
+    expected = []
+    for feature in range(0, 20, 2):
+        with torch.no_grad(), d.perturbed({int(owner[feature]): 1.0} if owner[feature] >= 0 else {0: 0.0}) as moved:
+            expected.append((moved(whole.inputs) - base)[feature, feature].item())
+    assert found.acted["even"] == pytest.approx(sum(expected) / 10) and found.row()["even"] == found.acted["even"]
+
+
+@pytest.mark.parametrize("name", ["tms", "identity", "circuits", "groups", "squares"])
+def test_one_recovery_scores_every_toy(name: str) -> None:
+    model = NETWORKS[name].make()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))).abs())  # all is open
+    make = {"circuits": circuits.truth, "groups": lambda m: groups.truth(m, 5), "squares": squares.truth}
+    truth = make.get(name, tms.truth)(model)
+    found = recovered(torch.eye(len(truth.objects["W_0" if name == "squares" else "W_in"])), truth.objects, truth)
+    assert found.features == found.owned == NETWORKS[name].features and found.row()["least_cosine"] > 0.9999
+    x = NETWORKS[name].data(64, torch.Generator().manual_seed(0))
+    d = ed.decompose(model, x, parameters=weights(model), n_directions=4, steps=3, seed=0, progress=False)
+    learned = recovery.recovery(d, truth)
+    assert learned.features == found.features and learned.owned <= 4
+    assert list(learned.mean_cosine) == weights(model)
 
 
 def test_principal_parts_are_the_leading_singular_vectors() -> None:

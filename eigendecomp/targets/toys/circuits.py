@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eigendecomp.study.recovery import Truth
 from eigendecomp.targets.toys import tms
-from eigendecomp.targets.toys.stages import own_gradients
+from eigendecomp.targets.toys.stages import own_truth
 from eigendecomp.targets.toys.training import minimise
 
 
@@ -68,10 +69,10 @@ def reach(model: tms.TMS) -> Float[Tensor, "inputs outputs"]:
     return (model.W_in @ model.W_out).detach()
 
 
-def truth(model: tms.TMS) -> dict[str, Float[Tensor, "inputs *shape"]]:
-    """For every input the parameter-space object that computes it: {parameter: (inputs, *shape)}.
+def truth(model: tms.TMS) -> Truth:
+    """For every input the parameter-space object that computes it.
 
     The gradient of half the squared length of what the input alone adds to the outputs, a = W_in[i] W_out:
     e_i ⊗ W_out a in W_in and W_in[i] ⊗ a in W_out. The outputs are open here.
     """
-    return own_gradients(model, torch.eye(len(model.W_in)), reach(model))
+    return own_truth(model, torch.eye(len(model.W_in)).unsqueeze(1), reach(model).unsqueeze(1))

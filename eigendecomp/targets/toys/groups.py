@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eigendecomp.study.recovery import Truth
 from eigendecomp.targets.toys import circuits, tms
-from eigendecomp.targets.toys.stages import own_gradients
+from eigendecomp.targets.toys.stages import own_truth
 
 
 def data(
@@ -38,10 +39,10 @@ def train(
     return model, a, share
 
 
-def truth(model: tms.TMS, groups: int) -> dict[str, Float[Tensor, "groups *shape"]]:
-    """For every group the parameter-space object that computes it on its mean input: {parameter: (groups, *shape)}.
+def truth(model: tms.TMS, groups: int) -> Truth:
+    """For every group the parameter-space object that computes it on its mean input.
 
     The gradient of half the squared length of what the group adds to the outputs, every input of it at ½.
     """
     x = 0.5 * torch.eye(groups).repeat_interleave(len(model.W_in) // groups, 1)
-    return own_gradients(model, x, x @ circuits.reach(model))
+    return own_truth(model, x.unsqueeze(1), (x @ circuits.reach(model)).unsqueeze(1))

@@ -57,6 +57,10 @@ class Induction(nn.Module):
             r = head(r)
         return self.W_U(r)
 
+    def truth(self) -> Truth:
+        """What computes induction and bigrams, on sequences of its own: see :func:`truth`."""
+        return truth(self, data(200, torch.Generator().manual_seed(4000)))
+
     @torch.no_grad()
     def patterns(self, tokens: Int[Tensor, "n t"]) -> list[Float[Tensor, "n t t"]]:
         """The attention pattern of each head."""
@@ -158,7 +162,7 @@ HEADS = {f"head {n + 1}": tuple(f"heads.{n}.W_{letter}.weight" for letter in "QK
 
 
 def truth(model: Induction, sequences: Sequences) -> Truth:
-    """For each feature what computes it in either head: {parameter: (features, *shape)}.
+    """For each feature what computes it in either head, in the samples that need it.
 
     The gradient of the logit of the token that the feature says, over the mean logit, averaged over its samples.
     """
@@ -171,4 +175,5 @@ def truth(model: Induction, sequences: Sequences) -> Truth:
         torch.autograd.grad(over[k][samples[k]].mean(), list(weights.values()), retain_graph=True) for k in FEATURES
     ]
     objects = {name: torch.stack(parts) for name, *parts in zip(weights, *rows, strict=True)}
-    return Truth(sequences.inputs, objects, HEADS)
+    shown = torch.stack([samples[k].flatten() for k in FEATURES])
+    return Truth(sequences.inputs, objects, HEADS, samples=shown)

@@ -42,6 +42,10 @@ class FlipFlop(nn.Module):
     def forward(self, x: Float[Tensor, "n t bits"]) -> Float[Tensor, "n t bits"]:
         return self.read(self.states(x))
 
+    def truth(self) -> Truth:
+        """What keeps each bit: see :func:`truth`."""
+        return truth(self)
+
 
 def data(
     n: int, generator: torch.Generator, *, bits: int = BITS, length: int = LENGTH, written: float = 0.2
@@ -92,7 +96,7 @@ def train(
 
 
 def truth(model: FlipFlop) -> Truth:
-    """For every bit what keeps it, in the weights of writes and of states: {parameter: (bits, *shape)}.
+    """For every bit what keeps it, in the weights of writes and of states, at every step at which it is kept alone.
 
     The gradient of the bit's own output times the value written, over all steps of sequences that write this bit alone,
     once with +1 and once with −1.
@@ -111,4 +115,5 @@ def truth(model: FlipFlop) -> Truth:
         )
         for side in ("write", "state")
     }  # fmt: skip
-    return Truth(x.flatten(0, 1), objects, layers)
+    shown = torch.eye(bits, dtype=torch.bool).repeat_interleave(x[0, ..., 0].numel(), 1)
+    return Truth(x.flatten(0, 1), objects, layers, samples=shown)

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eigendecomp.study.recovery import Truth
 from eigendecomp.targets.toys import tms
-from eigendecomp.targets.toys.stages import Stage, own_gradients, run
+from eigendecomp.targets.toys.stages import Stage, own_truth, run
 from eigendecomp.targets.toys.training import minimise
 
 
@@ -72,11 +73,10 @@ def train(
         return model.eval(), 1 - ((model(x) - y).square().sum() / (y - y.mean(0)).square().sum()).item()
 
 
-def truth(model: Squares, value: float = 0.75) -> dict[str, Float[Tensor, "features *shape"]]:
-    """For every feature the parameter-space object that computes it: {parameter: (features, *shape)}.
+def truth(model: Squares, value: float = 0.75) -> Truth:
+    """For every feature the parameter-space object that computes it.
 
     The gradient of the feature's own output, on alone, summed over ±``value``: the two may use different units.
     """
     features = len(model.stages()[0].weight)
-    cotangents = torch.eye(features).repeat_interleave(2, 0)
-    return own_gradients(model, alone(features, value).flatten(0, 1), cotangents, 2)
+    return own_truth(model, alone(features, value), torch.eye(features).unsqueeze(1).expand(-1, 2, -1))

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eigendecomp.study.recovery import Truth
+
 
 class Stage(NamedTuple):
     """One weight of a chain: x ↦ act(x W + b)."""
@@ -24,6 +26,17 @@ def run(stages: Sequence[Stage], x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"
         x = x if stage.bias is None else x + stage.bias
         x = x if stage.act is None else stage.act(x)
     return x
+
+
+def own_truth(
+    model: nn.Module, inputs: Float[Tensor, "features count i"], cotangents: Float[Tensor, "features count o"]
+) -> Truth:
+    """For every feature Jᵀc summed over its inputs, where it is on alone; every weight of the chain is a layer."""
+    count = inputs.shape[1]
+    objects = own_gradients(model, inputs.flatten(0, 1), cotangents.flatten(0, 1), count)
+    stages: list[Stage] = model.stages()  # type: ignore[operator]
+    shown = torch.eye(len(inputs), dtype=torch.bool).repeat_interleave(count, 1)
+    return Truth(inputs.flatten(0, 1), objects, {stage.name: (stage.name,) for stage in stages}, samples=shown)
 
 
 def own_gradients(

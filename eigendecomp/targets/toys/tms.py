@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendecomp.targets.toys.stages import Stage, own_gradients, run
+from eigendecomp.study.recovery import Truth
+from eigendecomp.targets.toys.stages import Stage, own_truth, run
 from eigendecomp.targets.toys.training import minimise
 
 
@@ -49,8 +50,8 @@ def with_identity(model: TMS) -> TMS:
     return made
 
 
-def truth(model: TMS) -> dict[str, Float[Tensor, "features *shape"]]:
-    """For every feature the parameter-space object that computes it: {parameter: (features, *shape)}.
+def truth(model: TMS) -> Truth:
+    """For every feature the parameter-space object that computes it.
 
     It is the gradient of half the square of the feature's own output before the ReLU, without the bias, for the
     feature on alone at 1. In each matrix it has rank one: e_i ⊗ W_out[:, i] in W_in, W_in[i] ⊗ e_i in W_out, and
@@ -59,7 +60,7 @@ def truth(model: TMS) -> dict[str, Float[Tensor, "features *shape"]]:
     eye = one_hot(len(model.W_in))
     with torch.no_grad():
         reach = run([stage._replace(bias=None, act=None) for stage in model.stages()], eye).diagonal()
-    return own_gradients(model, eye, torch.diag(reach))
+    return own_truth(model, eye.unsqueeze(1), torch.diag(reach).unsqueeze(1))
 
 
 def feature_vectors(model: TMS) -> dict[str, Float[Tensor, "features hidden"]]:

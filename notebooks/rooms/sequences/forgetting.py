@@ -1,5 +1,7 @@
 """The three bits taken apart and forgotten: the fit, and what a move leaves of one bit's memory."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -8,13 +10,12 @@ from eigendecomp.decomposition import Decomposition, decompose
 from eigendecomp.reference import Mean
 from eigendecomp.sparsity import BatchTopK
 from eigendecomp.study.moves import Move, matched
-from eigendecomp.targets.toys.recurrent import BITS, FlipFlop, alone, data
-from rooms.sequences.switches import Effect
+from eigendecomp.study.recovery import Truth
+from eigendecomp.targets.toys import recurrent
+from eigendecomp.targets.toys.recurrent import BITS, FlipFlop, data
+from rooms.sequences.switches import Effect, search
 
-
-def strength(d: Decomposition, bits: int = BITS, references: int = 1) -> Float[Tensor, "bits v"]:
-    """Mean impact of every direction on samples in which a bit is kept alone."""
-    return d.impact(alone(bits).flatten(0, 1), references).unflatten(0, (bits, -1)).mean(1)
+LARGEST = 6.0  # the longest step along a unit direction that is tried
 
 
 class Forgetting:
@@ -48,6 +49,21 @@ class Forgetting:
         elsewhere = beside + squares[1].sum()
         left = self._gain(y) / self._gain(self.base)
         return Effect(step, left.item(), (beside / unit).item(), (elsewhere / unit).item())
+
+
+def truth(model: FlipFlop) -> Truth:
+    """What keeps each bit, and what is left of it, and elsewhere, without the direction that it owns."""
+    return replace(recurrent.truth(model), acted=lambda move, bit: forgotten(model, move, bit))
+
+
+def forgotten(model: FlipFlop, move: Move, bit: int, sequences: int = 100) -> dict[str, float]:
+    """What :class:`Forgetting` says of a move whose step is chosen on other sequences."""
+    draw = torch.Generator().manual_seed(4000)
+    dtype, bits = model.read.weight.dtype, model.read.out_features
+    choose, judge = (Forgetting(model, data(sequences, draw, bits=bits).to(dtype), bit) for _ in range(2))
+    step = search(lambda step: choose.effect(move, step), LARGEST, both=True, tries=5).step
+    effect = judge.effect(move, step)
+    return {"left": effect.left, "elsewhere": effect.elsewhere}
 
 
 # The fit's settings, chosen on network 100 with fitting seed 0, which are not among those reported.

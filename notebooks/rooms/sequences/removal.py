@@ -1,5 +1,7 @@
 """The induction circuit taken apart and removed: what its heads do, the fit, and what a move leaves of it."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,8 +12,12 @@ from eigendecomp.divergence import KLDivergence
 from eigendecomp.reference import Mean
 from eigendecomp.sparsity import BatchTopK
 from eigendecomp.study.moves import Move
-from eigendecomp.targets.toys.induction import Induction, Sequences, data, successor
-from rooms.sequences.switches import Effect
+from eigendecomp.study.recovery import Truth
+from eigendecomp.targets.toys import induction
+from eigendecomp.targets.toys.induction import FEATURES, Induction, Sequences, data, successor
+from rooms.sequences.switches import Effect, search
+
+LARGEST = 12.0  # the longest step along a unit direction that is tried
 
 
 def path_scores(model: Induction, sequences: Sequences) -> dict[str, tuple[float, float]]:
@@ -31,13 +37,6 @@ def path_scores(model: Induction, sequences: Sequences) -> dict[str, tuple[float
         found["previous"].append(pattern.diagonal(-1, 1, 2)[first].mean().item())
         found["induction"].append((pattern * after).sum(2)[here].mean().item())
     return {name: (values[0], values[1]) for name, values in found.items()}
-
-
-def strength(d: Decomposition, sequences: Sequences, references: int = 1) -> Float[Tensor, "features v"]:
-    """Mean impact of every direction over each feature's samples."""
-    impact = d.impact(sequences.inputs, references)
-    vocabulary = d.target.outputs(sequences.inputs[:1]).shape[-1]
-    return torch.stack([impact[samples.flatten()].mean(0) for samples in sequences.samples(vocabulary).values()])
 
 
 class Removal:
@@ -72,6 +71,39 @@ class Removal:
         change = (p - self.base).abs().sum(-1) / 2
         beside, elsewhere = (change[self.samples[name]].mean().item() for name in ("beside", "bigrams"))
         return Effect(step, abs(self._over(p) / self._over(self.base)), beside, elsewhere)
+
+
+def truth(model: Induction, sequences: Sequences) -> Truth:
+    """What computes induction and bigrams, and the scores of induction's path without the direction that it owns."""
+    return replace(induction.truth(model, sequences), acted=Path(model, sequences).without)
+
+
+class Path:
+    """The path of induction before and after a move, whose step is chosen on one half of the sequences.
+
+    ``previous`` and ``copies`` are the path scores of the first and of the second head, on the other half; ``moved``
+    those after. ``left`` and ``elsewhere`` are those of :class:`Removal` there.
+    """
+
+    def __init__(self, model: Induction, sequences: Sequences) -> None:
+        half = len(sequences.tokens) // 2
+        self.model, self.half = model, Sequences(sequences.tokens[half:], sequences.period[half:])
+        self.choose = Removal(model, Sequences(sequences.tokens[:half], sequences.period[:half]))
+        self.judge = Removal(model, self.half)
+
+    def without(self, move: Move, feature: int) -> dict[str, float]:
+        """The scores for induction; bigrams are to stay, and have none."""
+        if FEATURES[feature] != "induction":
+            return {}
+        step = search(lambda step: self.choose.effect(move, step), LARGEST, both=True, tries=5).step
+        effect, before = self.judge.effect(move, step), path_scores(self.model, self.half)
+        with move(step):
+            after = path_scores(self.model, self.half)
+        return {
+            "previous": before["previous"][0], "previous moved": after["previous"][0],
+            "copies": before["induction"][1], "copies moved": after["induction"][1],
+            "left": effect.left, "elsewhere": effect.elsewhere,
+        }  # fmt: skip
 
 
 # The fit's settings, chosen on network 100 with fitting seed 0, which are not among those reported.

@@ -151,14 +151,6 @@ def unit_off(model: recurrent.FlipFlop, unit: int) -> dict[str, Tensor]:
     return changes
 
 
-def strengths(d: ed.Decomposition, rows: Parts) -> Tensor:
-    """Mean impact by bit of rows held as numbers."""
-    bits = recurrent.BITS
-    flat = torch.cat([rows[name].flatten(1) for name in d.target.shapes], 1)
-    parts = [g.flat() @ flat.T for g in d.gradients(recurrent.alone().flatten(0, 1), 1, 0)]
-    return torch.cat(parts).abs().unflatten(0, (bits, -1)).mean(1)
-
-
 def recurrent_rows(model: recurrent.FlipFlop, seed: int, steps: int = forgetting.STEPS) -> Iterator[Row]:
     """What every method does to each bit, and the scores of the dictionaries."""
     truth, bits = recurrent.truth(model), range(recurrent.BITS)
@@ -172,7 +164,8 @@ def recurrent_rows(model: recurrent.FlipFlop, seed: int, steps: int = forgetting
     sets = {name: (fitted, rows) for name, rows in dictionaries(fitted, alone, seed).items()}
     sets |= {f"fitted to {side}s": (d, d.directions()) for side, d in sides.items()}
     for name, (d, rows) in sets.items():
-        strength = forgetting.strength(d) if name == "direction" else strengths(d, rows)
+        direct = name == "direction"
+        strength = recovery.strength(d, truth, 1) if direct else recovery.dense_strength(d, rows, truth, 1)
         owner, _ = recovery.owners(strength)
         owner = torch.where(owner >= 0, owner, strength.argmax(1))
         offered[name] = [[part(rows, int(owner[bit]))] for bit in bits]

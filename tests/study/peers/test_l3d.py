@@ -43,7 +43,7 @@ def test_the_features_of_a_pentagon() -> None:
     found = l3d.fit(j, f, chosen.shapes, l3d.Settings(5, epochs=60, decay_epochs=10, kept=0.25), seed=1)
     torch.testing.assert_close(found.decoder.norms(), torch.ones(5))
     assert 0 < found.error < 0.6
-    truth = scores.parts_of(torch.cat([rows.flatten(1) for rows in list(tms.truth(model).values())[:2]], 1),
+    truth = scores.parts_of(torch.cat([rows.flatten(1) for rows in list(tms.truth(model).objects.values())[:2]], 1),
                             chosen.shapes)  # fmt: skip
-    torch.testing.assert_close(truth["W_in"], tms.truth(model)["W_in"])
+    torch.testing.assert_close(truth["W_in"], tms.truth(model).objects["W_in"])
     assert scores.largest_cosines(found.decoder.dense("W_in"), model.W_in.detach()).mean() > 0.95

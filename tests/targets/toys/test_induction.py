@@ -141,11 +141,26 @@ def test_training_learns_and_the_seed_decides_it_and_a_fit_has_strengths_of_both
     q = sequences(8)
     d = removal.fit(model, seed=0, steps=4, sequences=20)
     assert isinstance(d, ed.Decomposition) and set(d.target.names) == set(induction.truth(model, q).objects)
-    strength = removal.strength(d, q)
+    truth = removal.truth(model, q)
+    strength = recovery.strength(d, truth, 1)
     one = d.impact(q.inputs, 1).unflatten(0, (8, T))
     torch.testing.assert_close(strength[1], one[q.samples()["bigrams"]].mean(0))
-    scores = recovery.recovered(strength, d.directions(), induction.truth(model, q))
+    scores = recovery.recovery(d, model)
     assert scores.features == 2 and set(scores.mean_cosine) == {"head 1", "head 2"}
+    scores = recovery.recovery(d, truth)
+    assert scores.row()["previous"] == scores.acted["previous"]
     assert set(removal.fit(model, seed=0, steps=2, heads=(1,), sequences=20).target.names) == set(
         induction.HEADS["head 2"]
     )
+
+
+def test_the_path_of_a_circuit_built_by_hand_is_broken_where_its_second_head_asks_for_nothing() -> None:
+    model = built()
+    truth = removal.truth(model, sequences())
+    assert truth.acted is not None and truth.acted(displaced(model, {}), 1) == {}  # bigrams are to stay
+    name = "heads.1.W_Q.weight"
+    scores = truth.acted(displaced(model, {name: -dict(model.named_parameters())[name].detach() / 6}), 0)
+    assert scores["previous"] == pytest.approx(1, abs=1e-3) and scores["copies"] == pytest.approx(1, abs=1e-3)
+    assert scores["previous moved"] == scores["previous"] and scores["copies moved"] < 0.5 and scores["left"] < 0.3
+    still = truth.acted(displaced(model, {}), 0)
+    assert still["copies moved"] == still["copies"] and still["left"] == 1 and still["elsewhere"] == 0

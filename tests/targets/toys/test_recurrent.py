@@ -96,7 +96,22 @@ def test_training_learns_and_the_seed_decides_it_and_a_fit_is_scored() -> None:
     assert torch.equal(model.read.weight, again.read.weight) and not torch.equal(model.read.weight, other.read.weight)
     d = forgetting.fit(model, seed=0, steps=4, sequences=30)
     assert not any(name.startswith("read") for name in d.target.names)
-    scores = recovery.recovered(forgetting.strength(d), d.directions(), recurrent.truth(model))
+    truth = forgetting.truth(model)
+    scores = recovery.recovery(d, truth)
     assert scores.features == 3 and set(scores.mean_cosine) == {"write", "state"}
+    assert set(scores.acted) == {"left", "elsewhere"} and scores.row()["left"] == scores.acted["left"] <= 1.01
+    impact = d.impact(recurrent.alone().flatten(0, 1)).unflatten(0, (3, 2 * recurrent.LENGTH))
+    torch.testing.assert_close(recovery.strength(d, truth), impact.mean(1))
     writes_only = forgetting.fit(model, seed=0, steps=2, parameters=("write_*",), sequences=30)
     assert all(name.startswith("write") for name in writes_only.target.names)
+
+
+def test_a_bit_whose_reading_is_taken_away_is_gone_and_one_that_is_not_moved_stays() -> None:
+    model = untrained()
+    truth = forgetting.truth(model)
+    assert truth.acted is not None
+    row = -model.read.weight.detach() * torch.eye(3)[1].double().unsqueeze(1)
+    gone = truth.acted(displaced(model, {"read.weight": row}), 1)
+    assert gone["left"] < 0.1  # what the bias adds counts as elsewhere and holds the step back
+    still = truth.acted(displaced(model, {"read.weight": 0 * row}), 1)
+    assert still == {"left": 1, "elsewhere": 0}
