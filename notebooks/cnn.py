@@ -723,7 +723,7 @@ def key(method: str, seed: int = seeds[0]) -> tuple[str, str, int]:
 
 
 ways = [("ours", key("ours", s), weights(d.decoder)) for s, d in fits.items()]
-ways += [("ours, reading rows", key("ours", s), weights(study.scores.encoder_rows(d).decoder)) for s, d in fits.items()]
+ways += [("ours, encoder rows", key("ours", s), weights(study.scores.encoder_rows(d).decoder)) for s, d in fits.items()]
 ways += [("ours, gated", key("ours", s), gated_weights(d.decoder, f"read {s}", read["test"][key("ours", s)]))
          for s, d in fits.items()]  # fmt: skip
 ways += [(f"SAE, {k} on, {how}", key(f"SAE, {k} on", s), unit(a, how))
@@ -920,7 +920,7 @@ def selectivity_panel(ax) -> None:
             ax.plot([low, high], [position + shift] * 2, color=color, lw=1.5)
             ax.plot(median, position + shift, marker, color=color, ms=3.5, mfc="white" if name == "quiet" else color)
     ax.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(len(kinds) - 0.5, -0.5), xscale="log")
-    ax.set_xlabel("effect on own images over effect on\nother classes (filled), quiet half (open)")
+    ax.set_xlabel("effect on own images over effect on\nother classes (filled), least read half (open)")
 
 
 # %%
