@@ -7,32 +7,46 @@
 # ---
 
 # %% [markdown]
-# # Patches of a convolution as samples
+# # Does taking single patches as samples put directions of a convolution ahead?
 #
-# Does taking single patches as samples put directions ahead, on concepts where random readers fall behind? The first
-# convolution of a block of a residual network for Fashion-MNIST is decomposed into 100 and 300 directions of rank one,
-# from the gradients of its single uses; readers, units and readings are chosen on validation images, scores are of test
-# images, three seeds. What comes out (± is the standard error over concepts):
+# ![Test images with the patch that each of six directions reads most, framed.](../figures/patches_directions.png)
+#
+# *Six directions: where each reads most, and the logits that a step along it changes.*
+#
+# No: they are ahead of random readers and, by some readings, of autoencoders, but not of k-means of patches for
+# concepts, nor of k-means of single gradients for what changes a prediction.
+#
+# Words, before any number:
+#
+# - The **site** is the first convolution of the middle block of a residual network for Fashion-MNIST, one matrix that
+#   multiplies every 3 × 3 patch. A **use** is one patch: what arrives, and what the output asks of the matrix's output.
+#   A **direction** is a change of the matrix of rank one: a *reader*, which is a patch, and a *writer*.
+# - A **concept** is a *part or pattern* that a patch shows, or a *decision*: the patches that speak most for one of two
+#   classes. A unit **resolves** it as well as it ranks the patches that it holds for: average precision, of the unit
+#   that is best on validation images, measured on test images.
+# - A concept **tells** if both random readers and random training patches fall behind on validation images.
+# - A **confusion** is the set of images of one class whose most probable other class is a certain one. Rows **hold**
+#   the share of its gradient that lies in their span.
+
+# %% [markdown]
+# ## What comes out
+#
+# 100 and 300 units, three seeds; ± is the standard error over concepts.
 #
 # - **There are concepts that tell readers apart**: parts of garments and patterns, judged patch by patch. Random
 #   readers reach an average precision of 0.16 on them at 300 units, ours 0.31. On decisions between two classes (which
 #   patches speak for a sneaker and not for a sandal) no reader gets far: 0.03 to 0.05, at a base rate of 0.01.
-# - **Directions are not ahead there.** Where both random readers and random training patches fall behind on validation
-#   images (8 concepts), ours at 300 units are level with k-means of patches on test images (0.43 each) and with
-#   training patches (0.42), and ahead of SAE rows (by 0.10 ± 0.03). With four units on at a patch they are behind SAE
-#   rows (−0.05 ± 0.03), and at 100 units behind k-means of patches (−0.08 ± 0.04).
-# - **What changes a prediction is few directions, and there gradients tell.** For 25 confusions (images of one class
-#   whose most probable other class is a second), five of 300 directions hold 44% of their mean gradient on test images,
-#   five SAE rows 16%, random directions 1%. But five centres of a k-means of single gradients hold 51%, and those of
-#   patches, with the mean of what is asked, 42%.
+# - **Directions are not ahead there.** On the 8 concepts that tell, ours at 300 units are level with k-means of patches
+#   on test images (0.43 each) and with training patches (0.42), and ahead of SAE rows (by 0.10 ± 0.03). With four units
+#   on at a patch they are behind SAE rows (−0.05 ± 0.03), and at 100 units behind k-means of patches (−0.08 ± 0.04).
+# - **What changes a prediction is few directions, and there gradients tell.** For 25 confusions, five of 300 directions
+#   hold 44% of their mean gradient on test images, five SAE rows 16%, random directions 1%. But five centres of a
+#   k-means of single gradients hold 51%, and those of patches, with the mean of what is asked, 42%.
 # - **Steps of equal size** change predictions more along our directions (total variation 0.19) than along SAE rows
 #   (0.04), single gradients (0.12) or random ones (0.01), and less than along k-means of gradients or of patches
 #   (0.24 and 0.23).
 # - **Purity** does not discriminate: one concept holds for 25% of a direction's top patches, for 23% of a random
 #   reader's.
-#
-# So directions are ahead of random readers, and, by some readings, of SAEs; they are not ahead of k-means, of patches
-# for concepts or of single gradients for predictions.
 
 # %% tags=["parameters"]
 sizes, seeds = [100, 300], [0, 1, 2]
@@ -66,6 +80,8 @@ from rooms.fashion import prepared
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")
 plots.style()
+
+# %%
 smoke = results.profile() == "smoke"
 if smoke:
     sizes, seeds, fit_images, choose_images, test_images, steps, sae_steps = [20], [0], 60, 100, 100, 20, 20
@@ -163,6 +179,7 @@ autoencoders = {
 signed = ("ours, encoder", "ours, decoder", "k-means of gradients", "random", "PCA")  # their signs are arbitrary
 
 
+# %%
 def readings(size: int, seed: int, x: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
     """{(method, reading): (patches, units)}, with arbitrary signs turned to the heavier tail on patches of the fit."""
     a, found = autoencoders[size, seed], {}
@@ -310,6 +327,8 @@ families = {
     }
     for size in sizes
 }  # fmt: skip
+
+# %%
 methods = ["ours", "k-means of gradients", "k-means", "training patches", "SAE", "PCA", "random"]
 resolution = pd.DataFrame(
     [
@@ -579,27 +598,36 @@ for wanted, count in (("decision", 3), ("part or pattern", 3)):
         ):
             shown[names[m]] = unit
 
+
 # %%
-figure, axes = plots.panels(len(shown), 9, height=0.92, width=plots.PAGE, gridspec_kw={"width_ratios": [1] * 8 + [3.2]})
-orientation = {}
-for line, (name, unit) in enumerate(shown.items()):
-    strength, place = z[:, unit].view(-1, drawn).max(1)
-    best = strength.topk(8).indices
-    row, base = fits[key[1:]].decoder.flat()[unit], cnn.predict(tail, entering["test"][best])
-    small = 0.02 * tail.get_parameter(weight).norm().item()
-    move = {}
+def turned_move(name: str, unit: int, at: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """The sign that raises what a direction is named for, and how a step with it moves the centred logits."""
+    row, base = fits[key[1:]].decoder.flat()[unit], cnn.predict(tail, entering["test"][at])
+    small, move = 0.02 * tail.get_parameter(weight).norm().item(), {}
     for sign in (1, -1):
         with displaced(tail, {weight: row})(sign * small) as other:
-            move[sign] = (cnn.predict(other, entering["test"][best]) - base).mean(0)
+            move[sign] = (cnn.predict(other, entering["test"][at]) - base).mean(0)
     half_way = (move[1] - move[-1]) / 2
     sign = int(prepared.raising(half_way[None], raised(name)[None]))
-    centred_move = move[sign] - move[sign].mean()
-    m = names.index(name)
+    return sign, move[sign] - move[sign].mean()
+
+
+orientation, moves_of, strongest_of = {}, {}, {}
+for name, unit in shown.items():
+    strength, place = z[:, unit].view(-1, drawn).max(1)
+    best, m = strength.topk(8).indices, names.index(name)
+    sign, moves_of[name] = turned_move(name, unit, best)
+    strongest_of[name] = [(i, int(places["test"][i, place[i]])) for i in best.tolist()]
     found = study.concepts.average_precision(z[:, [unit]], table["test"][:, [m]])[0, 0]
-    raises = centred_move @ raised(name)
+    raises = moves_of[name] @ raised(name)
     orientation[name] = {"unit": unit, "sign": sign, "raised": raises, "precision": found}
-    for column, i in enumerate(best.tolist()):
-        ax, cell = axes[9 * line + column], int(places["test"][i, place[i]])
+report.record(shown=orientation)
+
+# %%
+figure, axes = plots.panels(len(shown), 9, height=0.92, width=plots.PAGE, gridspec_kw={"width_ratios": [1] * 8 + [3.2]})
+for line, name in enumerate(shown):
+    for column, (i, cell) in enumerate(strongest_of[name]):
+        ax = axes[9 * line + column]
         ax.imshow(1 - images["test"][i, 0], cmap="gray", vmin=0, vmax=1)
         corner = 2 * (cell % 14) - 2.5, 2 * (cell // 14) - 2.5
         ax.add_patch(plots.plt.Rectangle(corner, 6, 6, fill=False, ec=plots.SAE, lw=1.2))  # pyright: ignore
@@ -608,16 +636,15 @@ for line, (name, unit) in enumerate(shown.items()):
     title = f"read most by the direction of “{name}” (average precision {orientation[name]['precision']:.2f})"
     above = axes[9 * line].text(0, 1.05, title, transform=axes[9 * line].transAxes, fontsize=7)
     above.set_in_layout(False)  # it reaches over the other images
-    bars = axes[9 * line + 8]
-    bars.bar(range(10), centred_move, color=["#B2182B" if v > 0 else "#2166AC" for v in centred_move])
+    bars, move = axes[9 * line + 8], moves_of[name]
+    bars.bar(range(10), move, color=["#B2182B" if v > 0 else "#2166AC" for v in move])
     bars.axhline(0, color="black", lw=0.6)
-    limit = 1.1 * centred_move.abs().max().item()
+    limit = 1.1 * move.abs().max().item()
     bars.set(xticks=range(10), xticklabels=[], ylim=(-limit, limit))
     bars.tick_params(axis="x", length=0)
     bars.yaxis.tick_right()
     bars.spines[["left", "bottom"]].set_visible(False)
 axes[-1].set_xticklabels(fashion.CLASSES, rotation=90, fontsize=6.5)
-report.record(shown=orientation)
 report.figure("directions", figure)
 
 # %% [markdown]

