@@ -1,0 +1,1 @@
+"""Directions and their rivals as edits of the story model (notebook edits)."""
