@@ -45,6 +45,7 @@ from eigendecomp.study.moves import Move, along, displaced
 from eigendecomp.targets.toys import manifold, product, tms
 from rooms.interventions import maps
 
+# %%
 plots.style()
 smoke = results.profile() == "smoke"
 steps, target_steps, sae_steps = (60, 300, 60) if smoke else (600, 4000, 1500)
@@ -151,6 +152,7 @@ def response(case: Case, d: ed.Decomposition, v: int, on: torch.Tensor, wanted: 
     return torch.stack([case.probe.effect(along(d, v), float(s / unit))[on].mean() for s in wanted])
 
 
+# %%
 wanted = torch.logspace(-2, 0.5, 11)
 figure, axes = plots.panels(1, 2, height=1.9, width=plots.PAGE, sharey=True)
 local = {}
@@ -201,6 +203,7 @@ def steering(case: Case, unit: int, how):
     return lambda s: case.sae.steered(case.model, case.layer, {unit: s}, how=how)
 
 
+# %%
 def weight_moves(case: Case, d: ed.Decomposition, seed: int) -> Iterator[tuple[str, int, Move]]:
     """(method, feature, move) for everything that changes weights."""
     numbers, owner = owners(case, d)
@@ -228,6 +231,7 @@ def unit_moves(case: Case) -> Iterator[tuple[str, int, Move]]:
             yield f"SAE, {how}", int(energy.argmax(0)[unit]), steering(case, unit, how)
 
 
+# %%
 rows = []
 for case in cases:
     moves = [(seed, *move) for seed, d in zip(seeds, case.fits, strict=True) for move in weight_moves(case, d, seed)]
@@ -258,6 +262,7 @@ def strips(ax, rows: pd.DataFrame, key: str, value: str, colors: dict[str, str])
     return here
 
 
+# %%
 figure, axes = plots.panels(1, 2, height=2.2)
 for ax, case in zip(axes, cases, strict=True):
     strips(ax, selectivity.query("model == @case.name").dropna(), "method", "selectivity", METHODS)
@@ -269,6 +274,7 @@ for ax, case in zip(axes, cases, strict=True):
 report.figure("selectivity", figure)
 
 
+# %%
 def summary(rows: pd.DataFrame, columns: list[str]) -> dict:
     """Spread and median of each column by what the rows' ``key`` says, leaving out what is missing."""
     found = {key: {} for key in sorted(set(rows["key"]))}
@@ -316,6 +322,7 @@ def turn_off(case: Case, d: ed.Decomposition, feature: int) -> dict:
     return aftermath(case, displaced(case.model, tuned.change), feature)
 
 
+# %%
 def silence(case: Case, feature: int) -> dict:
     mine = (case.sae_energy.argmax(0) == feature).nonzero()[:, 0].tolist()
     steps = dict.fromkeys(mine, -1.0)
@@ -384,6 +391,7 @@ def halve(case: Case, feature: int, change, patterns=("*",)) -> dict:
     return {"numbers": tuned.size, "error left": reached, "damage": effect[~case.on[:, feature]].mean().item()}
 
 
+# %%
 def ways(case: Case, feature: int):
     patterns = case.fits[0].settings.parameters
     for d in case.fits:
@@ -475,6 +483,8 @@ d = coupled_fits[0]
 owner, matrix = d.impact(torch.eye(9)).argmax(0), ed.interactions(d, dense_x)
 order = torch.argsort(owner, stable=True).tolist()  # by feature
 names = [str(int(owner[v])) for v in order]
+
+# %%
 figure, (left, center, right) = plots.panels(1, 3, height=2.2)
 shown = matrix[order][:, order].clone()
 plots.heat(left, shown.fill_diagonal_(0), signed=True, rows=names, columns=names, limit=0.5, label=" ")

@@ -232,3 +232,21 @@ def test_lora_reaches_its_loss_and_a_penalty_keeps_it_where_it_is_cheap(model: C
     )
     rest = [change["weight"][0].norm() / change["weight"].norm() for change in (held.change, plain.change)]
     assert rest[0] < 0.2 * rest[1]
+
+
+def test_whitened_readers_meet_what_they_met_at_the_least_cost(rows: editors.Rows, site: editors.Site) -> None:
+    made = editors.whitened_readers(rows, site, 0.0)
+    for old, new in zip(rows.readers, made.readers, strict=True):
+        others = old + 0.3 * torch.randn(100, INPUTS, generator=draw(5)).double()
+        worth = (new @ old) ** 2 / (site.x @ new).square().mean()
+        assert (((others @ old) ** 2) / (others @ site.x.T).square().mean(1) <= worth + 1e-9).all()
+    assert torch.equal(made.writers, rows.writers)
+
+
+def test_a_regressed_unit_reads_what_least_squares_reads(site: editors.Site) -> None:
+    z = torch.relu(site.x @ torch.randn(INPUTS, 3, generator=draw(6)).double())
+    decoder, weight = (torch.randn(*shape, generator=draw(7)).double() for shape in ((3, INPUTS), (INPUTS, OUTPUTS)))
+    made = editors.regressed(z, decoder, weight, site, 0.0)
+    expected = torch.linalg.lstsq(site.x, z).solution.T
+    assert torch.allclose(made.readers, torch.nn.functional.normalize(expected, dim=1))
+    assert torch.allclose(made.writers, torch.nn.functional.normalize(decoder @ weight, dim=1))

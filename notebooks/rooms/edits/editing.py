@@ -22,7 +22,7 @@ from eigendecomp.study.moves import Move, displaced, gradient
 from eigendecomp.target import Target
 from rooms.edits import behaviours, editors
 from rooms.edits.edits import Score
-from rooms.edits.workshop import Examples, Workshop
+from rooms.edits.workshop import Examples, Others, Workshop
 
 SCORES = ("step", "left", "damage", "worst", "same_words")
 CHOICES = 3  # rows of a dictionary that are tried on validation stories
@@ -43,7 +43,13 @@ GRID: dict[str, list[dict[str, float]]] = {
         *({"learning_rate": 3e-2, "penalty": penalty} for penalty in (0.1, 1.0, 10.0)),
         *({"learning_rate": 3e-2, "penalty": penalty, "aligned": 1.0} for penalty in (0.01, 0.1, 1.0)),
     ],
+    "LoRA, rank 1, KL": [
+        *({"learning_rate": 3e-2, "held": held} for held in (1.0, 10.0, 100.0)),
+        *({"learning_rate": 3e-2, "held": held, "aligned": 1.0} for held in (1.0, 10.0, 100.0)),
+    ],
 }
+RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # of the readers of these rows, which are made of others
+MADE_OF = {"one direction, whitened": "directions", "SAE unit, regressed": "autoencoder"}
 
 
 # ---- edits
@@ -58,29 +64,41 @@ def changed(
     shop: Workshop, method: str, g: Float[Tensor, "in out"], examples: Examples, n: int, **setting: float
 ) -> Float[Tensor, "in out"]:
     """What a method makes of the gradient and the examples; n is the size of the dictionary of directions."""
-    rows, fisher = shop.rows["directions"][n], shop.fishers["directions", n]
     ways: dict[str, Callable[[], Tensor]] = {
-        "several directions": lambda: editors.fitted(g, rows, int(setting["k"])),
-        "span of directions": lambda: editors.natural(g, rows, fisher, setting["ridge"]),
+        "several directions": lambda: editors.fitted(g, shop.rows["directions"][n], int(setting["k"])),
+        "span of directions": lambda: editors.natural(
+            g, shop.rows["directions"][n], shop.fishers["directions", n], setting["ridge"]
+        ),
         "ROME-like": lambda: editors.rome(g, examples.met.mean(0), shop.site, setting["ridge"]),
         "K-FAC step": lambda: editors.whitened(g, shop.site, setting["ridge"]),
         "gradient step": lambda: -g,
         "gradient, rank 1": lambda: editors.rank_one(g),
         "LoRA, rank 1": lambda: learned(shop, g, examples, **setting),
         "LoRA, rank 1, Fisher": lambda: learned(shop, g, examples, fisher=shop.site.diagonal, **setting),
+        "LoRA, rank 1, KL": lambda: learned(shop, g, examples, **setting),
     }
     return ways[method]()
 
 
 def learned(
-    shop: Workshop, g: Float[Tensor, "in out"], examples: Examples, *, aligned: float = 0.0, **setting: Any
-) -> Float[Tensor, "in out"]:
-    """LoRA until the examples' mass is halved; ``aligned`` starts it with the gradient's own writer (LoRA-GA)."""
+    shop: Workshop, g: Float[Tensor, "in out"], examples: Examples, *, aligned: float = 0.0, held: float = 0.0,
+    **setting: Any,
+) -> Float[Tensor, "in out"]:  # fmt: skip
+    """LoRA until the examples' mass is halved; ``aligned`` starts it with the gradient's own writer (LoRA-GA).
+
+    ``held`` weighs the divergence from the model on unlabelled samples that do not show the behaviour.
+    """
+    others, size = Others.of(shop, examples.name) if held else None, len(examples.entering) * shop.length
+
+    def loss(f: Float[Tensor, "n k"]) -> Tensor:
+        return examples.loss(f) + (held * others.divergence(f[size:]) if others else 0.0)
+
+    inputs = torch.cat([examples.entering, others.entering]) if others else examples.entering
     with torch.no_grad():
         start = examples.loss(shop.tail(examples.entering).flatten(0, 1)).item()
     tuned = editors.learned(
-        Target(shop.tail, [shop.parameter]), examples.entering, examples.loss, until=start + math.log(0.5),
-        steps=40, seed=shop.seed, writer=torch.linalg.svd(g).Vh[0] if aligned else None, **setting,
+        Target(shop.tail, [shop.parameter]), inputs, loss, until=start + math.log(0.5),
+        steps=60 if held else 40, seed=shop.seed, writer=torch.linalg.svd(g).Vh[0] if aligned else None, **setting,
     )  # fmt: skip
     return tuned.change[shop.parameter]
 
@@ -98,9 +116,27 @@ def scored(shop: Workshop, move: Move, name: str, split: str, **search: float) -
 
 def unit(shop: Workshop, kind: str, n: int, g: Float[Tensor, "in out"], name: str) -> Move | None:
     """Of a dictionary's most promising rows, the one that costs least on validation stories."""
-    rows = shop.rows[kind][n]
-    numbers = editors.candidates(g, rows, shop.fishers[kind, n], CHOICES).tolist()
+    return unit_of(shop, shop.rows[kind][n], shop.fishers[kind, n], g, name)
+
+
+def unit_of(
+    shop: Workshop, rows: editors.Rows, fisher: Float[Tensor, "v v"], g: Float[Tensor, "in out"], name: str
+) -> Move | None:
+    """The same of any rows."""
+    numbers = editors.candidates(g, rows, fisher, CHOICES).tolist()
     return best(shop, [move_of(shop, editors.along_row(g, rows, number)) for number in numbers], name)
+
+
+def made_of(shop: Workshop, method: str, n: int, ridge: float) -> tuple[editors.Rows, Float[Tensor, "v v"]]:
+    """Rows that are made of a dictionary's with what arrives at the weight, and their Fisher matrix."""
+    if (method, n, ridge) not in shop.remade:
+        if method == "SAE unit, regressed":
+            sae, weight = shop.autoencoder(n), shop.model.get_parameter(shop.weight).detach()
+            rows = editors.regressed(sae.encode(shop.site.x), sae.decoder, weight, shop.site, ridge)
+        else:
+            rows = editors.whitened_readers(shop.rows[MADE_OF[method]][n], shop.site, ridge)
+        shop.remade[method, n, ridge] = rows, rows.fisher(shop.site)
+    return shop.remade[method, n, ridge]
 
 
 def hooked(shop: Workshop, n: int, examples: Examples, name: str) -> Move | None:
@@ -140,11 +176,17 @@ def mean_log(values: Sequence[float]) -> float:
     return sum(math.log(value) for value in values) / len(values)
 
 
-def tuned(shop: Workshop, n: int, tuning: Sequence[str] = tuple(behaviours.TUNING)) -> Choice:
-    """Sizes and settings with the least geometric mean damage on validation stories, over the tuning behaviours."""
+def tuned(
+    shop: Workshop, n: int, before: Choice | None = None, tuning: Sequence[str] = tuple(behaviours.TUNING)
+) -> Choice:
+    """Sizes and settings with the least geometric mean damage on validation stories, over the tuning behaviours.
+
+    What was chosen ``before`` stays as it is.
+    """
+    sizes, settings = (before.sizes, before.settings) if before else ({}, {})
     given = {name: shop.examples(name, n) for name in tuning}
     gradients = {name: gradient_of(shop, given[name]) for name in tuning}
-    tried: list[dict[str, Any]] = []
+    tried: list[dict[str, Any]] = list(before.tried) if before else []
 
     def cost(method: str, setting: dict[str, Any], moves: Mapping[str, Move | None], **search: float) -> float:
         scores = [move and scored(shop, move, name, "validation", **search) for name, move in moves.items()]
@@ -153,53 +195,84 @@ def tuned(shop: Workshop, n: int, tuning: Sequence[str] = tuple(behaviours.TUNIN
         tried.append({"method": method, **setting, "damage": math.exp(value) if found else None})
         return value
 
-    sizes: dict[str, int] = {}
+    def choose(method: str, grid: Sequence[dict[str, Any]], make: Callable[[str, dict[str, Any]], Move | None]) -> Any:
+        costs = [cost(method, setting, {name: make(name, setting) for name in tuning}) for setting in grid]
+        return grid[costs.index(min(costs))]
+
     for kind, method in DICTIONARIES.items():
-        costs = {
-            u: cost(method, {"units": u}, {name: unit(shop, kind, u, gradients[name], name) for name in tuning})
-            for u in shop.sizes[kind]
-        }
-        sizes[kind] = min(costs, key=lambda u: costs[u])
-    settings: dict[str, dict[str, float]] = {}
+        if kind not in sizes:
+            grid = [{"units": units} for units in shop.sizes[kind]]
+            chosen = choose(
+                method, grid, lambda name, s, kind=kind: unit(shop, kind, s["units"], gradients[name], name)
+            )
+            sizes[kind] = chosen["units"]
+    for method, kind in MADE_OF.items():
+        if method not in settings:
+            settings[method] = choose(
+                method, [{"ridge": ridge} for ridge in RIDGES],
+                lambda name, s, method=method, kind=kind: unit_of(
+                    shop, *made_of(shop, method, sizes[kind], s["ridge"]), gradients[name], name
+                ),
+            )  # fmt: skip
     for method, grid in GRID.items():
-        costs = []
-        for setting in grid:
-            made = {
-                name: move_of(shop, changed(shop, method, gradients[name], given[name], sizes["directions"], **setting))
-                for name in tuning
-            }
-            costs.append(cost(method, setting, made) if len(grid) > 1 else 0.0)
-        settings[method] = grid[costs.index(min(costs))]
+        if method not in settings:
+            settings[method] = grid[0] if len(grid) == 1 else choose(
+                method, grid,
+                lambda name, s, method=method: move_of(
+                    shop, changed(shop, method, gradients[name], given[name], sizes["directions"], **s)
+                ),
+            )  # fmt: skip
     return Choice(sizes, settings, tried)
 
 
-def made(shop: Workshop, choice: Choice, name: str, n: int) -> Iterator[tuple[str, Move | None, float, int]]:
-    """(method, move, seconds to make it beyond what edits share, numbers to write it down), for every method."""
+def made(
+    shop: Workshop, choice: Choice, name: str, n: int, methods: Sequence[str]
+) -> Iterator[tuple[str, Move | None, float, int]]:
+    """(method, move, seconds to make it beyond what edits share, numbers to write it down), for these methods."""
     width = sum(shop.model.get_parameter(shop.weight).shape)
     full = shop.model.get_parameter(shop.weight).numel()
     start = time.process_time()
     examples = shop.examples(name, n)
     g = gradient_of(shop, examples)
     shared = time.process_time() - start
-    for kind, method in DICTIONARIES.items():
+    ways: dict[str, tuple[Callable[[], Move | None], int]] = {
+        method: (lambda kind=kind: unit(shop, kind, choice.sizes[kind], g, name), width)
+        for kind, method in DICTIONARIES.items()
+    }
+    ways["SAE unit, hook"] = (
+        lambda: hooked(shop, choice.sizes["autoencoder"], examples, name), 2 * shop.site.x.shape[1] + 2
+    )  # fmt: skip
+    for method, kind in MADE_OF.items():
+        ridge = choice.settings[method]["ridge"]
+        ways[method] = (
+            lambda method=method, kind=kind, ridge=ridge: unit_of(
+                shop, *made_of(shop, method, choice.sizes[kind], ridge), g, name
+            ), width,
+        )  # fmt: skip
+    for method in GRID:
+        setting, dense = choice.settings[method], method in ("span of directions", "K-FAC step", "gradient step")
+        ways[method] = (
+            lambda method=method, setting=setting: move_of(
+                shop, changed(shop, method, g, examples, choice.sizes["directions"], **setting)
+            ), full if dense else int(setting.get("k", 1)) * width,
+        )  # fmt: skip
+    for method in methods:
+        make, numbers = ways[method]
         start = time.process_time()
-        yield method, unit(shop, kind, choice.sizes[kind], g, name), shared + time.process_time() - start, width
-    start = time.process_time()
-    move = hooked(shop, choice.sizes["autoencoder"], examples, name)
-    yield "SAE unit, hook", move, time.process_time() - start, 2 * shop.site.x.shape[1] + 2
-    for method, setting in choice.settings.items():
-        start = time.process_time()
-        change = changed(shop, method, g, examples, choice.sizes["directions"], **setting)
-        rank = int(setting["k"]) if "k" in setting else 1
-        dense = method in ("span of directions", "K-FAC step", "gradient step")
-        yield method, move_of(shop, change), shared + time.process_time() - start, full if dense else rank * width
+        move = make()
+        yield method, move, shared + time.process_time() - start, numbers
 
 
-def compare(shop: Workshop, choice: Choice, names: Sequence[str], n: int) -> list[dict[str, Any]]:
+METHODS = (*DICTIONARIES.values(), "SAE unit, hook", *MADE_OF, *GRID)
+
+
+def compare(
+    shop: Workshop, choice: Choice, names: Sequence[str], n: int, methods: Sequence[str] = METHODS
+) -> list[dict[str, Any]]:
     """One row a behaviour and method: what the edit does on test stories. Scores are None where none reaches it."""
     rows = []
     for name in names:
-        for method, move, seconds, numbers in made(shop, choice, name, n):
+        for method, move, seconds, numbers in made(shop, choice, name, n, methods):
             search = {"largest": 20.0} if method == "SAE unit, hook" else {}
             score = move and scored(shop, move, name, "test", **search)
             row: dict[str, Any] = {"behaviour": name, "method": method, "examples": n, "layer": shop.layer}

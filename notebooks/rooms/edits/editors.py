@@ -76,6 +76,21 @@ def folded(encoder: Float[Tensor, "v in"], decoder: Float[Tensor, "v in"], weigh
     return Rows(encoder, decoder @ weight)
 
 
+def regressed(
+    z: Float[Tensor, "n v"], decoder: Float[Tensor, "v in"], weight: Float[Tensor, "in out"], site: Site, ridge: float
+) -> Rows:
+    """The same with the linear reader that comes closest to what the unit is on samples: C⁻¹ E[xz].
+
+    A unit's own encoder row reads every sample, also those at which its threshold turns the unit off.
+    """
+    return whitened_readers(Rows(z.mT @ site.x, decoder @ weight), site, ridge)
+
+
+def whitened_readers(rows: Rows, site: Site, ridge: float) -> Rows:
+    """Rows that meet the same inputs and, as ROME's, others as little as may be: readers C⁻¹a."""
+    return Rows(torch.linalg.solve(damped(site.inputs, ridge), rows.readers.mT).mT, rows.writers)
+
+
 # ---- along rows
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +22,7 @@ from rooms.edits import behaviours, editors
 from rooms.edits.edits import Behaviour, Bench, log_probabilities
 from rooms.stories import concepts
 
+Key, Value = TypeVar("Key"), TypeVar("Value")
 KINDS = ("directions", "autoencoder", "random")  # of dictionaries
 
 
@@ -71,6 +71,7 @@ class Held:
 class Examples:
     """Labelled examples: what enters the block in their windows, the samples that show the behaviour, what arrived."""
 
+    name: str
     entering: Float[Tensor, "e t d"]
     samples: Int[Tensor, " e"]
     members: Bool[Tensor, " k"]
@@ -80,6 +81,18 @@ class Examples:
         """The mean log mass of the members."""
         logp = f[self.samples].log_softmax(-1)
         return logp[:, self.members].logsumexp(-1).mean()
+
+
+class Made(dict[Key, Value]):
+    """What is made when it is first asked for."""
+
+    def __init__(self, make: Callable[[Key], Value]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key: Key) -> Value:
+        self[key] = self.make(key)
+        return self[key]
 
 
 @dataclass
@@ -94,7 +107,7 @@ class Workshop:
     length: int = 32
     steps: int = 700
     sae_steps: int = 1200
-    seconds: dict[str, float] = field(default_factory=dict)  # of the fits that many edits share
+    remade: dict[tuple[str, int, float], tuple[editors.Rows, Tensor]] = field(default_factory=dict)  # rows of others
 
     def __post_init__(self) -> None:
         self.sizes: dict[str, Sequence[int]] = dict.fromkeys(KINDS, self.units)
@@ -121,7 +134,8 @@ class Workshop:
         other = copy.copy(self)
         for name in ("rows", "fishers", "_autoencoders"):
             other.__dict__.pop(name, None)
-        other.seed, other.sizes, other.seconds = seed, {kind: [n] for kind, n in sizes.items()}, {}
+        other.seed, other.sizes = seed, {kind: [n] for kind, n in sizes.items()}
+        other.remade = {}
         return other
 
     # ---- what edits share
@@ -136,15 +150,10 @@ class Workshop:
         return editors.Site(*found[self.weight])
 
     @cached_property
-    def rows(self) -> dict[str, dict[int, editors.Rows]]:
-        """Dictionaries of changes of rank one, by kind and size."""
+    def rows(self) -> Made[str, Made[int, editors.Rows]]:
+        """Dictionaries of changes of rank one, by kind and size, made when first asked for."""
         kinds = {"directions": self._directions, "autoencoder": self._folded, "random": lambda n: random_rows(self, n)}
-        found = {}
-        for kind, make in kinds.items():
-            start = time.process_time()
-            found[kind] = {n: make(n) for n in self.sizes[kind]}
-            self.seconds[kind] = time.process_time() - start
-        return found
+        return Made(lambda kind: Made(kinds[kind]))
 
     def _directions(self, n: int) -> editors.Rows:
         d = ed.decompose(
@@ -172,9 +181,9 @@ class Workshop:
         return {}
 
     @cached_property
-    def fishers(self) -> dict[tuple[str, int], Float[Tensor, "v v"]]:
-        """The Fisher matrix within every dictionary's span."""
-        return {(kind, n): rows.fisher(self.site) for kind, sized in self.rows.items() for n, rows in sized.items()}
+    def fishers(self) -> Made[tuple[str, int], Float[Tensor, "v v"]]:
+        """The Fisher matrix within every dictionary's span, by kind and size."""
+        return Made(lambda key: self.rows[key[0]][key[1]].fisher(self.site))
 
     @cached_property
     def shown(self) -> dict[str, Bool[Tensor, " n"]]:
@@ -193,7 +202,30 @@ class Workshop:
         window, position = index // self.length, index % self.length
         members = self.held["validation"].scored[name].members
         samples = torch.arange(len(index)) * self.length + position
-        return Examples(self.entering["train"][window], samples, members, self.site.x[index])
+        return Examples(name, self.entering["train"][window], samples, members, self.site.x[index])
+
+
+@dataclass(frozen=True)
+class Others:
+    """Unlabelled training samples that a learned edit is held to the model on: those that do not show a behaviour."""
+
+    entering: Float[Tensor, "w t d"]
+    off: Bool[Tensor, " n"]
+    logp: Float[Tensor, "n k"]  # of the model as it is
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, shop: Workshop, name: str, windows: int = 24) -> Others:
+        """Those of as many windows."""
+        draw = generator(shop.seed, f"others {name}")
+        chosen = torch.randperm(len(shop.entering["train"]), generator=draw)[:windows]
+        off = ~shop.shown[name].view(-1, shop.length)[chosen].flatten()
+        entering = shop.entering["train"][chosen]
+        return cls(entering, off, shop.tail(entering).flatten(0, 1)[off].log_softmax(-1))
+
+    def divergence(self, f: Float[Tensor, "n k"]) -> Tensor:
+        """Mean KL(model ‖ moved), in nats a sample, from the moved model's logits."""
+        return (self.logp.exp() * (self.logp - f[self.off].log_softmax(-1))).sum(-1).mean()
 
 
 @torch.no_grad()
