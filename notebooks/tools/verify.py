@@ -130,8 +130,9 @@ def compare(old: object, new: object, rtol: float = 1e-2, atol: float = 1e-6, ex
             found.within += within and not exact
             if exact or not within:
                 found.warnings.append(f"{key}: {value!r}, now {after[key]!r}")
+    values = {key: value for key, (value, _) in before.items()}
     found.warnings += [
-        f"{key}: new, {after[key]!r}" for key in after if key not in before and not shortened(key, before)
+        f"{key}: new, {after[key]!r}" for key in after if key not in before and not shortened(key, values)
     ]
     return found
 
