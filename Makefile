@@ -1,7 +1,7 @@
 # `make` alone lists the targets. `make figures` and `make test` set up .venv themselves when it is missing.
 #
-# A notebook is executed again when it, the package, data/ or requirements.txt changed, or when something that it
-# wrote is not as it left it. Modification times cannot tell (a clone or a checkout sets them as it pleases), so
+# A notebook is executed again when it, the package, rooms/, data/ or requirements.txt changed, or when something that
+# it wrote is not as it left it. Modification times cannot tell (a clone or a checkout sets them as it pleases), so
 # notebooks/tools/execute.py is always asked; it compares sha256 sums with build/NAME.stamp, which is not in git.
 # FORCE=1 executes in any case; JOBS notebooks run at a time.
 

@@ -1,10 +1,11 @@
 """Small models that several tests take apart."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 
 class Model(nn.Module):
@@ -35,6 +36,39 @@ class Heads(nn.Module):
         mask = torch.ones(x.shape[1], x.shape[1]).tril() == 0
         z = ((k @ k.mT).masked_fill(mask, -torch.inf).softmax(-1) @ v).movedim(1, 2)
         return self.out(torch.tanh(x + torch.einsum("bphe,hed->bpd", z, self.W_O)))
+
+
+class LanguageModel(nn.Module):
+    """Tokens (n, p) to outputs (n, p, 7): a table, a map, a sum over positions, a normalisation, one last map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.norm = nn.Embedding(7, 6), nn.Linear(6, 6), nn.LayerNorm(6)
+        self.out = nn.Linear(6, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(torch.tanh(self.mix(self.embed(x)).cumsum(1))))
+
+
+class ConvNet(nn.Module):
+    """Images to three numbers; the kernel is used at so many places that its gradient is smaller than its factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.out = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.convolution(x).relu().mean((2, 3)))
+
+
+class Stream(IterableDataset):
+    """A dataset of unknown length."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.x)
 
 
 class Chosen:

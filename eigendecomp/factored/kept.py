@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from eigendecomp.directions import OPS_PER_ELEMENT as NUMBER
-from eigendecomp.directions import Directions
+from eigendecomp.directions import OPS_PER_ELEMENT, Directions
 from eigendecomp.gradients import Gradients, sum_of, terms_of
 from eigendecomp.objective import Coefficients, Everything, everything
 from eigendecomp.sparsity import Sparsity
@@ -84,7 +83,7 @@ def saves(gradients: Gradients, encoder: Directions, decoder: Directions, m: flo
 def gram_operations(directions: Directions) -> float:
     """Operations that one inner product of two directions takes."""
     return sum(
-        terms_of(directions, name) ** 2 * sum(2 * d + NUMBER for d in shape)
+        terms_of(directions, name) ** 2 * sum(2 * d + OPS_PER_ELEMENT for d in shape)
         for name, shape in directions.shapes.items()
     )
 

@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from eigendecomp.directions import OPS_PER_ELEMENT as NUMBER
-from eigendecomp.directions import Directions
+from eigendecomp.directions import OPS_PER_ELEMENT, Directions
 from eigendecomp.gradients import OWN, Formed, Part, sum_of, terms_of
 
 PASSES = 4  # encoder and decoder, each forward and backward, to one squared norm
@@ -245,14 +244,14 @@ def by_rows(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k 
 def rows_cost(term: Term, v: float, k: int) -> float:
     """Operations of :func:`by_rows` for v directions of rank k."""
     products = sum(2 * side.count * side.width for side in term)
-    return v * k * (products + NUMBER * max(side.count for side in term))
+    return v * k * (products + OPS_PER_ELEMENT * max(side.count for side in term))
 
 
 def own_cost(term: Term, m: float, k: int) -> float:
     """Operations of inner products with m directions of rank k that each sample has to itself, and must be given."""
     samples = max(math.prod(side.shape[:2]) for side in term)
     given = sum(side.size if side.index is None else len(side.index) for side in term)
-    return OWN * rows_cost(term, m, k) + 2 * NUMBER * samples * m * k * given
+    return OWN * rows_cost(term, m, k) + 2 * OPS_PER_ELEMENT * samples * m * k * given
 
 
 def by_folding(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:
@@ -270,7 +269,7 @@ def folding_cost(term: Term, v: float, k: int) -> float:
     if shared.shape[0] > 1 or own.shape[0] == 1 or own.lookup:
         return float("inf")
     (c, e, t), d = own.shape, own.width
-    return e * t * v * (2 * k * (shared.width + d) + (2 * c + NUMBER) * d)
+    return e * t * v * (2 * k * (shared.width + d) + (2 * c + OPS_PER_ELEMENT) * d)
 
 
 class Factored(Part):
@@ -363,7 +362,7 @@ class Factored(Part):
         n = rows[0] // max(self.terms[0][0].shape[2], 1)
         factored = PASSES * sum(min(rows_cost(term, v, k), folding_cost(term, v, k)) for term in self.terms)
         factored += sum(2 * side.count * side.shape[2] * side.width for term in self.terms for side in term)
-        formed = PASSES * weights * (2 * v * (n + k) + NUMBER * (n + v)) + 2 * sum(rows) * weights
+        formed = PASSES * weights * (2 * v * (n + k) + OPS_PER_ELEMENT * (n + v)) + 2 * sum(rows) * weights
         return formed < factored
 
     def form(self) -> None:

@@ -25,19 +25,30 @@ def inputs(
     x, draw, found = normalize(x, dim=1), generator(seed, "clusters"), []
     for _ in range(restarts):
         some = x[torch.randperm(len(x), generator=draw)[: max(SEEN, count)]]
-        centres = some[spread(some, torch.ones(len(some), 1), count, draw)]
-        close, nearest = (x @ centres.T).max(1)
-        for _ in range(steps):
-            total = torch.zeros_like(centres).index_add_(0, nearest, x)
-            moved = normalize(total, dim=1)
-            empty = total.norm(dim=1) == 0
-            moved[empty] = x[close.argsort()[: int(empty.sum())]]
-            before, centres = nearest, moved
-            close, nearest = (x @ centres.T).max(1)
-            if torch.equal(before, nearest):
-                break
+        centres = some[distant_starts(some, torch.ones(len(some), 1), count, draw)]
+        centres, nearest, close = settled(x, centres, steps, refill=True)
         found.append((close.mean().item(), centres, nearest))
     return max(found, key=lambda one: one[0])[1:]
+
+
+def settled(
+    x: Float[Tensor, "n d"], centres: Float[Tensor, "v d"], steps: int, *, refill: bool
+) -> tuple[Float[Tensor, "v d"], Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Unit centres after at most so many steps, each unit row's centre, and its cosine with it.
+
+    A centre without rows moves to the row that is farthest from its own if ``refill``, and else stays.
+    """
+    close, nearest = (x @ centres.T).max(1)
+    for _ in range(steps):
+        total = torch.zeros_like(centres).index_add_(0, nearest, x)
+        empty = total.norm(dim=1) == 0
+        moved = normalize(total, dim=1)
+        moved[empty] = x[close.argsort()[: int(empty.sum())]] if refill else centres[empty]
+        before, centres = nearest, moved
+        close, nearest = (x @ centres.T).max(1)
+        if torch.equal(before, nearest):
+            break
+    return centres, nearest, close
 
 
 def gradients(
@@ -70,14 +81,21 @@ def gradients(
             b = normalize(torch.zeros(count, asked.shape[1]).index_add_(0, nearest, asked), dim=1)
         else:
             some = torch.randperm(len(x), generator=draw)[: max(SEEN, count)]
-            start = some[spread(x[some], asked[some], count, draw, signed)]
+            start = some[distant_starts(x[some], asked[some], count, draw, signed)]
             a, b = x[start].clone(), asked[start].clone()
-        found.append(_settled(x, asked, a, b, signed, steps))
+        found.append(settled_products(x, asked, a, b, signed, steps))
     return max(found, key=lambda one: one[0])[1:]
 
 
-def _settled(x: Tensor, asked: Tensor, a: Tensor, b: Tensor, signed: bool, steps: int) -> tuple[float, Tensor, Tensor]:
-    """The mean cosine of gradients with their centres, and the centres, after some steps."""
+def settled_products(
+    x: Float[Tensor, "n i"],
+    asked: Float[Tensor, "n o"],
+    a: Float[Tensor, "v i"],
+    b: Float[Tensor, "v o"],
+    signed: bool,
+    steps: int,
+) -> tuple[float, Float[Tensor, "v i"], Float[Tensor, "v o"]]:
+    """The mean cosine of unit gradients x ⊗ asked with their centres a ⊗ b, and the centres, after so many steps."""
     close = x.new_zeros(len(x), 1)
     for step in range(steps + 1):
         met, wanted = x @ a.T, asked @ b.T
@@ -93,7 +111,7 @@ def _settled(x: Tensor, asked: Tensor, a: Tensor, b: Tensor, signed: bool, steps
     return close.mean().item(), a, b
 
 
-def spread(
+def distant_starts(
     x: Float[Tensor, "n i"], asked: Float[Tensor, "n o"], count: int, draw: torch.Generator, signed: bool = True
 ) -> Int[Tensor, " v"]:
     """Rows x ⊗ asked that lie apart: each is drawn in proportion to its squared distance from those before it."""

@@ -114,7 +114,7 @@ def test_the_way_does_not_matter(case: str, number: float, monkeypatch: pytest.M
     source = CapturedSource(target, (x,))
     directions = Directions.random(target.shapes, 4, 3, "tucker", dtype=torch.float64)
     expected = results(source((x,), cotangents), directions)
-    monkeypatch.setattr(terms, "NUMBER", number)
+    monkeypatch.setattr(terms, "OPS_PER_ELEMENT", number)
     assert_same(results(source((x,), cotangents), directions), expected, EXACT)
     formed = source((x,), cotangents)
     for part in formed.parts:

@@ -6,46 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch import nn
+from torch.utils.data import TensorDataset
 
 import eigendecomp as ed
 from eigendecomp.factored.record import Trace
 from eigendecomp.support.checkpoint import Checkpoint
+from tests.cases import ConvNet, LanguageModel, Stream
 from tests.pretend import GPU, Pretended
-
-
-class Reader(nn.Module):
-    """A small language model: tokens (n, p) to logits (n, p, words)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.mix, self.norm = nn.Embedding(7, 6), nn.Linear(6, 6), nn.LayerNorm(6)
-        self.out = nn.Linear(6, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.norm(torch.tanh(self.mix(self.embed(x).cumsum(1)))))
-
-
-class Seer(nn.Module):
-    """A small convolutional network: images to logits of three classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.see, self.out = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.see(x).relu().mean((2, 3)))
-
-
-class Stream(IterableDataset):
-    """A dataset whose length nobody knows."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.x)
 
 
 class Stop(Exception):
@@ -53,8 +21,8 @@ class Stop(Exception):
 
 
 CASES: dict[str, tuple[type[nn.Module], Any]] = {
-    "text": (Reader, lambda: torch.randint(7, (12, 5))),
-    "images": (Seer, lambda: torch.randn(12, 1, 6, 5)),
+    "text": (LanguageModel, lambda: torch.randint(7, (12, 5))),
+    "images": (ConvNet, lambda: torch.randn(12, 1, 6, 5)),
 }
 FIT: dict[str, Any] = dict(
     n_directions=4, steps=4, batch_size=20, sparsity=ed.BatchTopK(0.5), divergence=ed.KLDivergence(), progress=False
@@ -119,7 +87,7 @@ def test_a_fit_goes_on_from_its_checkpoint_on_a_gpu(
     kind: str, tmp_path: Path, gpu: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
-    model, x = gpu.move(Reader().eval()), torch.randint(7, (12, 5))
+    model, x = gpu.move(LanguageModel().eval()), torch.randint(7, (12, 5))
     data = {"map-style": TensorDataset(x), "iterable": Stream(x), "tensors": x}[kind]
     path = tmp_path / "fit.safetensors"
     whole = ed.decompose(model, data, **FIT)
@@ -145,7 +113,7 @@ def test_a_fit_goes_on_from_its_checkpoint_on_a_gpu(
 def test_a_step_fetches_nothing_large(gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool of references stays on the device while the fit goes on."""
     monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
-    model, x = gpu.move(Reader().eval()), gpu.put(torch.randint(7, (12, 5)))
+    model, x = gpu.move(LanguageModel().eval()), gpu.put(torch.randint(7, (12, 5)))
     fetched = []
     for steps in (2, 4):
         gpu.fetched.clear()
@@ -157,7 +125,7 @@ def test_a_step_fetches_nothing_large(gpu: Pretended, monkeypatch: pytest.Monkey
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here; the pretended one is tested above")
 def test_everything_runs_on_a_real_gpu(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = Reader().eval(), torch.randint(7, (12, 5))
+    model, x = LanguageModel().eval(), torch.randint(7, (12, 5))
     slow = ed.decompose(model, x, **FIT)
     d = ed.decompose(model.cuda(), x, **FIT)
     d.save(tmp_path / "d.safetensors")

@@ -1,46 +1,24 @@
 """A store of gradients against autograd, one example at a time, and against fits that capture them live."""
 
+import inspect
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 import eigendecomp as ed
 from eigendecomp.factored.record import Trace
+from tests.cases import ConvNet, LanguageModel, Stream
 from tests.pretend import GPU, Pretended
 
 SQUARED = ed.SquaredError()
-
-
-class Reader(nn.Module):
-    """Tokens (n, p) to outputs (n, p, 7): a table, a map over positions, a normalisation, one last map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.mix, self.norm = nn.Embedding(7, 6), nn.Linear(6, 6), nn.LayerNorm(6)
-        self.out = nn.Linear(6, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.norm(torch.tanh(self.mix(self.embed(x)).cumsum(1))))
-
-
-class Seer(nn.Module):
-    """Images to three numbers; the kernel is used at so many places that its gradient is smaller than its factors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.see, self.out = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.see(x).relu().mean((2, 3)))
 
 
 class Items(Dataset):
@@ -57,24 +35,14 @@ class Items(Dataset):
         return self.x[i]
 
 
-class Stream(IterableDataset):
-    """A dataset whose length nobody knows."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.x)
-
-
 def reader() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return Reader().double().eval(), torch.randint(7, (12, 5))
+    return LanguageModel().double().eval(), torch.randint(7, (12, 5))
 
 
 def seer() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return Seer().double().eval(), torch.randn(12, 1, 8, 8, dtype=torch.float64)
+    return ConvNet().double().eval(), torch.randn(12, 1, 8, 8, dtype=torch.float64)
 
 
 CASES = {"text": reader, "images": seer}
@@ -223,7 +191,7 @@ def test_an_interrupted_fit_goes_on(tmp_path: Path) -> None:
 
 def test_on_a_pretended_gpu(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = Reader().eval(), torch.randint(7, (12, 5))
+    model, x = LanguageModel().eval(), torch.randint(7, (12, 5))
     with Pretended(Trace):
         model.to(GPU)
         store = collected((model, x), tmp_path / "s", divergence=ed.KLDivergence())
@@ -343,3 +311,10 @@ def test_what_a_store_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest
         store.gradients([60])
     with pytest.raises(ValueError, match="rank"):
         store.decompose(rank=0)
+
+
+def test_a_stores_fit_takes_the_settings_of_the_front_door_with_the_same_defaults() -> None:
+    own, door = (inspect.signature(call).parameters for call in (ed.GradientStore.decompose, ed.decompose))
+    shared = [name for name in own if name != "self"]
+    assert len(shared) == 14 and [name for name in door if name in own] == shared
+    assert all(own[name] == door[name] for name in shared)

@@ -87,11 +87,11 @@ def train(
         x, y = data(512, features, pairs, generator, sums=sums)
         return (model(x) - y).square().sum(-1).mean()
 
-    def cut() -> None:
+    def keep_wiring() -> None:
         for weight, mask in zip(weights, masks, strict=True):
             weight.mul_(mask)
 
-    minimise(loss, optimizer, steps, cut)
+    minimise(loss, optimizer, steps, keep_wiring)
     with torch.no_grad():
         x, y = data(20_000, features, pairs, generator, sums=sums)
         return model.eval(), 1 - ((model(x) - y).square().sum() / (y - y.mean(0)).square().sum()).item()

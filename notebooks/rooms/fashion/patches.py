@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eigendecomp.study import clusters
 from eigendecomp.study.clusters import rebuilt as rebuilt
 from eigendecomp.support.random import generator
 from eigendecomp.targets.fashion.images import (
@@ -165,12 +166,8 @@ def input_means(
 ) -> tuple[Float[Tensor, "v d"], Int[Tensor, " n"]]:
     """Spherical k-means of inputs from random ones: unit centres, and each input's centre. Empty centres stay."""
     x = unit_rows(x)
-    centres = x[torch.randperm(len(x), generator=generator(seed, "centres"))[:count]].clone()
-    for _ in range(steps):
-        nearest = (x @ centres.T).argmax(1)
-        total = torch.zeros_like(centres).index_add_(0, nearest, x)
-        centres = torch.where(total.norm(dim=1, keepdim=True) > 0, unit_rows(total), centres)
-    return centres, (x @ centres.T).argmax(1)
+    start = torch.randperm(len(x), generator=generator(seed, "centres"))[:count]
+    return clusters.settled(x, x[start], steps, refill=False)[:2]
 
 
 def gradient_means(
@@ -182,13 +179,4 @@ def gradient_means(
     """
     x, asked = unit_rows(x), unit_rows(asked)
     start = torch.randperm(len(x), generator=generator(seed, "centres"))[:count]
-    a, b = x[start].clone(), asked[start].clone()
-    for _ in range(steps):
-        along = torch.stack([x @ a.T, asked @ b.T])
-        nearest = along.prod(0).abs().argmax(1, keepdim=True)
-        met, wanted = along.gather(2, nearest.expand(2, -1, 1))
-        new_a = torch.zeros_like(a).index_add_(0, nearest[:, 0], x * wanted)
-        new_b = torch.zeros_like(b).index_add_(0, nearest[:, 0], asked * met)
-        a = torch.where(new_a.norm(dim=1, keepdim=True) > 0, unit_rows(new_a), a)
-        b = torch.where(new_b.norm(dim=1, keepdim=True) > 0, unit_rows(new_b), b)
-    return a, b
+    return clusters.settled_products(x, asked, x[start], asked[start], False, steps)[1:]

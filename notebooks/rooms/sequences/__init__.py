@@ -1,1 +1,1 @@
-"""Switching features off (notebooks sequences and layers)."""
+"""Switching features off in networks with known circuits (notebooks sequences and layers)."""

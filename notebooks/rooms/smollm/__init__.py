@@ -1,1 +1,1 @@
-"""Concepts of tokens in SmolLM2 (notebook smollm)."""
+"""SmolLM2, the uses of its weights, and concepts of its tokens (notebook smollm)."""

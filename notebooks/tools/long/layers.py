@@ -7,7 +7,6 @@ and given again. A file made with other settings is refused. ``make long`` runs 
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -20,10 +19,11 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # notebooks/, where t
 import torch
 
 import eigendecomp as ed
-from eigendecomp.report.results import plain, versions
+from eigendecomp.report.results import plain
 from eigendecomp.study import floors, recovery
 from eigendecomp.targets.toys import resid_mlp
 from eigendecomp.targets.toys.resid_mlp import ResidMLP
+from rooms import kept_rows
 from rooms.layers import fitting
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -113,31 +113,6 @@ def result(one: Run) -> Run:
     return plain(row)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What the file holds, or an empty one.
-
-    Raises:
-        SystemExit: for a file made with other settings.
-    """
-    if not path.exists():
-        command = "make long  # python notebooks/tools/long/layers.py"
-        return {"command": command, "settings": SETTINGS, "versions": versions(), "rows": []}
-    content = json.loads(path.read_text())
-    if content["settings"] != SETTINGS:
-        sys.exit(f"{path} was made with other settings; move it away to make it again")
-    return content
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """One line a row."""
-    head = {key: value for key, value in content.items() if key != "rows"}
-    rows = ",\n".join(json.dumps(row) for row in content["rows"])
-    text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n]\n}}\n'
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def main() -> None:
     """Make what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -145,7 +120,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no fit after so many")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    content, started = read(options.out), time.monotonic()
+    content, started = kept_rows.read(options.out, SETTINGS, "notebooks/tools/long/layers.py"), time.monotonic()
     done = [{key: row[key] for key in run(1, 0)} for row in content["rows"]]
     for one in runs():
         if one in done:
@@ -153,7 +128,7 @@ def main() -> None:
         if time.monotonic() - started > 60 * options.minutes:
             break
         content["rows"].append(result(one))
-        write(options.out, content)
+        kept_rows.write(options.out, content)
         row = content["rows"][-1]
         print(f"{one}: {row['owned']} of {row['features']} owned, {row['fit_cpu_seconds']:.0f} s", flush=True)
 

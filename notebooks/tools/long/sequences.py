@@ -7,7 +7,6 @@ and given again. A file made with other settings is refused. ``make long`` runs 
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 import eigendecomp as ed
-from eigendecomp.report.results import plain, versions
+from eigendecomp.report.results import plain
 from eigendecomp.study import floors, recovery
 from eigendecomp.study.moves import Move, displaced
 from eigendecomp.study.recovery import Truth
 from eigendecomp.targets.toys import induction, recurrent
+from rooms import kept_rows
 from rooms.sequences import forgetting, removal, switches
 from rooms.sequences.switches import Effect
 
@@ -213,30 +213,6 @@ def rows_of(target: str, seed: int) -> list[Row]:
     return [{**row, "cpu_seconds": seconds, "reached": plain(reached)} for row in rows]
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What the file holds, or an empty one.
-
-    Raises:
-        SystemExit: for a file made with other settings.
-    """
-    if not path.exists():
-        command = "make long  # python notebooks/tools/long/sequences.py"
-        return {"command": command, "settings": SETTINGS, "versions": versions(), "rows": []}
-    content = json.loads(path.read_text())
-    if content["settings"] != SETTINGS:
-        sys.exit(f"{path} was made with other settings; move it away to make it again")
-    return content
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """One line a row."""
-    head = {key: value for key, value in content.items() if key != "rows"}
-    rows = ",\n".join(json.dumps(row) for row in content["rows"])
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n]\n}}\n')
-    partial.replace(path)
-
-
 def main() -> None:
     """Make what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -244,14 +220,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no seed after so many")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    content, started = read(options.out), time.monotonic()
+    content, started = kept_rows.read(options.out, SETTINGS, "notebooks/tools/long/sequences.py"), time.monotonic()
     done = {(row["target"], row["seed"]) for row in content["rows"]}
     for target, seed in ((target, seed) for target, count in SEEDS.items() for seed in range(count)):
         if (target, seed) in done or time.monotonic() - started > 60 * options.minutes:
             continue
         rows = rows_of(target, seed)
         content["rows"] += rows
-        write(options.out, content)
+        kept_rows.write(options.out, content)
         print(f"{target} {seed}: {rows[0]['left']:.3f} left, {rows[0]['elsewhere']:.3f} elsewhere, "
               f"{rows[0]['cpu_seconds']:.0f} s", flush=True)  # fmt: skip
 
