@@ -172,8 +172,6 @@ def held_out_error(d, held_out=X_held_out, draws=4):
 
 
 # %%
-
-
 def score(d, network, held_out=X_held_out):
     """Everything about one fit."""
     one_hot = tms.one_hot(held_out.shape[1])
@@ -225,7 +223,7 @@ main_denser[["seed", "owned", "error", "kept"]].round(3)
 # %% [markdown]
 # ## The directions
 #
-# Encoder columns and out-vectors of the first seed's directions, in colour, over the network's own vectors in grey.
+# In-vectors and out-vectors of the first seed's directions, in colour, over the network's own vectors in grey.
 # All are drawn at one length; the number is the feature that owns the direction.
 
 # %%
