@@ -172,8 +172,6 @@ def held_out_error(d, held_out=X_held_out, draws=4):
 
 
 # %%
-
-
 def score(d, network, held_out=X_held_out):
     """Everything about one fit."""
     one_hot = tms.one_hot(held_out.shape[1])
@@ -225,7 +223,7 @@ main_denser[["seed", "owned", "error", "kept"]].round(3)
 # %% [markdown]
 # ## The directions
 #
-# Encoder columns and out-vectors of the first seed's directions, in colour, over the network's own vectors in grey.
+# In-vectors and out-vectors of the first seed's directions, in colour, over the network's own vectors in grey.
 # All are drawn at one length; the number is the feature that owns the direction.
 
 # %%
@@ -348,16 +346,17 @@ SETS = {
     "principal components": ([components], plots.PCA, "-"),
     "ours, refitted": ([found.decoder.flat().detach() for found in fits[:2]], plots.OURS, "--"),
 }
+PLACES = {"random": (1.2, 0.84), "principal components": (0.55, 0.48), "ours, refitted": (1.4, 0.1)}  # of names
 figure, ax = plt.subplots(figsize=(plots.COLUMN, 2.3))
 error_by_kept = {}
 for name, (sets, color, dash) in SETS.items():
     curves = torch.tensor([[study.floors.sparse_error(G_held_out, rows, kept) for kept in budgets] for rows in sets])
     error_by_kept[name] = dict(zip(map(str, budgets), curves.mean(0).tolist(), strict=True))
     ax.plot(budgets, curves.mean(0), color=color, ls=dash, lw=1.3)
-    plots.name_line(ax, 1.2, curves.mean(0)[4].item() + 0.07, name, color)
+    plots.name_line(ax, *PLACES[name], name, color)
 for table, marker in ((main, "o"), (main_denser, "s")):
     ax.plot(table["kept"], table["error"], marker, color=plots.OURS, ms=4, mew=0)
-plots.name_line(ax, 0.32, 0.07, "points: ours, read by the encoder", plots.OURS)
+plots.name_line(ax, 0.25, 0.04, "points: ours, read by the encoder", plots.OURS)
 ax.set(xlabel="coefficients kept in a sample", ylabel="error on held-out samples", ylim=(0, 1), xlim=(0.2, 2.05))
 report.figure("error", figure)
 report.record(error_by_kept=error_by_kept)
