@@ -34,9 +34,7 @@ class Reading:
     plans: list[Plan] = field(default_factory=list)  # of every use, in order
     boundary: int | None = None  # the operation from which on outputs depend on their own position alone
     fallback: dict[str, str] = field(default_factory=dict)  # parameters left to the oracle, and why
-    derived: dict[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # what is read as a parameter: those it is made of
+    derived: dict[str, tuple[str, ...]] = field(default_factory=dict)  # outputs read as parameters, made of these
 
     def leave(self, reasons: Mapping[str, str]) -> None:
         """Leave parameters to the oracle, and do not look at their uses any more."""

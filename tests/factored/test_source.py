@@ -707,6 +707,20 @@ def looked_up_otherwise(d: Draw) -> Case:
     return Model(forward, **parts), (d.tokens(n, e, t), d.tokens(n, e, t))
 
 
+@supported
+def made_without_gradient(d: Draw) -> Case:
+    """A copy of a weight that the loss does not see, beside the weight."""
+    e, i, h = d.size(), d.size(), d.size()
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            still = 2 * m.w
+        y = m.net(x)
+        return torch.tanh(y @ still) + y @ (m.w * 0.5)
+
+    return Model(forward, w=d.normal(h, h), net=nn.Linear(i, h)), (d.normal(e, i),)
+
+
 @falls_back("0.weight")
 def bag_of_rows(d: Draw) -> Case:
     e, t, n, h = d.size(), d.size(1, 3), d.size(2, 4), d.size()
@@ -784,7 +798,7 @@ def going(way: str) -> ExitStack:
 
 def agree(model: nn.Module, inputs: Examples, draw: Draw, *, loop: bool = False) -> CapturedSource:
     """The capture agrees with the oracle whatever its cost model picks, and whatever the batch and the memory."""
-    target = Target(model)
+    target, before = Target(model), [p.detach().clone() for p in model.parameters()]
     f = target.outputs(inputs)
     e, p, k = f.shape
     c = Given(draw.normal(e, p, draw.size(1, 2), k))
@@ -802,6 +816,7 @@ def agree(model: nn.Module, inputs: Examples, draw: Draw, *, loop: bool = False)
     order = torch.cat([torch.randperm(e, generator=draw.generator) for _ in range(2)])
     mixed = source([x[order] for x in inputs], Given(c.c[order])).flat()
     torch.testing.assert_close(mixed, rows[order].flatten(0, 1), rtol=EXACT, atol=EXACT)
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     return source
 
 
