@@ -11,7 +11,8 @@ from torch import Tensor
 
 from eigendecomp.factored.apart import find_apart
 from eigendecomp.factored.layouts import Layout, NotUnderstood
-from eigendecomp.factored.operations import Embedding, Plan, Use
+from eigendecomp.factored.local import Local
+from eigendecomp.factored.operations import Plan, Use
 from eigendecomp.factored.record import Recorder, Trace
 
 DIFFERENT = (
@@ -33,12 +34,24 @@ class Reading:
     plans: list[Plan] = field(default_factory=list)  # of every use, in order
     boundary: int | None = None  # the operation from which on outputs depend on their own position alone
     fallback: dict[str, str] = field(default_factory=dict)  # parameters left to the oracle, and why
+    derived: dict[str, tuple[str, ...]] = field(default_factory=dict)  # outputs read as parameters, made of these
 
     def leave(self, reasons: Mapping[str, str]) -> None:
         """Leave parameters to the oracle, and do not look at their uses any more."""
         reasons = {**reasons, **self.fallback}
+        for _ in self.derived:  # what is made of several goes with any of them
+            for roots in self.derived.values():
+                reasons = {root: reasons[name] for name in roots if name in reasons for root in roots} | reasons
         self.fallback = {name: reasons[name] for name in self.shapes if name in reasons}
-        self.plans = [plan for plan in self.plans if plan.name not in self.fallback]
+        self.plans = [plan for plan in self.plans if not self.left(plan.name)]
+
+    def roots(self, name: str) -> tuple[str, ...]:
+        """The parameters that a parameter or a derived one is made of."""
+        return self.derived.get(name, (name,))
+
+    def left(self, name: str) -> bool:
+        """Whether a parameter or a derived one is left to the oracle."""
+        return self.roots(name)[0] in self.fallback
 
     def recognises(self, trace: Trace, examples: int) -> bool:
         """Whether every use in a run of so many examples is the one that a plan was made for."""
@@ -49,7 +62,8 @@ class Reading:
     @property
     def bytes_per_draw(self) -> float:
         """Bytes that the factors of an example and their products take, for every draw."""
-        formed = sum(self.outputs[0] * math.prod(self.shapes[name]) for name in self.fallback)
+        own = [*self.fallback, *(root for roots in self.derived.values() for root in roots)]
+        formed = sum(self.outputs[0] * math.prod(self.shapes[name]) for name in own)
         return 2 * self.bytes_per_number * (formed + sum(plan.numbers for plan in self.plans))
 
 
@@ -80,11 +94,12 @@ def discover(recorder: Recorder, examples: Sequence[Tensor], terms: int) -> tupl
         traces = [run for run in traces if run.signature == trace.signature]
         constant = set(recorder.constant)
         reading.plans, reasons = plans_of(recorder, traces, fewer, c)
-        if recorder.constant != constant:  # a table whose rows all examples share, as positions, is read as a weight
+        if recorder.constant != constant:  # what all examples share, as a table's rows for positions, is a weight
             return discover(recorder, examples, terms)
+        reading.derived = {name: roots for name, (_, roots) in trace.derived.items()}
         reading.leave(reasons)
         for run in traces:
-            run.uses = [use for use in run.uses if use.name not in reading.fallback]
+            run.uses = [use for use in run.uses if not reading.left(use.name)]
         reading.boundary = find_apart(recorder, traces, reading.plans, c)
         for use, plan in zip(trace.uses, reading.plans, strict=True):
             plan.numbers = numbers(use, plan, f.shape[0], f.shape[1], terms)
@@ -102,15 +117,18 @@ def plans_of(
     """
     alone = torch.eye(len(c), dtype=c.dtype, device=c.device)[:, :, None, None] * c
     deltas = [[d.nan_to_num() for d in recorder.pull(run.output, run.uses, alone)] for run in traces]
-    plans, reasons = [], dict(traces[0].unknown)
-    for use, other, *delta in zip(traces[0].uses, fewer.uses, *deltas, strict=True):
+    plans, reasons, trace = [], dict(traces[0].unknown), traces[0]
+    for use, other, *delta in zip(trace.uses, fewer.uses, *deltas, strict=True):
+        derived = trace.derived.get(use.name)
+        shape = recorder.target.shapes[use.name] if derived is None else tuple(derived[0].output.shape)
         try:
+            if torch.equal(use.output, other.output) and use.key not in recorder.constant:
+                recorder.constant.add(use.key)
+                continue
             layout = find_layout(use, other, delta)
-            plans.append(Plan.of(use, layout, len(c), recorder.target.shapes[use.name]))
+            plans.append(Plan.of(use, layout, len(c), shape, use.spread(other, len(c))))
         except NotUnderstood as reason:
-            reasons.setdefault(use.name, str(reason))
-            if isinstance(use, Embedding):
-                recorder.constant.add(use.number)
+            reasons = dict.fromkeys(trace.roots(use.name), str(reason)) | reasons
     return plans, reasons
 
 
@@ -150,5 +168,5 @@ def numbers(use: Use, plan: Plan, examples: int, positions: int, terms: int) -> 
     delta, samples = use.by_sample(use.output), positions if plan.apart is None else 1
     factors = samples * delta.numel() // examples
     if not plan.axes.left:
-        return factors
+        return factors + (positions * math.prod(plan.shape) if plan.kind is Local else 0)
     return factors + min(2 * terms * factors // delta.shape[-1], positions * math.prod(plan.shape))

@@ -41,7 +41,7 @@ class Weight:
         key = (*key, out.shape, out.stride())
         if key not in self.copies:
             values = (self.index if index is None else index).expand(out.shape)
-            self.copies[key] = Storage(self.name, _laid_out(values, out))
+            self.copies[key] = Storage(self.name, laid_out(values, out))
         return self.copies[key]
 
 
@@ -63,7 +63,7 @@ class Storage:
         return self.weights[key]
 
 
-def _laid_out(values: Tensor, like: Tensor) -> Int[Tensor, " elements"]:
+def laid_out(values: Tensor, like: Tensor) -> Int[Tensor, " elements"]:
     """``values`` where ``like`` has its entries in its storage; −1 elsewhere."""
     size = like.untyped_storage().nbytes() // like.element_size()
     flat = torch.full((size,), -1, device=like.device)
@@ -83,7 +83,7 @@ def storages(chosen: Mapping[str, Tensor]) -> tuple[dict[int, Storage], dict[str
             continue
         positions = counting[: p.numel()]
         whole = p.is_contiguous() and p.untyped_storage().nbytes() == p.numel() * p.element_size()
-        by_address[address] = Storage(name, positions if whole else _laid_out(positions.view(p.shape), p))
+        by_address[address] = Storage(name, positions if whole else laid_out(positions.view(p.shape), p))
     return by_address, shared
 
 

@@ -25,7 +25,7 @@ from eigendecomp.factored.terms import Factored, Patches, Side, Term
 aten = torch.ops.aten
 
 MOST_BLOCKS = 64  # different matrices in one batched product, as attention heads are
-KINDS: dict[tuple[Any, int], type["Use"]] = {}  # by the operation and the place of the parameter in its arguments
+KINDS: dict[tuple[Any, int], type["Known"]] = {}  # by the operation and the place of the parameter in its arguments
 
 LAYER_NORM, GROUP_NORM = aten.native_layer_norm.default, aten.native_group_norm.default
 BATCH_NORMS = {aten.native_batch_norm.default: 7, aten._native_batch_norm_legit_no_training.default: 6}  # place of ε
@@ -63,7 +63,7 @@ class Call:
     arguments: tuple
     result: Any
     weights: Mapping[int, Weight]  # by their place among the arguments
-    lookups: int  # how many lookups there have been
+    keywords: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.operation is aten.native_batch_norm.default and self.arguments[5]:
@@ -99,32 +99,27 @@ class Call:
 
 @dataclass(eq=False, kw_only=True)
 class Use(Node, ABC):
-    """One use of one parameter: output = operation(data, weight).
+    """One use of one parameter.
 
     ``index`` gives the flat position in the parameter of every entry of the weight as the operation sees it: (in, out)
     for a matrix, (vocabulary, d) for a table, the kernel's shape, or for elementwise uses the output's shape.
     """
 
-    arguments: ClassVar[Mapping[Any, tuple[int, ...]]] = {}
     first_axis_alone: ClassVar[bool] = True  # whether samples can lie along the first axis of the output alone
 
     weight: Weight
     index: Int[Tensor, "..."]
     data: Tensor
-
-    def __init_subclass__(cls) -> None:
-        KINDS.update(
-            {(operation, i): cls for operation, some in cls.__dict__.get("arguments", {}).items() for i in some}
-        )
-
-    @classmethod
-    @abstractmethod
-    def of(cls, call: Call, place: int) -> "Sequence[Use]":
-        """The uses of the weight at this place; raises :class:`NotUnderstood`."""
+    key: tuple = ()  # which of a run's operations it is
 
     @property
     def name(self) -> str:
         return self.weight.name
+
+    @property
+    def signature(self) -> tuple:
+        """What must be the same in every run."""
+        return type(self), self.name
 
     def to(self, dtype: torch.dtype) -> Self:
         """The same use with its data, if they are numbers, in another precision."""
@@ -138,9 +133,32 @@ class Use(Node, ABC):
         """How a use with two sides splits the parameter's axes; none for a gradient that is formed."""
         return Axes()
 
+    def spread(self, fewer: "Use", examples: int) -> tuple:
+        """Where samples lie in the arguments, from the same use in a run of an example less, if that must be known."""
+        return ()
+
+    def check(self, plan: "Plan", examples: int) -> None:
+        """Raises :class:`NotUnderstood` if the plan does not give this use its gradient."""
+
     @abstractmethod
     def gradient(self, plan: "Plan", delta: Float[Tensor, "c *out"], examples: int) -> Float[Tensor, "ec w"]:
         """The formed gradient of every example and cotangent, from the output gradients of c cotangents."""
+
+
+class Known(Use):
+    """A use in an operation that is known by name: output = operation(data, weight)."""
+
+    arguments: ClassVar[Mapping[Any, tuple[int, ...]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        KINDS.update(
+            {(operation, i): cls for operation, some in cls.__dict__.get("arguments", {}).items() for i in some}
+        )
+
+    @classmethod
+    @abstractmethod
+    def of(cls, call: Call, place: int) -> "Sequence[Use]":
+        """The uses of the weight at this place; raises :class:`NotUnderstood`."""
 
 
 @dataclass(eq=False)
@@ -148,24 +166,29 @@ class Plan:
     """How one use is read, in every batch."""
 
     kind: type[Use]
+    signature: tuple
     weight: Weight
     layout: Layout
     shape: tuple[int, ...]  # of the parameter
     entries: Tensor  # that the use meets
     axes: Axes
+    spread: tuple
     apart: "Plan | None" = None  # the same with positions as samples, where outputs depend on their own position alone
     numbers: float = 0.0  # held for each example and draw, about
     others: list[Weight] = field(default_factory=list)  # further tensors that were seen to hold the same entries
 
     @classmethod
-    def of(cls, use: Use, layout: Layout, examples: int, shape: tuple[int, ...]) -> Self:
-        """Raises :class:`NotUnderstood` where the gradient is neither a sum of products nor of entries."""
-        return cls(type(use), use.weight, layout, shape, use.entries(layout, examples), use.axes(shape))
+    def of(cls, use: Use, layout: Layout, examples: int, shape: tuple[int, ...], spread: tuple) -> Self:
+        """Raises :class:`NotUnderstood` where the gradient cannot be read so."""
+        entries, axes = use.entries(layout, examples), use.axes(shape)
+        plan = cls(type(use), use.signature, use.weight, layout, shape, entries, axes, spread)
+        use.check(plan, examples)
+        return plan
 
     def recognises(self, use: Use, examples: int) -> bool:
         """Whether a use in another run is the one that the plan was made for."""
         length = use.by_sample(use.output).shape[self.layout.axis]
-        if (type(use), use.name) != (self.kind, self.name) or length % examples:
+        if use.signature != self.signature or length % examples:
             return False
         if use.weight is not self.weight and use.weight not in self.others:
             try:
@@ -206,7 +229,7 @@ def shared(plan: Plan, inputs: Shaped[Tensor, "e t *i"]) -> Side:
     return Side(inputs.unsqueeze(0), *plan.axes.of(inputs=True))
 
 
-class Product(Use):
+class Product(Known):
     """A use whose gradient is a sum of outer products of inputs and output gradients."""
 
     def output_gradients(self, layout: Layout, delta: Tensor, examples: int) -> Float[Tensor, "c e t o"]:
@@ -296,7 +319,6 @@ class Embedding(Product):
     arguments: ClassVar = {aten.embedding.default: (0,), aten.index.Tensor: (0,)}
     first_axis_alone: ClassVar[bool] = False
     padding: int = -1  # a row that gets no gradient
-    number: int = 0  # how many lookups there were up to it
 
     @classmethod
     def of(cls, call: Call, place: int) -> Sequence[Use]:
@@ -308,7 +330,7 @@ class Embedding(Product):
         elif any(rest[1:]):  # scaled by frequency, or sparse
             raise NotUnderstood(str(call.operation))
         padding = rest[0] if rest else -1
-        return [cls(call.output, weight=weight, index=weight.index, data=tokens, padding=padding, number=call.lookups)]
+        return [cls(call.output, weight=weight, index=weight.index, data=tokens, padding=padding)]
 
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return split_axes(self.index.flatten(1), shape, input_rows=True)
@@ -333,13 +355,11 @@ class Convolution(Product):
     @classmethod
     def of(cls, call: Call, place: int) -> Sequence[Use]:
         _, _, _, stride, padding, dilation, transposed, _, groups = call.arguments
-        if transposed:
+        if transposed or groups > 1:
             raise NotUnderstood(str(call.operation))
-        chosen = dict(weight=call.weights[place], index=call.weights[place].index, data=call.data(0))
+        weight = call.weights[place]
         options = dict(stride=stride, padding=padding, dilation=dilation)
-        if groups == 1:
-            return [Convolution(call.output, **chosen, **options)]
-        return [GroupedConvolution(call.output, **chosen, **options, groups=groups)]
+        return [cls(call.output, weight=weight, index=weight.index, data=call.data(0), **options)]
 
     def axes(self, shape: tuple[int, ...]) -> Axes:
         return split_axes(self.index.flatten(1), shape, input_rows=False)
@@ -358,24 +378,7 @@ class Convolution(Product):
 # ---- uses whose gradient is formed: it is small, or no two factors give it
 
 
-@dataclass(eq=False, kw_only=True)
-class GroupedConvolution(Convolution):
-    """A convolution whose outputs each see a group of channels alone."""
-
-    groups: int
-
-    def axes(self, shape: tuple[int, ...]) -> Axes:
-        if not torch.equal(self.index.flatten(), torch.arange(math.prod(shape), device=self.index.device)):
-            raise NotUnderstood("a grouped convolution with a rearranged kernel")
-        return Axes()
-
-    def gradient(self, plan: Plan, delta: Tensor, examples: int) -> Tensor:
-        patches = self.input_side(plan, examples).values[0].unflatten(-1, (self.groups, -1))
-        outputs = self.output_gradients(plan.layout, delta, examples).unflatten(-1, (self.groups, -1))
-        return torch.einsum("cetgo,etgi->ecgoi", outputs, patches).flatten(0, 1).flatten(1)
-
-
-class Elementwise(Use):
+class Elementwise(Known):
     """Every entry of the output meets one entry of the weight."""
 
     first_axis_alone: ClassVar[bool] = False

@@ -7,6 +7,7 @@ derivatives, to which backward passes can then be run.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eigendecomp.factored.layouts import NotUnderstood, Storage, Weight, storages
+from eigendecomp.factored.layouts import NotUnderstood, Storage, Weight, laid_out, storages
+from eigendecomp.factored.local import Local
 from eigendecomp.factored.operations import KINDS, Call, Embedding, Node, Use, aten
 from eigendecomp.target import Target
 
@@ -29,7 +31,9 @@ class Trace(TorchDispatchMode):
 
     Args:
         storages: where the parameters' entries lie.
-        constant: numbers of those lookups, in order, whose rows are the same for all examples: they copy the weight.
+        constant: keys of the operations whose outputs are the same for all examples. A lookup copies the weight;
+            another output is read as a parameter.
+        made: the storages of such outputs, from earlier runs.
         keep: numbers of operations whose outputs are wanted; None for all.
         noise: disturbs the output of every use, so that units which are dead on the given examples live.
     """
@@ -37,7 +41,8 @@ class Trace(TorchDispatchMode):
     def __init__(
         self,
         storages: Mapping[int, Storage],
-        constant: Collection[int] = (),
+        constant: Collection[tuple] = (),
+        made: dict[tuple, Storage] | None = None,
         keep: Collection[int] | None = (),
         noise: torch.Generator | None = None,
     ) -> None:
@@ -47,7 +52,9 @@ class Trace(TorchDispatchMode):
         self.uses: list[Use] = []
         self.kept: dict[int, Node] = {}
         self.unknown: dict[str, str] = {}  # parameter: the operation that is not understood
-        self.lookups = 0
+        self.made = {} if made is None else made
+        self.derived: dict[str, tuple[Node, tuple[str, ...]]] = {}  # outputs read as parameters, and of which
+        self.met: Counter[tuple] = Counter()  # operations with weights
         self.waiting: list[Node] = []  # for their place in the graph
         self.alive: list[Tensor] = []  # copies of weights, kept so that their memory is not used again
         self.output: Node
@@ -65,9 +72,13 @@ class Trace(TorchDispatchMode):
         self.waiting.clear()
 
     @property
-    def signature(self) -> list[tuple[type, str]]:
+    def signature(self) -> list[tuple]:
         """What must be the same in every run."""
-        return [(type(use), use.name) for use in self.uses]
+        return [use.signature for use in self.uses]
+
+    def roots(self, name: str) -> tuple[str, ...]:
+        """The parameters that a parameter or a derived one is made of."""
+        return self.derived[name][1] if name in self.derived else (name,)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self.settle()
@@ -80,47 +91,76 @@ class Trace(TorchDispatchMode):
             if isinstance(result, Tensor) and (self.keep is None or len(self.operations) in self.keep):
                 self.waiting.append(self.kept.setdefault(len(self.operations), Node(result)))
             self.operations.append(func)
-        plain = not kwargs or func in COPIES  # a keyword may scale a term
-        if others or not plain or any(weight.partial for weight in weights.values()):
-            self.unknown = {weight.name: str(func) for weight in (*weights.values(), *others)} | self.unknown
-        elif weights:
-            self.lookups += (func, 0) in KINDS and KINDS[func, 0] is Embedding and 0 in weights
-            self._read(Call(func, args, result, weights, self.lookups))
+        if met := [*weights.values(), *others]:
+            # A keyword may scale a term.
+            plain = not others and (not kwargs or func in COPIES) and not any(weight.partial for weight in met)
+            self._read(Call(func, args, result, weights, kwargs), met, plain)
         return result
 
-    def _read(self, call: Call) -> None:
+    def _read(self, call: Call, met: Sequence[Weight], plain: bool) -> None:
         """Record the uses in one operation; where one is not understood, its parameter and the operation."""
-        count = len(self.uses)
-        for place, weight in call.weights.items():
-            if call.operation in COPIES and call.output.is_floating_point():
-                self._copied(call.output, weight.copy(call.output))
-            elif (kind := KINDS.get((call.operation, place))) is not None:
+        names, count = tuple(dict.fromkeys(weight.name for weight in met)), len(self.uses)
+        self.met[call.operation, names] += 1
+        key = call.operation, names, self.met[call.operation, names]
+        if key in self.constant and KINDS.get((call.operation, 0)) is not Embedding:
+            return self._derive(key, names, call.output)
+        for name in names:
+            try:
+                self._add(self._uses(call, name, plain), key)
+            except NotUnderstood:
                 try:
-                    self._add(kind.of(call, place))
+                    self._add([Local.of(call, name, self.weight)], key)
                 except NotUnderstood:
-                    self.unknown.setdefault(weight.name, str(call.operation))
-            elif not self._is_view(call):
-                self.unknown.setdefault(weight.name, str(call.operation))
+                    self.unknown = dict.fromkeys(self.roots(name), str(call.operation)) | self.unknown
         if self.noise is not None and len(self.uses) > count:
             y = self.uses[-1].output
             y += torch.randn(y.shape, generator=self.noise).to(y) * (1 + y.square().mean().sqrt())
 
-    def _add(self, uses: Sequence[Use]) -> None:
+    def _uses(self, call: Call, name: str, plain: bool) -> list[Use]:
+        """The uses of a parameter in an operation of a known kind; raises :class:`NotUnderstood` for another."""
+        uses: list[Use] = []
+        if not plain:
+            raise NotUnderstood(str(call.operation))
+        for place, weight in call.weights.items():
+            if weight.name != name:
+                continue
+            if call.operation in COPIES and call.output.is_floating_point():
+                self._copied(call.output, weight.copy(call.output))
+            elif (kind := KINDS.get((call.operation, place))) is not None:
+                uses += kind.of(call, place)
+            elif not self._is_view(call, name):
+                raise NotUnderstood(str(call.operation))
+        return uses
+
+    def _add(self, uses: Sequence[Use], key: tuple) -> None:
         for use in uses:
-            if isinstance(use, Embedding) and use.number in self.constant:
-                key = ("rows", tuple(use.data.flatten().tolist()))
-                self._copied(use.output, use.weight.copy(use.output, key, use.weight.index[use.data]))
+            use.key = key
+            if key in self.constant and isinstance(use, Embedding):
+                rows = use.weight.index[use.data]
+                self._copied(use.output, use.weight.copy(use.output, tuple(use.data.flatten().tolist()), rows))
             else:
                 self.uses.append(use)
                 self.waiting.append(use)
+
+    def _derive(self, key: tuple, names: Sequence[str], out: Tensor) -> None:
+        """Read the output of an operation as a parameter."""
+        name, place = f"{key[0]} {key[2]} of {' and '.join(names)}", (key, out.shape, out.stride())
+        if place not in self.made:
+            counting = torch.arange(out.numel(), device=out.device).view(out.shape)
+            self.made[place] = Storage(name, laid_out(counting, out))
+        self.derived[name] = Node(out), tuple(dict.fromkeys(root for each in names for root in self.roots(each)))
+        self.waiting.append(self.derived[name][0])
+        self._copied(out, self.made[place])
 
     def _copied(self, out: Tensor, storage: Storage) -> None:
         self.storages[out.untyped_storage().data_ptr()] = storage
         self.alive.append(out)
 
-    def _is_view(self, call: Call) -> bool:
+    def _is_view(self, call: Call, name: str) -> bool:
         """Whether the result is a view of a weight, or has no derivative."""
-        if call.operation is aten.detach.default or call.operation._schema.is_mutable:
+        if call.operation is aten.detach.default:
+            return name in self.derived  # torch does so itself where the output of an operation is kept
+        if call.operation._schema.is_mutable:
             return False
         results = call.result if isinstance(call.result, (list, tuple)) else [call.result]
         tensors = [result for result in results if isinstance(result, Tensor) and result.is_floating_point()]
@@ -132,7 +172,8 @@ class Recorder:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.constant: set[int] = set()  # numbers of the lookups whose rows all examples share
+        self.constant: set[tuple] = set()  # keys of the operations whose outputs all examples share
+        self.made: dict[tuple, Storage] = {}  # where these lie
         self.batched = True  # whether torch can batch the model's backward pass
         self.shared = self.look_again()
 
@@ -149,7 +190,7 @@ class Recorder:
         self, examples: Sequence[Tensor], keep: Collection[int] | None = (), noise: torch.Generator | None = None
     ) -> Trace:
         """A forward pass with its output, (e, p, k), and every use on the way there; :class:`Trace` has the options."""
-        with torch.enable_grad(), Trace(self.storages, self.constant, keep, noise) as trace:
+        with torch.enable_grad(), Trace(self.storages, self.constant, self.made, keep, noise) as trace:
             f = self.target.call(examples)
         trace.settle()
         trace.output = Node(f).settle()

@@ -21,6 +21,7 @@ from eigendecomp.factored.apart import PositionsMeet, each_position, output_grad
 from eigendecomp.factored.discover import DIFFERENT, Reading, discover
 from eigendecomp.factored.guard import Guard, Mistaken, coarse, differing
 from eigendecomp.factored.layouts import Axes
+from eigendecomp.factored.local import through
 from eigendecomp.factored.operations import Plan, Product, Use
 from eigendecomp.factored.pieces import Recomputed
 from eigendecomp.factored.prefix import NotCausal, Prefixes
@@ -91,10 +92,12 @@ class Capture:
         for use, plan, delta in uses:
             by_name[plan.name].append((use, plan, delta))
         parts: list[Part] = []
+        found = {name: self._gradient(name, some, c) for name, some in by_name.items()}
+        through(self.recorder, trace, found)
         formed = self._formed(examples, c)
         for name, shape in self.target.shapes.items():
-            if name in by_name:
-                gradient = self._gradient(name, by_name[name], c)
+            if name in found:
+                gradient = found[name]
             elif name not in self.fallback:  # never used
                 gradient = Factored.zero(name, shape, c.new_zeros(c.shape[1] * c.shape[2], len(c), 0))
             else:
@@ -162,7 +165,7 @@ class Capture:
         if formed:  # uses that split the parameter's axes differently, or do not factor, share no factored form
             return sum_of(formed)
         joined = [(Side.together([a for a, _ in some]), Side.together([b for _, b in some])) for some in terms.values()]
-        factored = Factored(name, self.target.shapes[name], left, joined)
+        factored = Factored(name, uses[0][1].shape, left, joined)
         # If forming is cheaper at rank 1, it is at every rank; factors would only cost memory.
         if self.form and factored.better_formed(self.terms, 1):
             factored.form()
@@ -270,7 +273,8 @@ class CapturedSource(Capture):
         """
         by_name: dict[str, list[Axes]] = {name: [] for name in self.target.names}
         for plan in self.reading.plans:
-            by_name[plan.name].append(plan.axes)
+            for root in self.reading.roots(plan.name):
+                by_name[root].append(plan.axes if root == plan.name else Axes())
         for name, uses in by_name.items():
             if not uses or not all(axes.left for axes in uses):
                 raise ValueError(

@@ -591,27 +591,27 @@ def learned_positions(d: Draw) -> Case:
 # ---- families in which some parameters are formed by the oracle
 
 
-@falls_back("w")
+@supported
 def nonlinear_in_the_weight(d: Draw) -> Case:
     e, i, h = d.size(), d.size(), d.size()
     parts = {"w": d.normal(i, h), "net": nn.Linear(h, 2)}
     return Model(lambda m, x: m.net(torch.tanh(x @ m.w.exp())), **parts), (d.normal(e, i),)
 
 
-@falls_back("pair.weight")
+@supported
 def bilinear(d: Draw) -> Case:
     e, i, h = d.size(), d.size(), d.size()
     parts = {"first": nn.Linear(i, h), "pair": nn.Bilinear(h, i, 2)}
     return Model(lambda m, x: m.pair(m.first(x), x), **parts), (d.normal(e, i),)
 
 
-@falls_back("0.parametrizations.weight.original0", "0.parametrizations.weight.original1")
+@supported
 def weight_normalised(d: Draw) -> Case:
     e, t, i, h = d.size(), d.size(1, 3), d.size(), d.size()
     return nn.Sequential(weight_norm(nn.Linear(i, h)), nn.Tanh(), nn.Linear(h, 2)), (d.normal(e, t, i),)
 
 
-@falls_back("scaled")
+@supported
 def weight_times_a_number(d: Draw) -> Case:
     """A weight is scaled before it is used, and an other one is used both as it is and through its square."""
     e, i, h = d.size(), d.size(), 3 * d.size(1, 2)
@@ -619,7 +619,7 @@ def weight_times_a_number(d: Draw) -> Case:
     return Model(lambda m, x: m.net(torch.relu(x @ (m.scaled * 0.5).T)), **parts), (d.normal(e, i),)
 
 
-@falls_back("table")
+@supported
 def one_use_of_two_unknown(d: Draw) -> Case:
     e, i = d.size(), d.size()
     parts = {"table": d.normal(i, i), "net": nn.Linear(i, 2)}
@@ -639,7 +639,7 @@ def stopped_gradient(d: Draw) -> Case:
     return Model(forward, **parts), (d.normal(e, i),)
 
 
-@falls_back("token")
+@supported
 def class_token(d: Draw) -> Case:
     """A parameter that becomes data: a token set before the sequence."""
     e, t, h = d.size(), d.size(1, 3), d.size()
@@ -651,7 +651,90 @@ def class_token(d: Draw) -> Case:
     return Model(forward, token=d.normal(1, 1, h), net=nn.Linear(h, 2)), (d.normal(e, t, h),)
 
 
-@falls_back("up.weight")
+@supported
+def merged_weights(d: Draw) -> Case:
+    """Weights that are made of others, which are also used as they are."""
+    e, t, i, o, r = d.size(), d.size(1, 3), d.size(), d.size(), d.size(1, 2)
+    parts = {"w": d.normal(i, o), "a": d.normal(i, r), "b": d.normal(r, o), "net": nn.Linear(o, 2)}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.net(torch.tanh(x @ (m.w * (m.w > 0) + m.a @ m.b)) + (x @ m.a).sum(-1, keepdim=True))
+
+    return Model(forward, **parts), (d.normal(e, t, i),)
+
+
+@supported
+def one_plus_a_scale(d: Draw) -> Case:
+    e, t, h = d.size(), d.size(1, 3), d.size()
+    parts = {"w": d.normal(h), "p": d.normal(4, h), "net": nn.Linear(h, h), "gate": d.normal(h)}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.layer_norm(m.net(x) + F.normalize(m.p, dim=-1)[: x.shape[1]], (x.shape[-1],), 1 + m.w)
+        return y * m.gate.sigmoid() + x * (1 - m.gate.sigmoid())
+
+    return Model(forward, **parts), (d.normal(e, t, h),)
+
+
+@supported
+def unknown_operations(d: Draw) -> Case:
+    """Operations that belong to no known kind, with outputs at every position or with one."""
+    e, t, h = d.size(), d.size(1, 3), d.size()
+    parts = {
+        "slope": d.normal(h), "low": d.normal(h), "over": d.normal(h), "mask": d.normal(1, 1, h),
+        "base": d.normal(t, 1), "net": nn.Linear(h, h), "power": d.normal(h).abs() + 1,
+    }  # fmt: skip
+    pooled, keep = d.flag(), d.normal(t) > 0
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.prelu(m.net(x).transpose(1, 2), m.slope).transpose(1, 2)
+        y = torch.where(keep[:, None], y, m.mask) + torch.add(m.base.repeat(len(x), 1, 1), y, alpha=2)
+        y = torch.maximum(y, m.low) / (m.over.abs() + 1) + (y.square() + 1).pow(m.power)
+        return m.net(y).cumsum(1).mean(1) if pooled else m.net(y)
+
+    return Model(forward, **parts), (d.normal(e, t, h),)
+
+
+@supported
+def looked_up_otherwise(d: Draw) -> Case:
+    e, t, n, h = d.size(), d.size(1, 3), d.size(2, 4), d.size()
+    parts = {"pairs": d.normal(n, n, h), "rows": d.normal(n, h), "queries": d.normal(1, 2, h), "v": d.normal(h, 2)}
+
+    def forward(m: Any, i: Tensor, j: Tensor) -> Tensor:
+        x = m.pairs[i, j] + m.rows.index_select(0, i.flatten()).view(*i.shape, -1)
+        x = x + m.rows.gather(0, j.unsqueeze(-1).expand(-1, -1, h).flatten(0, 1)).view(*x.shape)
+        return F.scaled_dot_product_attention(m.queries.expand(len(x), -1, -1), x, torch.tanh(x)) @ m.v
+
+    return Model(forward, **parts), (d.tokens(n, e, t), d.tokens(n, e, t))
+
+
+@supported
+def made_without_gradient(d: Draw) -> Case:
+    """A copy of a weight that the loss does not see, beside the weight."""
+    e, i, h = d.size(), d.size(), d.size()
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            still = 2 * m.w
+        y = m.net(x)
+        return torch.tanh(y @ still) + y @ (m.w * 0.5)
+
+    return Model(forward, w=d.normal(h, h), net=nn.Linear(i, h)), (d.normal(e, i),)
+
+
+@falls_back("0.weight")
+def bag_of_rows(d: Draw) -> Case:
+    e, t, n, h = d.size(), d.size(1, 3), d.size(2, 4), d.size()
+    table = nn.EmbeddingBag(n, h, padding_idx=d.one(None, 0))
+    return nn.Sequential(table, nn.Tanh(), nn.Linear(h, 2)), (d.tokens(n, e, t),)
+
+
+@falls_back("scale")
+def written_in_place(d: Draw) -> Case:
+    e, i, h = d.size(), d.size(), d.size()
+    return Model(lambda m, x: m.net(x).mul_(m.scale.exp()), net=nn.Linear(i, h), scale=d.normal(h)), (d.normal(e, i),)
+
+
+@supported
 def other_convolutions(d: Draw) -> Case:
     e = d.size(1, 3)
     parts = {
@@ -715,7 +798,7 @@ def going(way: str) -> ExitStack:
 
 def agree(model: nn.Module, inputs: Examples, draw: Draw, *, loop: bool = False) -> CapturedSource:
     """The capture agrees with the oracle whatever its cost model picks, and whatever the batch and the memory."""
-    target = Target(model)
+    target, before = Target(model), [p.detach().clone() for p in model.parameters()]
     f = target.outputs(inputs)
     e, p, k = f.shape
     c = Given(draw.normal(e, p, draw.size(1, 2), k))
@@ -733,6 +816,7 @@ def agree(model: nn.Module, inputs: Examples, draw: Draw, *, loop: bool = False)
     order = torch.cat([torch.randperm(e, generator=draw.generator) for _ in range(2)])
     mixed = source([x[order] for x in inputs], Given(c.c[order])).flat()
     torch.testing.assert_close(mixed, rows[order].flatten(0, 1), rtol=EXACT, atol=EXACT)
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     return source
 
 
@@ -850,7 +934,7 @@ def test_a_recurrent_network_with_a_fallback() -> None:
     draw_seed = torch.Generator().manual_seed(0)
     lstm = nn.LSTM(2, 2, batch_first=True).double()
     scale = torch.randn(2, generator=draw_seed, dtype=torch.float64)
-    model = Model(lambda m, x: m.lstm(x)[0] * m.scale.exp(), lstm=lstm, scale=scale).eval()
+    model = Model(lambda m, x: (m.lstm(x)[0] + 1).mul_(m.scale.exp()), lstm=lstm, scale=scale).eval()
     inputs = (normal(4, 3, 2),)
     source = CapturedSource(Target(model), inputs)
     assert set(source.fallback) == {"scale"}
@@ -858,13 +942,13 @@ def test_a_recurrent_network_with_a_fallback() -> None:
 
 
 def test_a_fallback_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    model, inputs = net(lambda m, x: x @ m.w.exp() @ m.v, w=(3, 2), v=(2, 2)), (normal(4, 3),)
+    model, inputs = net(lambda m, x: (x @ m.v).mul_(m.w.exp()), w=(2,), v=(3, 2)), (normal(4, 3),)
     with caplog.at_level(logging.WARNING, logger="eigendecomp"):
         source = CapturedSource(Target(model), inputs)
         for size in (1, 2, 4):
             source([x[:size] for x in inputs], Recorder())
     assert len(caplog.records) == 1
-    assert "w (aten.exp" in caplog.text and "v (" not in caplog.text
+    assert "w (aten.mul_" in caplog.text and "v (" not in caplog.text
 
 
 def test_nothing_of_the_size_of_the_gradients_is_ever_made() -> None:

@@ -1,4 +1,4 @@
-"""A padded row has no derivative in a lookup, whichever way it is asked: as ordinary ``backward()`` says, in float64."""
+"""A padded row has no derivative in a lookup, however it is asked: as ordinary ``backward()`` says, in float64."""
 
 from typing import Any
 
