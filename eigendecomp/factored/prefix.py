@@ -118,7 +118,7 @@ class Prefixes:
             part = found.run(trace, examples, q)
         except NotCausal:
             return None
-        if not bool(alike(part, trace)):
+        if not bool(alike(part, trace, e)):
             return None
         start, begin = (found.start(run) for run in (trace, part))
         early = torch.randn(begin.output.shape, generator=torch.Generator().manual_seed(0)).to(begin.output)
@@ -146,7 +146,8 @@ class Prefixes:
     def run(self, trace: Trace, examples: Sequence[Tensor], q: int) -> Trace:
         """A recorded run of the first q positions; raises :class:`NotCausal` if it is another than of all."""
         try:
-            part = self.recorder.run([x[:, :q] if cut else x for x, cut in zip(examples, self.cut)], self.kept)
+            some = [x[:, :q].contiguous() if cut else x for x, cut in zip(examples, self.cut)]
+            part = self.recorder.run(some, self.kept)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model says of inputs that are too short for it
@@ -157,9 +158,15 @@ class Prefixes:
         return part
 
     def pull(
-        self, trace: Trace, examples: Sequence[Tensor], start: Node, uses: Sequence[Use], own: Float[Tensor, "e p r k"]
+        self,
+        trace: Trace,
+        examples: Sequence[Tensor],
+        count: int,
+        start: Node,
+        uses: Sequence[Use],
+        own: Float[Tensor, "e p r k"],
     ) -> list[Float[Tensor, "pr *shape"]]:
-        """As :func:`eigendecomp.factored.apart.each_position`, for a run of these examples.
+        """As :func:`eigendecomp.factored.apart.each_position`, for a run of these examples, of which ``count`` matter.
 
         Raises:
             NotCausal: if a prefix gives other outputs than the whole sequence.
@@ -177,7 +184,7 @@ class Prefixes:
             begin = self.start(part)
             each = placed(own[:, first:q], first, q).reshape(-1, *begin.output.shape)
             deltas = self.recorder.pull(begin, short, each, e * q)
-            same.append(alike(part, trace))
+            same.append(alike(part, trace, count))
             once = {use.place: (use, *others) for use, *others in zip(uses, short, plans, deltas, strict=True)}
             for at, (use, mine, plan, delta) in once.items():
                 place, rows = self.places[plan], found[at][first * r : q * r]
@@ -189,7 +196,8 @@ class Prefixes:
     def ends(self, e: int, draws: int) -> list[int]:
         """Where the prefixes for e examples end, the last one at the end of the sequence: what takes least work."""
         p = self.reading.outputs[0]
-        choices = [[p * (i + 1) // count for i in range(count)] for count in (1, *GROUPS) if count <= p]
+        # One position alone may run through other operations than several.
+        choices = [[p * (i + 1) // count for i in range(count)] for count in (1, *GROUPS) if count <= p // 2]
         costs = [self.cost(ends, e, draws) * (GAIN if len(ends) > 1 else 1) for ends in choices]
         return choices[costs.index(min(costs))]
 
@@ -209,10 +217,10 @@ def by_example(use: Use, plan: Plan, x: Float[Tensor, "c *shape"], e: int) -> Fl
     return plan.layout.split(use.by_sample(x), e, 1)
 
 
-def alike(part: Trace, trace: Trace) -> Bool[Tensor, ""]:
-    """Whether the outputs of a prefix are those of the whole sequence."""
-    own = part.output.output.detach()
-    f = trace.output.output.detach()[:, : own.shape[1]]
+def alike(part: Trace, trace: Trace, count: int) -> Bool[Tensor, ""]:
+    """Whether the outputs of the first examples on a prefix are those on the whole sequence."""
+    own = part.output.output.detach()[:count]
+    f = trace.output.output.detach()[:count, : own.shape[1]]
     return (own - f).abs().amax() <= tolerance(f) * f.abs().amax()
 
 

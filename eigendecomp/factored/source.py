@@ -118,7 +118,7 @@ class Capture:
         two = c if len(c) > 1 else torch.cat([c, torch.zeros_like(c)])
         reading, each = self.reading, partial(each_position, self.recorder)
         if self.prefixes is not None:
-            each = partial(self.prefixes.pull, trace, at_least_two(examples))
+            each = partial(self.prefixes.pull, trace, at_least_two(examples), len(examples[0]))
         same = trace.operations == reading.operations
         boundary = trace.kept.get(-1 if reading.boundary is None else reading.boundary) if same else None
         try:
