@@ -183,12 +183,14 @@ class Prefixes:
             short = [use for use, plan in zip(part.uses, self.reading.plans, strict=True) if plan.apart is None]
             begin = self.start(part)
             each = placed(own[:, first:q], first, q).reshape(-1, *begin.output.shape)
-            deltas = self.recorder.pull(begin, short, each, e * q)
             same.append(alike(part, trace, count))
-            once = {use.place: (use, *others) for use, *others in zip(uses, short, plans, deltas, strict=True)}
-            for at, (use, mine, plan, delta) in once.items():
-                place, rows = self.places[plan], found[at][first * r : q * r]
-                place.of(by_example(use, plan, rows, e), p, q).copy_(place.of(by_example(mine, plan, delta, e), q, q))
+            size = len(each) if e * q <= FEW_SAMPLES else 1  # one by one, so that they are not held twice
+            for at, c in zip(range(first * r, q * r, size), each.split(size)):
+                deltas = self.recorder.pull(begin, short, c, e * q)
+                for use, mine, plan, delta in zip(uses, short, plans, deltas, strict=True):
+                    place, rows = self.places[plan], found[use.place][at : at + size]
+                    own_rows = place.of(by_example(mine, plan, delta, e), q, q)
+                    place.of(by_example(use, plan, rows, e), p, q).copy_(own_rows)
         if not bool(torch.stack(same).all()):
             raise NotCausal
         return [found[use.place] for use in uses]

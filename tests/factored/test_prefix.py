@@ -138,6 +138,20 @@ def test_prefixes_of_causal_models_give_the_gradients_of_the_whole(
     assert source.prefixes is not None
 
 
+@pytest.mark.parametrize("case", [text, along_time])
+def test_prefixes_whose_cotangents_are_pulled_one_by_one_are_the_same(
+    case: Callable[[], tuple[nn.Module, Sequence[Tensor]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in batches that are large enough for it."""
+    monkeypatch.setattr("eigendecomp.factored.prefix.FEW_SAMPLES", 12)
+    model, inputs = case()
+    with prefixes_of(2, 5, P) as ran:
+        source = CapturedSource(target_of(model, inputs), inputs)
+        ran.clear()
+        agrees(source, inputs)
+        assert source.prefixes is not None and set(ran) == {2, 5}
+
+
 @pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
 def test_models_that_are_not_causal_take_the_old_way(
     case: Callable[[], tuple[nn.Module, Sequence[Tensor]]],
