@@ -123,13 +123,14 @@ class Prefixes:
         start, begin = (found.start(run) for run in (trace, part))
         early = torch.randn(begin.output.shape, generator=torch.Generator().manual_seed(0)).to(begin.output)
         c = torch.cat([early.reshape(e, q, -1), early.new_zeros(e, p - q, early.numel() // (e * q))], 1)
-        plans, *uses = zip(*((plan, a, b) for plan, a, b in zip(reading.plans, trace.uses, part.uses, strict=True)
-                             if plan.apart is None))  # fmt: skip
+        mixing = [number for number, plan in enumerate(reading.plans) if plan.apart is None]
+        uses, short_uses = ([run.uses[number] for number in mixing] for run in (trace, part))
         with found.backward:
-            whole = recorder.pull(start, uses[0], c.reshape(1, *start.output.shape))
-        short = recorder.pull(begin, uses[1], early.unsqueeze(0))
-        for plan, *pair in zip(plans, zip(*uses), zip(whole, short, strict=True), strict=True):
-            if (place := Place.find(plan, *pair, (p, q), e)) is None:
+            whole = recorder.pull(start, uses, c.reshape(1, *start.output.shape))
+        short = recorder.pull(begin, short_uses, early.unsqueeze(0))
+        for number, use, short_use, *deltas in zip(mixing, uses, short_uses, whole, short, strict=True):
+            plan, both = reading.plans[number], (deltas[0], deltas[1])
+            if (place := Place.find(plan, (use, short_use), both, (p, q), e)) is None:
                 return None
             found.places[plan] = place
         return found

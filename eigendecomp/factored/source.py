@@ -236,9 +236,8 @@ class CapturedSource(Capture):
         c = self.discover(examples)
         position = c.shape[1] // 2
         truth = self.guard.check_first(examples, c, position)
-        few = [tensor[:2] for tensor in examples]
         while True:
-            parts = self.gradients(few, lambda _: c[:2].unsqueeze(2)).parts
+            parts = self.gradients([x[:2] for x in examples], lambda _: c[:2].unsqueeze(2)).parts
             alone = {name: g for part in parts for name, g in part.sample(position).dense().items()}
             if not (wrong := differing(alone, truth, max(coarse(c.dtype), self.guard.tolerance))):
                 break
