@@ -114,6 +114,8 @@ class Prefixes:
         found = cls(recorder, reading, cut, e, Work(), Work(), {})
         with found.forward:
             trace = recorder.run(examples, found.kept)
+        if trace.operations != reading.operations or not reading.recognises(trace, e):
+            return None
         try:
             part = found.run(trace, examples, q)
         except NotCausal:
@@ -174,7 +176,7 @@ class Prefixes:
         """
         e, p, r = own.shape[:3]
         ends = self.ends(e, r)
-        if not uses or len(ends) == 1 or start is not self.start(trace):
+        if not uses or len(ends) == 1 or trace.operations != self.reading.operations:
             return each_position(self.recorder, start, uses, own)
         plans = [plan for plan in self.reading.plans if plan.apart is None]
         found = {use.place: use.output.new_zeros(p * r, *use.output.shape) for use in uses}
