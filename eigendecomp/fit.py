@@ -186,7 +186,7 @@ def step(state: State, gradients: Gradients | None, *, ahead: bool, log: bool) -
     state.ever += kept.sum()
     if log and (state.step > 0 or settings.steps == 1) and not state.ever and not any(state.histories[0].kept):
         raise ValueError(f"all gradients are zero in the first {state.step + 1} steps: {ZERO}")
-    state.last_kept[kept > 0] = state.step
+    state.last_kept.masked_fill_(kept > 0, state.step)
     if log:
         state.log(loss, error, kept, samples)
     return following

@@ -5,7 +5,9 @@ tensors on the device is on the device, and so is what is asked for with ``devic
 without axes) and the positions of an index may lie on the CPU, and ``to``, ``cpu`` and ``copy_`` move tensors.
 """
 
+import traceback
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Self
 from unittest.mock import patch
 
@@ -17,11 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
 MOVES = ("aten::copy_", "aten::_to_copy", "aten::lift_fresh", "aten::_local_scalar_dense")
 
 
 class Pretended:
     """Inside, there is a GPU. ``fetched`` lists the shapes of tensors with axes that were moved off it.
+
+    ``waits`` lists the lines of the package at which the host would wait for the device.
 
     Args:
         modes: dispatch modes whose own code must see the device too.
@@ -30,6 +35,7 @@ class Pretended:
     def __init__(self, *modes: type[TorchDispatchMode]) -> None:
         self.memory: dict[int, StorageWeakRef] = {}
         self.fetched: list[tuple[int, ...]] = []
+        self.waits: list[str] = []
         self.modes = ExitStack()
         self.others = modes
         self.asked = False  # whether the function of torch that runs was given a tensor on the device
@@ -69,6 +75,11 @@ class Pretended:
             self.memory[storage._cdata] = StorageWeakRef(storage)
         return tensor
 
+    def wait(self) -> None:
+        """Remember the line of the package that makes the host wait."""
+        lines = [frame for frame in traceback.extract_stack() if "/eigendecomp/" in frame.filename]
+        self.waits += [f"{Path(lines[-1].filename).name}: {lines[-1].line}"] if lines else []
+
     def move(self, model: nn.Module) -> nn.Module:
         """Put a model's parameters and buffers on the device."""
         for tensor in (*model.parameters(), *model.buffers()):
@@ -81,6 +92,7 @@ class Pretended:
             return tensor
         if self.holds(tensor) and tensor.ndim > 0:
             self.fetched.append(tuple(tensor.shape))
+            self.wait()
         with torch.enable_grad() if tensor.requires_grad else torch.no_grad():
             copy = tensor.clone()
         if device.type == GPU.type:
@@ -107,6 +119,9 @@ class _Dispatched(TorchDispatchMode):
             if others and not (may_differ and self.device.holds(args[0])):
                 shapes = [tuple(tensor.shape) for tensor in given]
                 raise RuntimeError(f"expected all tensors to be on the same device: {name} of shapes {shapes}")
+        masks = tree_leaves(args[1]) if name in ("aten::index", "aten::index_put_") else []
+        if here and (name in WAITS or any(x is not None and x.dtype == torch.bool for x in masks)):
+            self.device.wait()
         result = func(*args, **(kwargs or {}))
         made = not given or name == "aten::lift_fresh"  # by a function of torch, beside what it was given
         if (here or (made and self.device.asked)) and not (name == "aten::copy_" and not self.device.holds(args[0])):

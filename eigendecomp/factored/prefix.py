@@ -114,22 +114,25 @@ class Prefixes:
         found = cls(recorder, reading, cut, e, Work(), Work(), {})
         with found.forward:
             trace = recorder.run(examples, found.kept)
+        if trace.operations != reading.operations or not reading.recognises(trace, e):
+            return None
         try:
             part = found.run(trace, examples, q)
         except NotCausal:
             return None
-        if not bool(alike(part, trace)):
+        if not bool(alike(part, trace, e)):
             return None
         start, begin = (found.start(run) for run in (trace, part))
         early = torch.randn(begin.output.shape, generator=torch.Generator().manual_seed(0)).to(begin.output)
         c = torch.cat([early.reshape(e, q, -1), early.new_zeros(e, p - q, early.numel() // (e * q))], 1)
-        plans, *uses = zip(*((plan, a, b) for plan, a, b in zip(reading.plans, trace.uses, part.uses, strict=True)
-                             if plan.apart is None))  # fmt: skip
+        mixing = [number for number, plan in enumerate(reading.plans) if plan.apart is None]
+        uses, short_uses = ([run.uses[number] for number in mixing] for run in (trace, part))
         with found.backward:
-            whole = recorder.pull(start, uses[0], c.reshape(1, *start.output.shape))
-        short = recorder.pull(begin, uses[1], early.unsqueeze(0))
-        for plan, *pair in zip(plans, zip(*uses), zip(whole, short, strict=True), strict=True):
-            if (place := Place.find(plan, *pair, (p, q), e)) is None:
+            whole = recorder.pull(start, uses, c.reshape(1, *start.output.shape))
+        short = recorder.pull(begin, short_uses, early.unsqueeze(0))
+        for number, use, short_use, *deltas in zip(mixing, uses, short_uses, whole, short, strict=True):
+            plan, both = reading.plans[number], (deltas[0], deltas[1])
+            if (place := Place.find(plan, (use, short_use), both, (p, q), e)) is None:
                 return None
             found.places[plan] = place
         return found
@@ -146,7 +149,8 @@ class Prefixes:
     def run(self, trace: Trace, examples: Sequence[Tensor], q: int) -> Trace:
         """A recorded run of the first q positions; raises :class:`NotCausal` if it is another than of all."""
         try:
-            part = self.recorder.run([x[:, :q] if cut else x for x, cut in zip(examples, self.cut)], self.kept)
+            some = [x[:, :q].contiguous() if cut else x for x, cut in zip(examples, self.cut)]
+            part = self.recorder.run(some, self.kept)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model says of inputs that are too short for it
@@ -157,16 +161,22 @@ class Prefixes:
         return part
 
     def pull(
-        self, trace: Trace, examples: Sequence[Tensor], start: Node, uses: Sequence[Use], own: Float[Tensor, "e p r k"]
+        self,
+        trace: Trace,
+        examples: Sequence[Tensor],
+        count: int,
+        start: Node,
+        uses: Sequence[Use],
+        own: Float[Tensor, "e p r k"],
     ) -> list[Float[Tensor, "pr *shape"]]:
-        """As :func:`eigendecomp.factored.apart.each_position`, for a run of these examples.
+        """As :func:`eigendecomp.factored.apart.each_position`, for a run of these examples, of which ``count`` matter.
 
         Raises:
             NotCausal: if a prefix gives other outputs than the whole sequence.
         """
         e, p, r = own.shape[:3]
         ends = self.ends(e, r)
-        if not uses or len(ends) == 1 or start is not self.start(trace):
+        if not uses or len(ends) == 1 or trace.operations != self.reading.operations:
             return each_position(self.recorder, start, uses, own)
         plans = [plan for plan in self.reading.plans if plan.apart is None]
         found = {use.place: use.output.new_zeros(p * r, *use.output.shape) for use in uses}
@@ -176,12 +186,14 @@ class Prefixes:
             short = [use for use, plan in zip(part.uses, self.reading.plans, strict=True) if plan.apart is None]
             begin = self.start(part)
             each = placed(own[:, first:q], first, q).reshape(-1, *begin.output.shape)
-            deltas = self.recorder.pull(begin, short, each, e * q)
-            same.append(alike(part, trace))
-            once = {use.place: (use, *others) for use, *others in zip(uses, short, plans, deltas, strict=True)}
-            for at, (use, mine, plan, delta) in once.items():
-                place, rows = self.places[plan], found[at][first * r : q * r]
-                place.of(by_example(use, plan, rows, e), p, q).copy_(place.of(by_example(mine, plan, delta, e), q, q))
+            same.append(alike(part, trace, count))
+            size = len(each) if e * q <= FEW_SAMPLES else 1  # one by one, so that they are not held twice
+            for at, c in zip(range(first * r, q * r, size), each.split(size)):
+                deltas = self.recorder.pull(begin, short, c, e * q)
+                for use, mine, plan, delta in zip(uses, short, plans, deltas, strict=True):
+                    place, rows = self.places[plan], found[use.place][at : at + size]
+                    own_rows = place.of(by_example(mine, plan, delta, e), q, q)
+                    place.of(by_example(use, plan, rows, e), p, q).copy_(own_rows)
         if not bool(torch.stack(same).all()):
             raise NotCausal
         return [found[use.place] for use in uses]
@@ -189,7 +201,8 @@ class Prefixes:
     def ends(self, e: int, draws: int) -> list[int]:
         """Where the prefixes for e examples end, the last one at the end of the sequence: what takes least work."""
         p = self.reading.outputs[0]
-        choices = [[p * (i + 1) // count for i in range(count)] for count in (1, *GROUPS) if count <= p]
+        # One position alone may run through other operations than several.
+        choices = [[p * (i + 1) // count for i in range(count)] for count in (1, *GROUPS) if count <= p // 2]
         costs = [self.cost(ends, e, draws) * (GAIN if len(ends) > 1 else 1) for ends in choices]
         return choices[costs.index(min(costs))]
 
@@ -209,10 +222,10 @@ def by_example(use: Use, plan: Plan, x: Float[Tensor, "c *shape"], e: int) -> Fl
     return plan.layout.split(use.by_sample(x), e, 1)
 
 
-def alike(part: Trace, trace: Trace) -> Bool[Tensor, ""]:
-    """Whether the outputs of a prefix are those of the whole sequence."""
-    own = part.output.output.detach()
-    f = trace.output.output.detach()[:, : own.shape[1]]
+def alike(part: Trace, trace: Trace, count: int) -> Bool[Tensor, ""]:
+    """Whether the outputs of the first examples on a prefix are those on the whole sequence."""
+    own = part.output.output.detach()[:count]
+    f = trace.output.output.detach()[:count, : own.shape[1]]
     return (own - f).abs().amax() <= tolerance(f) * f.abs().amax()
 
 

@@ -121,7 +121,7 @@ class Capture:
         two = c if len(c) > 1 else torch.cat([c, torch.zeros_like(c)])
         reading, each = self.reading, partial(each_position, self.recorder)
         if self.prefixes is not None:
-            each = partial(self.prefixes.pull, trace, at_least_two(examples))
+            each = partial(self.prefixes.pull, trace, at_least_two(examples), len(examples[0]))
         same = trace.operations == reading.operations
         boundary = trace.kept.get(-1 if reading.boundary is None else reading.boundary) if same else None
         try:
@@ -240,7 +240,7 @@ class CapturedSource(Capture):
         position = c.shape[1] // 2
         truth = self.guard.check_first(examples, c, position)
         while True:
-            parts = self.gradients(examples, lambda _: c.unsqueeze(2)).parts
+            parts = self.gradients([x[:2] for x in examples], lambda _: c[:2].unsqueeze(2)).parts
             alone = {name: g for part in parts for name, g in part.sample(position).dense().items()}
             if not (wrong := differing(alone, truth, max(coarse(c.dtype), self.guard.tolerance))):
                 break

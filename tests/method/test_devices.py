@@ -122,6 +122,19 @@ def test_a_step_fetches_nothing_large(gpu: Pretended, monkeypatch: pytest.Monkey
     assert fetched[0] == fetched[1]
 
 
+@pytest.mark.slow
+def test_a_step_seldom_waits_for_the_device(gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks of the guard, a step waits a few times, however many layers the model has."""
+    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
+    model, x = gpu.move(Reader().eval()), gpu.put(torch.randint(7, (12, 5)))
+    waits = []
+    for steps in (10, 13):
+        gpu.waits.clear()
+        ed.decompose(model, x, **{**FIT, "steps": steps})
+        waits.append(list(gpu.waits))
+    assert len(waits[0]) < len(waits[1]) <= len(waits[0]) + 3 * 5, waits[1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here; the pretended one is tested above")
 def test_everything_runs_on_a_real_gpu(tmp_path: Path) -> None:
     torch.manual_seed(0)
