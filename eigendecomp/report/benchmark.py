@@ -25,9 +25,10 @@ from eigendecomp.divergence import Divergence, KLDivergence
 from eigendecomp.factored.kept import coefficients
 from eigendecomp.factored.samples import OutputSamples
 from eigendecomp.factored.source import CapturedSource
+from eigendecomp.factored.terms import Factored, Side
 from eigendecomp.fit import State, fit
 from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Source, at_own_position
-from eigendecomp.objective import Objective
+from eigendecomp.objective import Coefficients, Objective
 from eigendecomp.reference import Draws, OtherSample
 from eigendecomp.settings import Settings
 from eigendecomp.sparsity import BatchTopK
@@ -133,6 +134,28 @@ def sources(
         "jacobian": partial(JacobianSource, target),
         "opacus": partial(OpacusSource, target),
     }
+
+
+def uses(c: int, e: int, t: int, inputs: int, outputs: int) -> Factored:
+    """The gradients of a weight used at t places of e examples, for c cotangents of each; random factors."""
+    term = Side(torch.randn(1, e, t, inputs), inputs), Side(torch.randn(c, e, t, outputs), outputs)
+    return Factored("w", (inputs, outputs), (0,), [term])
+
+
+def objective_step(
+    part: Factored, n_directions: int, kept: float, way: Callable[..., Coefficients]
+) -> Callable[[], None]:
+    """The objective on given gradients and its derivatives, with ``kept`` coefficients a sample of rank one."""
+    d = Directions.random({"w": part.shape}, n_directions, 1).map(torch.nn.Parameter)
+    e = d.map(lambda factor: torch.nn.Parameter(factor.detach().clone()))
+    objective = Objective(BatchTopK(min(1.0, kept / n_directions), auxiliary=0.0), way)
+    alive = torch.zeros(n_directions, dtype=torch.bool)
+
+    def work() -> None:
+        loss, _, _ = objective(Gradients({"w": part.shape}, [part]), e, d, alive)
+        torch.autograd.grad(loss, [*e.tensors(), *d.tensors()])
+
+    return work
 
 
 def plain_pass(target: Target, examples: Sequence[Tensor]) -> Callable[[], None]:
@@ -246,7 +269,7 @@ def _fits(
         stamp = lambda _, ended=ended: ended.append(time.perf_counter())  # noqa: E731
         fit(target, batches, settings, progress=False, threshold_samples=1, on_step=stamp)
         each.append(statistics.median(b - a for a, b in pairwise(ended)))  # the first step counts for nothing
-    return {"parameters": target.size, "step_seconds": each, "process_memory": _peak_of_process()}
+    return {"parameters": target.size, "step_seconds": each, "process_memory": process_peak()}
 
 
 def fit_settings(n_directions: int, steps: int, batch_size: int) -> Settings:
@@ -256,7 +279,7 @@ def fit_settings(n_directions: int, steps: int, batch_size: int) -> Settings:
     )
 
 
-def _peak_of_process() -> int:
+def process_peak() -> int:
     """Bytes of memory that this process has held at most."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux's ru_maxrss starts from what the process that launched this one has held
