@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from eigendecomp.gradients import EachOutput, Formed, Gradients, Source
 from eigendecomp.reference import Draws
@@ -15,6 +13,7 @@ from eigendecomp.support import parallel
 from eigendecomp.support.checks import check_differs, usable
 from eigendecomp.support.examples import Examples, Feed, Inputs, Shuffled, count, feed, fetch, first
 from eigendecomp.support.random import generator
+from eigendecomp.support.rows import Outputs
 from eigendecomp.target import Target
 
 CACHE_BYTES = 1 << 28  # a Jacobian up to this size is kept instead of being computed at every step
@@ -31,7 +30,7 @@ class Data:
     count: int | None  # examples, where that is known
     probe: Examples  # the first three
     seen: Examples  # those from whose outputs references are made: all, where that is cheap
-    outputs: Float[Tensor, "e p k"]  # of these
+    outputs: Outputs  # of these
     draws: Draws
     cached: bool  # whether Jacobians of all are small enough to be kept
 
@@ -53,9 +52,9 @@ class Data:
             seen = fetch(inputs, range(n))
         else:
             seen = feed(inputs, generator(s.seed, "pool")).take(some)
-        f = target.outputs(seen)
+        f = Outputs.of(target, seen)
         draws = Draws.of(s.reference, s.divergence, s.pool(f), (1, 1), 1, generator(s.seed, "probe"))
-        check_differs(draws, f, generator(s.seed, "zero"), ZERO)
+        check_differs(draws, f.pieces(), generator(s.seed, "zero"), ZERO)
         return cls(inputs, n, probe, seen, f, draws, cached)
 
 
@@ -91,12 +90,12 @@ class CachedBatches:
     """
 
     def __init__(
-        self, source: Source, examples: Examples, f: Float[Tensor, "e p k"], draws: Draws, generator: torch.Generator
+        self, source: Source, examples: Examples, outputs: Outputs, draws: Draws, generator: torch.Generator
     ) -> None:
-        self.shapes, self.draws, self.f = source.target.shapes, draws, f.flatten(0, 1)
-        c = draws.again((f.shape[0], f.shape[1]), 1, generator) if draws.reference.fixed else EachOutput()
-        pieces = []
-        for start in range(0, len(f), CHUNK):
+        self.shapes, self.draws, (e, p, _), fixed = source.target.shapes, draws, outputs.shape, draws.reference.fixed
+        self.f = torch.zeros(e * p, 0) if fixed else outputs.all().flatten(0, 1)
+        c, pieces = draws.again((e, p), 1, generator) if fixed else EachOutput(), []
+        for start in range(0, e, CHUNK):
             some = slice(start, start + CHUNK)
             pieces.append(source([tensor[some] for tensor in examples], c[some]).flat())
         self.jacobian = usable(torch.cat(pieces).view(len(self.f), -1, pieces[0].shape[-1]), ZERO)

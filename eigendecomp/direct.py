@@ -26,6 +26,7 @@ from eigendecomp.support.checks import patterns
 from eigendecomp.support.examples import Feed, Inputs, feed, first
 from eigendecomp.support.history import History
 from eigendecomp.support.random import generator
+from eigendecomp.support.rows import Outputs
 from eigendecomp.target import Target
 
 
@@ -79,7 +80,7 @@ def decompose_curvature(
         factorization, True, L1(0.0), steps, batch_size, learning_rate, seed, interference=interference,
     )  # fmt: skip
     target = Target(model, settings.parameters)
-    f = target.outputs(first(inputs, 3))
+    f = Outputs.of(target, first(inputs, 3))
     data, history = feed(inputs, generator(seed, "data")), History()
     u = climb(target, data, max(1, batch_size // f.shape[1]), settings, interference, history, progress)
     return Decomposition(target, settings, u, u, None, settings.pool(f), history)

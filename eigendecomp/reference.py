@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eigendecomp.divergence import Divergence
 from eigendecomp.support.checks import finite, one_output, whole
+from eigendecomp.support.rows import Rows
 
 
 class Reference(ABC):
@@ -24,13 +25,13 @@ class Reference(ABC):
     fixed: ClassVar[bool] = False  # a fixed reference gives a sample the same cotangent every time
 
     def prepare(
-        self, divergence: Divergence, predictions: Float[Tensor, "n k"], generator: torch.Generator
+        self, divergence: Divergence, predictions: Float[Tensor, "n k"] | Rows, generator: torch.Generator
     ) -> Float[Tensor, "m k"]:
         """The pool: what must be kept of the data. Empty where the rule needs no data.
 
         Raises ValueError where the rule does not fit the divergence or the number of outputs.
         """
-        return predictions.new_zeros(0, predictions.shape[-1])
+        return predictions[:0].clone()
 
     def noise(self, divergence: Divergence, shape: tuple[int, ...], pool: Tensor, generator: torch.Generator) -> Tensor:
         """The random numbers of samples of this shape, drawn at once so that no batch size changes them."""
@@ -87,7 +88,7 @@ class Constant(Reference):
     def __post_init__(self) -> None:
         object.__setattr__(self, "c", one_output(self.c))
 
-    def prepare(self, divergence: Divergence, predictions: Tensor, generator: torch.Generator) -> Tensor:
+    def prepare(self, divergence: Divergence, predictions: Tensor | Rows, generator: torch.Generator) -> Tensor:
         k = predictions.shape[-1]
         c = torch.as_tensor(self.c, dtype=predictions.dtype)
         if c.ndim > 1 or c.numel() not in (1, k):
@@ -105,8 +106,8 @@ class Uniform(Reference):
 
     fixed: ClassVar[bool] = True
 
-    def prepare(self, divergence: Divergence, predictions: Tensor, generator: torch.Generator) -> Tensor:
-        return predictions.new_full((1, k := predictions.shape[-1]), divergence.uniform(k))
+    def prepare(self, divergence: Divergence, predictions: Tensor | Rows, generator: torch.Generator) -> Tensor:
+        return torch.full_like(predictions[:1], divergence.uniform(predictions.shape[-1]))
 
     cotangent = Constant.cotangent
 
@@ -117,7 +118,7 @@ class Mean(Reference):
 
     fixed: ClassVar[bool] = True
 
-    def prepare(self, divergence: Divergence, predictions: Tensor, generator: torch.Generator) -> Tensor:
+    def prepare(self, divergence: Divergence, predictions: Tensor | Rows, generator: torch.Generator) -> Tensor:
         return predictions.mean(0, keepdim=True)
 
     cotangent = Constant.cotangent
@@ -132,11 +133,11 @@ class OtherSample(Reference):
     def __post_init__(self) -> None:
         whole("OtherSample: pool (of samples to draw from)", self.pool, 2)
 
-    def prepare(self, divergence: Divergence, predictions: Tensor, generator: torch.Generator) -> Tensor:
+    def prepare(self, divergence: Divergence, predictions: Tensor | Rows, generator: torch.Generator) -> Tensor:
         if len(predictions) < 2:
             raise ValueError("OtherSample() draws another sample and the inputs hold one; give two or more, or Mean()")
         order = torch.randperm(len(predictions), generator=generator)[: self.pool]
-        return predictions[order].clone()
+        return predictions[order]
 
     def noise(self, divergence: Divergence, shape: tuple[int, ...], pool: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randint(len(pool), shape, generator=generator)

@@ -13,6 +13,7 @@ from eigendecomp.reference import Reference
 from eigendecomp.sparsity import Sparsity
 from eigendecomp.support.checks import check_settings
 from eigendecomp.support.random import generator
+from eigendecomp.support.rows import Outputs
 from eigendecomp.target import Target
 
 
@@ -47,9 +48,9 @@ class Settings:
         like = {"generator": generator(self.seed, role), "dtype": target.dtype, "device": target.device}
         return Directions.random(target.shapes, self.n_directions, self.rank, self.factorization, **like)
 
-    def pool(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "m k"]:
+    def pool(self, f: Outputs) -> Float[Tensor, "m k"]:
         """What references are made of, from the outputs of examples."""
-        predictions = self.divergence.predict(f.flatten(0, 1))
+        predictions = f.rows(self.divergence.predict)
         return self.reference.prepare(self.divergence, predictions, generator(self.seed, "pool"))
 
     def as_json(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The target: a trained model, the parameters chosen of it, and its outputs as samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -96,22 +96,24 @@ class Target:
         with models.as_run(self.device.type, self.onednn), padding:
             return torch.func.functional_call(self.model, values, positional, named)
 
-    @torch.no_grad()
     def outputs(self, inputs: Inputs | Examples, chunk: int = 256) -> Float[Tensor, "e p k"]:
+        """Outputs of all examples, as :meth:`pieces` gives them."""
+        return torch.cat(list(self.pieces(inputs, chunk)))
+
+    @torch.no_grad()
+    def pieces(self, inputs: Inputs | Examples, chunk: int) -> Iterator[Float[Tensor, "some p k"]]:
         """Outputs of all examples, ``chunk`` at a time; of the first, nothing may be changed in place.
 
         Raises:
             ValueError: if outputs are not real, not finite, or not one row an example.
         """
-        outputs = []
         for number, some in enumerate(chunks(inputs, chunk)):
             try:
                 f = self.call(some) if number else self._watched(some)
             except (RuntimeError, TypeError, IndexError, AttributeError) as error:
                 raise ValueError(f"the model does not run on these inputs: {error}") from error
             models.check_outputs(f, some, number * chunk)
-            outputs.append(f)
-        return torch.cat(outputs)
+            yield f
 
     def _watched(self, examples: Examples) -> Float[Tensor, "e p k"]:
         """Outputs of a run in which nothing may be changed in place, nor channels be left on axis 1."""

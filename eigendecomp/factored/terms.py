@@ -56,6 +56,11 @@ class Side:
         """Operations that an inner product with a row takes; a lookup's takes none."""
         return 0 if self.lookup else self.values.shape[-1]
 
+    @property
+    def norm_cost(self) -> float:
+        """Operations of the inner products between all rows of every sample, as squared norms take them."""
+        return 2 * self.count * self.shape[2] * self.width
+
     def within(self, factor: Float[Tensor, "v k size"]) -> Float[Tensor, "v k d"]:
         """The entries of a direction's factor that these rows meet."""
         return factor if self.index is None else factor[..., self.index]
@@ -179,6 +184,17 @@ class Patches(Side):
     def width(self) -> int:
         return self.images.shape[2] * math.prod(self.kernel)
 
+    @property
+    def summed_cost(self) -> float:
+        """Operations of the inner products of patches as those of pixels, summed over the places of the kernel."""
+        channels, *sizes = self.images.shape[2:]
+        each = 2 * channels * math.prod(sizes) ** 2 + WRITE * self.shape[2] ** 2 * math.prod(self.kernel)
+        return len(self.images) * each if self.images.shape[1] == 1 else math.inf
+
+    @property
+    def norm_cost(self) -> float:
+        return min(self.summed_cost, super().norm_cost)
+
     def some(self, examples: slice) -> "Patches":
         return Patches(self.images[examples], self.kernel, self.stride, self.dilation, self.size)
 
@@ -192,10 +208,8 @@ class Patches(Side):
 
     def gram(self, other: Side) -> Float[Tensor, "1 e t s"]:
         """Inner products of patches: those of pixels, summed over the places of the kernel."""
-        n, channels, *sizes = self.images.shape[1:]
-        pixels, t = math.prod(sizes), self.shape[2]
-        summed = 2 * channels * pixels**2 + WRITE * t**2 * math.prod(self.kernel)
-        if other is not self or n > 1 or summed > 2 * self.width * t**2:
+        sizes, t = self.images.shape[3:], self.shape[2]
+        if other is not self or self.norm_cost < self.summed_cost:
             return Side(self.values, self.size).gram(other)
         flat = self.images.flatten(3).squeeze(1)
         products = (flat.mT @ flat).unflatten(2, sizes).unflatten(1, sizes)
@@ -361,7 +375,7 @@ class Factored(Part):
         weights, rows = math.prod(self.shape), [max(a.count, b.count) for a, b in self.terms]
         n = rows[0] // max(self.terms[0][0].shape[2], 1)
         factored = PASSES * sum(min(rows_cost(term, v, k), folding_cost(term, v, k)) for term in self.terms)
-        factored += sum(2 * side.count * side.shape[2] * side.width for term in self.terms for side in term)
+        factored += sum(side.norm_cost for term in self.terms for side in term)
         formed = PASSES * weights * (2 * v * (n + k) + OPS_PER_ELEMENT * (n + v)) + 2 * sum(rows) * weights
         return formed < factored
 

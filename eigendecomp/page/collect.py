@@ -37,6 +37,7 @@ from eigendecomp.directions import Directions
 from eigendecomp.divergence import KLDivergence, SquaredError
 from eigendecomp.gradients import EachOutput
 from eigendecomp.page.places import outputs_along, pushed, spatial_maps
+from eigendecomp.page.readout import Readout
 from eigendecomp.page.samples import Images, Kind, Names, Renderer, Tokens, plain, renderer
 from eigendecomp.reference import Draws
 from eigendecomp.support import files
@@ -144,6 +145,9 @@ class Measured:
     impact: Float[Tensor, "n v"]
     z: Float[Tensor, "n v"]  # encode()
     interactions: Float[Tensor, "v v"]
+    readout: Readout  # of whose features the following are
+    features: Float[Tensor, "n h"]
+    along: Float[Tensor, "n v h"] | None  # what directions do to them to first order; None where that is large
 
 
 @torch.no_grad()
@@ -152,19 +156,22 @@ def measure(d: Decomposition, examples: Examples, references: int, seed: int, pr
     s = d.settings
     draws = 1 if s.reference.fixed else references
     noises = generator(seed, "encode"), generator(seed, "encode")
-    activation, impact, z = [], [], []
+    activation, impact, z, features, along, readout = [], [], [], [], [], Readout.of(d.target, single(examples))
     cross = torch.zeros(d.decoder.n, d.decoder.n, dtype=torch.float64)
     bar = tqdm(total=len(examples[0]), disable=not progress, desc="page: samples", leave=False)
     for part in chunks(examples, CHUNK):
-        for few, f, reads, writes in changes(d, part):
+        for few, h, reads, writes in changes(d, readout, part):
             bar.update(len(few[0]))
-            shape = len(few[0]), len(f) // len(few[0])
-            moved = s.divergence.root(f.unsqueeze(1), writes)
+            f, shape = readout(h), (len(few[0]), len(h) // len(few[0]))
+            moved = readout.root(s.divergence, f, writes)
+            features.append(h)
+            if writes.nbytes // len(few[0]) * len(examples[0]) <= MEMORY:
+                along.append(writes.clone())
             activation.append(moved.norm(dim=-1))
             cross += torch.einsum("nvk,nwk->vw", moved, moved).cpu()
             for noise, m, products in zip(noises, (draws, 1), (impact, z), strict=True):
                 c = Draws.of(s.reference, s.divergence, d.pool, shape, m, noise)(f.view(*shape, -1)).flatten(0, 1)
-                products.append(reads @ c.mT)  # (n, v, m)
+                products.append(reads @ readout.back(c).mT)  # (n, v, m)
     bar.close()
     scale = cross.diagonal().sqrt()
     scale = scale.outer(scale)
@@ -173,28 +180,31 @@ def measure(d: Decomposition, examples: Examples, references: int, seed: int, pr
         torch.cat([one.abs().mean(-1) for one in impact]),
         torch.cat(z).squeeze(-1),
         torch.where(scale > 0, cross / scale, 0.0),
+        readout,
+        torch.cat(features),
+        torch.cat(along) if along else None,
     )
 
 
 def changes(
-    d: Decomposition, part: Examples
-) -> Iterator[tuple[Examples, Float[Tensor, "n k"], Float[Tensor, "n v k"], Float[Tensor, "n v k"]]]:
-    """A few examples at a time: they, their outputs f, and J u for the encoder's and for the decoder's directions.
+    d: Decomposition, readout: Readout, part: Examples
+) -> Iterator[tuple[Examples, Float[Tensor, "n h"], Float[Tensor, "n v h"], Float[Tensor, "n v h"]]]:
+    """A few examples at a time: they, their features h, and ∂h/∂w u for the encoder's and the decoder's directions.
 
     Backwards, as the gradients of all outputs, where these are few; else forwards, direction by direction.
     """
     both = d.encoder if d.settings.tied else d.encoder.beside(d.decoder)
-    p, k = d.target.outputs(single(part)).shape[1:]
-    backwards = p * k <= both.n
+    p, h = readout.before.outputs(single(part)).shape[1:]
+    backwards = readout.weight is None and p * h <= both.n
     source = d.captured(part) if backwards else None
-    size = max(1, MEMORY // (p * k * both.n * torch.finfo(d.target.dtype).bits // 8))
+    size = max(1, MEMORY // (p * h * both.n * torch.finfo(d.target.dtype).bits // 8))
     for few in chunks(part, size):
-        f = d.target.outputs(few).flatten(0, 1)
+        features = readout.before.outputs(few).flatten(0, 1)
         if source is not None:
-            y = source(few, EachOutput()).inner(both).unflatten(0, (-1, k)).mT
+            y = source(few, EachOutput()).inner(both).unflatten(0, (-1, h)).mT
         else:
-            y = push_forward(d.target, SquaredError(), both, few) / 2**0.5  # S = 2I
-        yield few, f, y[:, : d.encoder.n], y[:, -d.decoder.n :]
+            y = push_forward(readout.before, SquaredError(), both, few) / 2**0.5  # S = 2I
+        yield few, features, y[:, : d.encoder.n], y[:, -d.decoder.n :]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +226,7 @@ def collect(
     known = Known(d, measured, shown, labels, view, (e, n // e))
     mapped = isinstance(shown, Images)
     chosen = [[*first, *others] if mapped else first for first, others in known.chosen]
-    effects = act(d, examples, chosen, len(known.chosen[0][0]), mapped, name, view.steps)
+    effects = act(d, measured, examples, chosen, len(known.chosen[0][0]), mapped, name, view.steps)
     bar = tqdm(effects, total=d.decoder.n, disable=not view.progress, desc="page: directions", leave=False)
     directions = [known.direction(v, *effect) for v, effect in enumerate(bar)]
     used = sorted({one["e"] for direction in directions for one in direction["samples"]})
@@ -349,6 +359,7 @@ def neighbours(row: Float[Tensor, " v"], v: int) -> list[list[Any]]:
 
 def act(
     d: Decomposition,
+    measured: Measured,
     examples: Examples,
     chosen: Sequence[Sequence[int]],
     top: int,
@@ -361,19 +372,24 @@ def act(
     To first order, and pushed by steps. Maps are of all chosen samples, if they are to be ``mapped``. Several
     directions run through the model at once, as far as memory goes.
     """
-    target, divergence, rows = d.target, d.settings.divergence, torch.tensor(chosen)
-    f = target.call(single(examples))
-    p, k = f.shape[1:]
+    target, divergence, rows, readout = d.target, d.settings.divergence, torch.tensor(chosen), measured.readout
+    p, width = readout.before.outputs(single(examples)).shape[1:]
     bits = torch.finfo(d.target.dtype).bits
-    size = max(1, 8 * MEMORY // (bits * len(STEPS) * (target.size + 8 * rows.shape[1] * p * k)))
+    size = max(1, 8 * MEMORY // (bits * len(STEPS) * (target.size + 8 * rows.shape[1] * p * width)))
     for some in torch.arange(d.decoder.n).split(min(size, TOGETHER)):
         u, at = d.decoder.select(some), rows[some] % p
         parts = tuple(tensor[rows[some].to(tensor.device) // p] for tensor in examples)  # (v, m, …)
-        f, y = (x.gather(2, at[..., None, None].expand(-1, -1, 1, k).to(x.device)).squeeze(2)
-                for x in outputs_along(target, u, parts))  # fmt: skip
+        if measured.along is None:
+            h, y = (x.gather(2, at[..., None, None].expand(-1, -1, 1, width).to(x.device)).squeeze(2)
+                    for x in outputs_along(readout.before, u, parts))  # fmt: skip
+        else:
+            h, y = measured.features[rows[some]], measured.along[rows[some], some[:, None]]
+        f, y = readout(h), readout.along(y)
         activation = divergence.root(f[:, :top], y[:, :top]).norm(dim=-1).mean(1)
         deltas = [pushes(target, one, steps) for one in activation.tolist()]
-        lines = pushed(target, u, tuple(tensor[:, :top] for tensor in parts), at[:, :top], deltas, divergence.predict)
+        still = divergence.predict(f[:, :top]).mean(1)
+        lines = pushed(readout.before, u, tuple(tensor[:, :top] for tensor in parts), at[:, :top], deltas, still,
+                       lambda h: divergence.predict(readout(h)))  # fmt: skip
         for i in range(len(some)):
             one = tuple(tensor[i] for tensor in parts)
             maps = spatial_maps(target, divergence, u.select([i]), one, y[i]) if mapped else None

@@ -52,23 +52,36 @@ def pushed(
     parts: Examples,
     at: Int[Tensor, "v e"],
     deltas: Sequence[Sequence[float]],
+    still: Float[Tensor, "v k"],
     predict: Callable[[Tensor], Tensor],
 ) -> list[Float[Tensor, "d k"]]:
-    """The mean prediction of each direction's examples, at the positions ``at``, with w + δ u for each of its δ."""
+    """The mean prediction of each direction's examples, at the positions ``at``, with w + δ u for each of its δ.
+
+    Args:
+        still: the mean prediction at δ = 0.
+        predict: predictions from the outputs of the target.
+    """
     chosen = {name: value.detach() for name, value in target.chosen.items()}
-    number = torch.tensor([v for v, steps in enumerate(deltas) for _ in steps])
-    sizes = torch.tensor([delta for steps in deltas for delta in steps]).to(next(iter(chosen.values())))
-    moved = {}
-    for name, value in chosen.items():
-        change = u.dense(name).index_select(0, number.to(value.device)).view(-1, *value.shape)
-        moved[name] = value + change * sizes.view(-1, *[1] * value.ndim)
+    most = max(len(steps) for steps in deltas)
+    padded = [[delta for delta in steps if delta] + [0.0] * (most - len(steps)) for steps in deltas]
+    sizes = torch.tensor(padded).to(still)
+    changes = {name: u.dense(name).view(-1, *value.shape) for name, value in chosen.items()}
 
-    def course(values: dict[str, Tensor], at: Tensor, *part: Tensor) -> Tensor:
-        f = target.call(alike(parts, part), values)
-        return predict(f.gather(1, at.to(f.device)[:, None, None].expand(-1, 1, f.shape[2])).squeeze(1)).mean(0)
+    def course(change: dict[str, Tensor], sizes: Tensor, at: Tensor, *part: Tensor) -> Tensor:
+        def end(delta: Tensor) -> Tensor:
+            f = target.call(alike(parts, part), {name: value + delta * change[name] for name, value in chosen.items()})
+            return predict(f.gather(1, at.to(f.device)[:, None, None].expand(-1, 1, f.shape[2])).squeeze(1)).mean(0)
 
-    lines = each(course, moved, at[number], *(tensor[number.to(tensor.device)] for tensor in parts))
-    return list(lines.nan_to_num().split([len(steps) for steps in deltas]))  # what overflows is not drawn
+        return each(end, sizes)  # what comes before the parameters is run once for all steps
+
+    lines = (
+        each(course, changes, sizes, at, *parts) if sizes.shape[1] else still.new_zeros(len(still), 0, still.shape[1])
+    )
+    found = []
+    for line, base, steps in zip(lines.nan_to_num(), still, deltas, strict=True):  # what overflows is not drawn
+        rows = iter(line)
+        found.append(torch.stack([next(rows) if delta else base for delta in steps]))
+    return found
 
 
 def each(function: Callable[..., Any], *arguments: Any) -> Any:

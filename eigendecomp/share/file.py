@@ -21,6 +21,7 @@ from eigendecomp.support import files
 from eigendecomp.support.checks import real
 from eigendecomp.support.examples import Examples, Named
 from eigendecomp.support.history import History
+from eigendecomp.support.rows import Outputs
 from eigendecomp.target import Target
 
 FORMAT = 1
@@ -61,7 +62,7 @@ def load(cls: type[Decomposition], path: str | Path, model: nn.Module) -> Decomp
         if metadata["threshold"] is not None:
             real("threshold", metadata["threshold"], least=0)
         seen = unpack_seen(tensors, metadata.get("arguments"))
-        pool = settings.pool(target.outputs(seen)) if seen else tensors["pool"].to(target.device)
+        pool = settings.pool(Outputs.of(target, seen)) if seen else tensors["pool"].to(target.device)
         return cls(target, settings, encoder, decoder, metadata["threshold"], pool, history, seen)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None

@@ -28,6 +28,7 @@ from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.checks import real, whole
 from eigendecomp.support.examples import Examples, Inputs
 from eigendecomp.support.random import generator
+from eigendecomp.support.rows import Outputs
 from eigendecomp.support.show import Shown
 from eigendecomp.target import Target, patterns
 
@@ -111,7 +112,7 @@ class GradientStore(Shown):
         if metadata["shards"] is None:
             raise ValueError(f"{str(path)!r} is not complete: call GradientStore.collect again, which goes on with it")
         seen = unpack_seen(tensors, metadata["arguments"])
-        pool = settings.pool(target.outputs(seen)) if seen else tensors["pool"].to(target.device)
+        pool = settings.pool(Outputs.of(target, seen)) if seen else tensors["pool"].to(target.device)
         constants = {key.removeprefix(CONSTANT): x for key, x in tensors.items() if key.startswith(CONSTANT)}
         shards = Shards.open(
             folder, metadata["shards"], metadata["identity"], Layout.read(metadata["layout"]), target.shapes,

@@ -1,7 +1,7 @@
 """Checks of plain values, so that every wrong one is refused in the same words."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -99,16 +99,16 @@ def check_settings(settings: Any, **kinds: type) -> None:
             raise ValueError(f"{name}={value!r} must be a {kind.__name__}, such as those in eigendecomp")
 
 
-def check_differs(draws: Any, f: Float[Tensor, "e p k"], generator: torch.Generator, remedy: str) -> None:
+def check_differs(
+    draws: Any, pieces: Iterable[Float[Tensor, "e p k"]], generator: torch.Generator, remedy: str
+) -> None:
     """Refuse references from which no output differs by more than rounding: a fit would learn the rounding.
 
     Raises:
         ValueError: if every cotangent is zero within 16 units of the outputs' last digit; it ends with the remedy.
     """
-    c = draws.again((f.shape[0], f.shape[1]), 1, generator)
-    for start in range(0, len(f), 256):
-        some = slice(start, start + 256)
-        scale = f[some].abs().amax() + draws.divergence.predict(f[some]).abs().amax()
-        if c[some](f[some]).abs().amax() > 16 * torch.finfo(f.dtype).eps * scale:
+    for f in pieces:
+        scale = f.abs().amax() + draws.divergence.predict(f).abs().amax()
+        if draws.again((f.shape[0], f.shape[1]), 1, generator)(f).abs().amax() > 16 * torch.finfo(f.dtype).eps * scale:
             return
     raise ValueError(f"all gradients are zero: {remedy}")

@@ -23,6 +23,7 @@ from eigendecomp.sparsity import Sparsity
 from eigendecomp.study.scores import max_cosine
 from eigendecomp.support.examples import Shuffled
 from eigendecomp.support.random import generator
+from eigendecomp.support.rows import Outputs
 from eigendecomp.target import Target
 from eigendecomp.targets.toys import tms
 
@@ -407,7 +408,7 @@ def test_kept_and_live_gradients_of_the_same_samples_are_the_same(reference: Ref
     f = target.outputs((x,))
     pool = reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(0, "pool"))
     draws = Draws.of(reference, divergence, pool, (1, 1), 1, generator(0, "probe"))
-    cached = CachedBatches(source, (x,), f, draws, generator(0, "data"))
+    cached = CachedBatches(source, (x,), Outputs.of(target, (x,)), draws, generator(0, "data"))
     live = LiveBatches(source, Shuffled((x,), 30, generator(0, "data")), draws, 1)
     one, other = generator(0, "references"), generator(0, "references")
     for _ in range(5):  # more than one round through the thirty

@@ -20,21 +20,26 @@ import torch
 from torch import Tensor, nn
 
 from eigendecomp.batches import Data
+from eigendecomp.curvature import curvatures
+from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence, KLDivergence
 from eigendecomp.factored.kept import coefficients
 from eigendecomp.factored.samples import OutputSamples
 from eigendecomp.factored.source import CapturedSource
+from eigendecomp.factored.terms import Factored, Patches, Side, contract
 from eigendecomp.fit import State, fit
-from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Source, at_own_position
-from eigendecomp.objective import Objective
+from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Source, at_own_position, sum_of
+from eigendecomp.objective import Coefficients, Objective
 from eigendecomp.reference import Draws, OtherSample
 from eigendecomp.settings import Settings
+from eigendecomp.share.file import pack_pool
 from eigendecomp.sparsity import BatchTopK
 from eigendecomp.storage import identity
 from eigendecomp.support import parallel
 from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.random import generator
+from eigendecomp.support.rows import Outputs
 from eigendecomp.target import Target
 from rooms.cost import sizes
 
@@ -135,6 +140,68 @@ def sources(
     }
 
 
+def uses(c: int, e: int, t: int, inputs: int, outputs: int) -> Factored:
+    """The gradients of a weight used at t places of e examples, for c cotangents of each; random factors."""
+    term = Side(torch.randn(1, e, t, inputs), inputs), Side(torch.randn(c, e, t, outputs), outputs)
+    return Factored("w", (inputs, outputs), (0,), [term])
+
+
+def objective_step(
+    part: Factored, n_directions: int, kept: float, way: Callable[..., Coefficients]
+) -> Callable[[], None]:
+    """The objective on given gradients and its derivatives, with ``kept`` coefficients a sample of rank one."""
+    d = Directions.random({"w": part.shape}, n_directions, 1).map(torch.nn.Parameter)
+    e = d.map(lambda factor: torch.nn.Parameter(factor.detach().clone()))
+    objective = Objective(BatchTopK(min(1.0, kept / n_directions), auxiliary=0.0), way)
+    alive = torch.zeros(n_directions, dtype=torch.bool)
+
+    def work() -> None:
+        loss, _, _ = objective(Gradients({"w": part.shape}, [part]), e, d, alive)
+        torch.autograd.grad(loss, [*e.tensors(), *d.tensors()])
+
+    return work
+
+
+def convolution(examples: int, channels: int, places: int) -> dict[str, Factored]:
+    """Gradients of a 3 × 3 kernel at places × places of images: with terms as kernels, and as unfolded patches."""
+    images = torch.randn(examples, 1, channels, places + 2, places + 2)
+    kernels = Patches(images, (3, 3), (1, 1), (1, 1), 9 * channels)
+    outputs = Side(torch.randn(1, examples, places**2, channels), channels)
+    ways = {"kernels": kernels, "patches": Side(kernels.values.contiguous(), kernels.size)}
+    return {way: Factored("w", (channels, channels, 3, 3), (0,), [(outputs, side)]) for way, side in ways.items()}
+
+
+def products(part: Factored, directions: Directions, formed: bool = False) -> Callable[[], None]:
+    """Inner products with encoder and decoder, each forward and backward, and squared norms: of factors, or formed."""
+    name, left, right = part.names[0], *directions.pair(part.names[0], part.rows)
+
+    def work() -> None:
+        some = Factored(name, part.shape, part.rows, part.terms)
+        if formed:
+            some.form()
+        for _ in range(2):
+            z = some.inner(directions) if formed else sum_of([contract(term, left, right) for term in some.terms])
+            torch.autograd.grad(z.sum(), list(directions.tensors()), retain_graph=True)
+        some.square_norms()
+
+    return work
+
+
+def guard_seconds(step: Step, repeats: int) -> dict[str, float]:
+    """What a training step takes, and what comparing its gradients with autograd's takes."""
+    source, pieces = step.source, [(step.examples, step.draws)]
+    assert isinstance(source, CapturedSource)
+    gradients = source.gradients(*pieces[0])
+    return seconds({"step": step, "look": lambda: source.guard.wrong(pieces, gradients.weighted)}, repeats)
+
+
+@torch.no_grad()
+def activation_one_by_one(d: Decomposition, examples: Sequence[Tensor]) -> Tensor:
+    """What :meth:`Decomposition.activation` gives, one direction after another through the whole model."""
+    each = (d.decoder.select([v]) for v in range(d.decoder.n))
+    return torch.cat([curvatures(d.target, d.settings.divergence, one, examples) for one in each], 1).sqrt()
+
+
 def plain_pass(target: Target, examples: Sequence[Tensor]) -> Callable[[], None]:
     """The limit: a forward and a backward pass of the batch, every example repeated once for each of its samples."""
     positions = target.outputs(tuple(tensor[:1] for tensor in examples)).shape[1]
@@ -223,13 +290,42 @@ def fit_alone(
     Returns parameters, the median of wall seconds a step for each batch size, and the first process's peak memory in
     bytes as the system counts it: the interpreter, torch, the model, the directions with Adam's moments, and the steps.
     """
-    given = json.dumps([vocabulary, width, layers, directions, list(batch_sizes), steps, examples])
+    return _alone("fits", [vocabulary, width, layers, directions, list(batch_sizes), steps, examples], processes)
+
+
+def _alone(what: str, given: Sequence[Any], processes: int = 1) -> dict[str, Any]:
+    """What one of ``WORK`` returns, in as many new processes of one thread each."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, "-W", "ignore", *(launcher if processes > 1 else []), "-m", __name__, given]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-W", "ignore", *(launcher if processes > 1 else []), "-m", __name__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, what, json.dumps(given)], env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the fit in a process of its own failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"the work in a process of its own failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def pool_alone(vocabulary: int, windows: int, at_once: bool) -> dict[str, Any]:
+    """The pool of references of a language model on windows of 16 positions, in a process of its own.
+
+    Returns the process's peak memory in bytes once the model has run, and when the pool is there; the bytes that a file
+    takes for it; and the norms of its rows. ``at_once`` holds the outputs of all windows, as was done before.
+    """
+    return _alone("pool", [vocabulary, windows, at_once])
+
+
+def _pool(vocabulary: int, windows: int, at_once: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    target = Target(sizes.Transformer(vocabulary, 64, 4, 2, 16).eval(), ["attention.0.k.weight"])
+    tokens, settings = torch.randint(vocabulary, (windows, 16)), fit_settings(1, 1, 1)
+    target.outputs(tokens[:3])
+    start, divergence = process_peak(), settings.divergence
+    if at_once:
+        predictions = divergence.predict(target.outputs(tokens).flatten(0, 1))
+        pool = settings.reference.prepare(divergence, predictions, generator(0, "pool"))
+    else:
+        pool = settings.pool(Outputs.of(target, (tokens,)))
+    file = sum(tensor.nbytes for tensor in pack_pool(pool, () if at_once else (tokens,)).values())
+    return {"before": start, "process_memory": process_peak(), "file": file, "norms": pool.norm(dim=1).tolist()}
 
 
 def _fits(
@@ -246,7 +342,7 @@ def _fits(
         stamp = lambda _, ended=ended: ended.append(time.perf_counter())  # noqa: E731
         fit(target, batches, settings, progress=False, threshold_samples=1, on_step=stamp)
         each.append(statistics.median(b - a for a, b in pairwise(ended)))  # the first step counts for nothing
-    return {"parameters": target.size, "step_seconds": each, "process_memory": _peak_of_process()}
+    return {"parameters": target.size, "step_seconds": each, "process_memory": process_peak()}
 
 
 def fit_settings(n_directions: int, steps: int, batch_size: int) -> Settings:
@@ -256,7 +352,7 @@ def fit_settings(n_directions: int, steps: int, batch_size: int) -> Settings:
     )
 
 
-def _peak_of_process() -> int:
+def process_peak() -> int:
     """Bytes of memory that this process has held at most."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux's ru_maxrss starts from what the process that launched this one has held
@@ -283,7 +379,9 @@ def checkpoint_writes(model: nn.Module, examples: Sequence[Tensor], n_directions
         return {"bytes": path.stat().st_size, "write_seconds": checkpoint.taken, "share_of_time": share}
 
 
+WORK: dict[str, Callable[..., dict[str, Any]]] = {"fits": _fits, "pool": _pool}
+
 if __name__ == "__main__":
-    found = _fits(*json.loads(sys.argv[1]))
+    found = WORK[sys.argv[1]](*json.loads(sys.argv[2]))
     if parallel.leads():
         print(json.dumps(found))
