@@ -210,8 +210,8 @@ w_in, w_out = identity.weights["W_in"], identity.weights["W_out"]
 expected = torch.einsum("fh,gf->fhg", w_in, w_out).flatten(1)
 middle = []
 for e in everything["identity"]:
-    if e.spd is not None:
-        ci = e.spd.importance(0.75 * torch.eye(5))["H"]
+    if e.theirs is not None:
+        ci = e.theirs.importance(0.75 * torch.eye(5))["H"]
         on = ci > scores.ON
         middle.append({"method": SPD, "seed": e.seed, "on for a feature": on.sum(1).double().mean().item(),
                        "on for any": int(on.any(0).sum()), "on for all": int(on.all(0).sum()),

@@ -70,7 +70,7 @@ class Entry:
     seconds: float = 0.0
     steps: int | None = None
     ours: Decomposition | None = None
-    spd: spd.SPD | None = None
+    theirs: spd.SPD | None = None  # the components of a run of SPD
     kept: float | None = None  # L3D's share of coefficients
 
 
@@ -101,7 +101,7 @@ def entries(p: Problem, fits: Mapping[int, Directions]) -> Iterator[Entry]:
     for seed, (tensors, about) in runs(p.name, "spd").items():
         made = trained(p, tensors, about)
         rows = scores.joined(made.components(), made.importance(p.single), p.target.shapes)
-        yield Entry(SPD, seed, rows, scores.dual(rows), about["seconds"], about["steps"], spd=made)
+        yield Entry(SPD, seed, rows, scores.dual(rows), about["seconds"], about["steps"], theirs=made)
     for seed, (tensors, about) in runs(p.name, "npeff").items():
         yield Entry("NPEFF", seed, tensors["rows"], scores.dual(tensors["rows"]), about["seconds"], about["steps"])
     for method, title in (("l3d", "L3D, paper"), ("l3dcode", "L3D, its code")):
@@ -124,8 +124,8 @@ def both_ways(p: Problem, entry: Entry) -> dict[str, Any]:
         "error": scores.rebuilt(p.rows, entry.rows, KEPT.get(p.name, 1.0)), "seconds": entry.seconds,
         "steps": entry.steps,
     }  # fmt: skip
-    if entry.spd is not None:
-        importance = entry.spd.importance(p.held_out).values()
+    if entry.theirs is not None:
+        importance = entry.theirs.importance(p.held_out).values()
         row |= {
             "alive": sum(scores.alive(g * (g > scores.ON)) for g in importance),
             "l0": sum(map(scores.l0, importance)),
@@ -140,8 +140,8 @@ def both_ways(p: Problem, entry: Entry) -> dict[str, Any]:
 def vectors(p: Problem, entry: Entry) -> dict[str, float]:
     """The peers' scores, where each row of W_in is a feature's vector; ours get lengths by least squares on W_in."""
     weight = p.weights["W_in"]
-    if entry.spd is not None:
-        components, ci = entry.spd.components()["W_in"], entry.spd.importance(p.single)["W_in"]
+    if entry.theirs is not None:
+        components, ci = entry.theirs.components()["W_in"], entry.theirs.importance(p.single)["W_in"]
     else:
         components = scores.signed(scores.parts_of(entry.rows, p.target.shapes)["W_in"], weight)
         ci = None if entry.ours is None else (entry.ours.encode(p.single, sparse=True) != 0).float()
@@ -158,9 +158,9 @@ def in_place(p: Problem, entry: Entry) -> dict[str, Any] | None:
 
     A direction has a length in every weight, by least squares on it, and is important where its coefficient is kept.
     """
-    if entry.spd is not None:
-        components = scores.stacked(entry.spd.components())
-        ci = torch.cat(list(entry.spd.importance(p.held_out).values()), 1)
+    if entry.theirs is not None:
+        components = scores.stacked(entry.theirs.components())
+        ci = torch.cat(list(entry.theirs.importance(p.held_out).values()), 1)
     elif entry.ours is not None or entry.kept is not None:
         components = scores.filled(entry.rows, p.weights)
         z = p.rows @ entry.reader.T if entry.ours is None else entry.ours.encode(p.held_out, sparse=True)
