@@ -46,20 +46,14 @@ report = results.Results("peers", fit_seeds=fit_seeds, held_out=held_out, refere
 # %%
 LEVELS = {"tms": 0.9999, "large": 0.9995}  # the mean own cosine that was hoped for, at which speeds are compared
 TITLES = {"tms": "5 in 2", "large": "40 in 10"}
-curves = []
-for name in LEVELS:
-    for seed, (_, about) in compared.runs(name, "spd").items():
-        of = {"network": name, "seed": seed}
-        curves += [{**of, "method": OURS, **point} for point in about["ours"]]
-        curves += [{**of, "method": SPD, "steps": h["step"], **h} for h in about["history"]]
-curves = report.table("time", pd.DataFrame(curves)[["network", "seed", "method", "steps", "seconds", "own_cosine"]])
+curves = report.table("time", pd.DataFrame(compared.curves(list(LEVELS))))
 
 # %%
 figure, axes = plots.panels(1, 2, width=0.8 * plots.PAGE, height=2.0, sharey=True, sharex=True)
 for ax, (name, title) in zip(axes, TITLES.items(), strict=True):
     here = curves[curves["network"] == name]
-    for (method, _), line in here.groupby(["method", "seed"], sort=False):
-        color = plots.OURS if method == OURS else plots.SAE
+    for _, line in here.groupby(["method", "seed"], sort=False):
+        color = plots.OURS if line["method"].iloc[0] == OURS else plots.SAE
         ax.plot(line["seconds"], (1 - line["own_cosine"]).clip(lower=1e-6), "o-", color=color, ms=2.5, lw=0.9)
     for method, color in ((OURS, plots.OURS), (SPD, plots.SAE)):
         last = here[here["method"] == method].iloc[-1]
@@ -79,13 +73,7 @@ report.figure("time", figure)
 # published (10,000 to 40,000 steps of 4,096 samples), with larger steps, which favours it here.
 
 # %%
-speeds = []
-for (name, seed), part in curves.groupby(["network", "seed"]):
-    took = {m: compared.soonest(part[part["method"] == m].to_dict("records"), LEVELS[name]) for m in (OURS, SPD)}
-    both = None not in took.values()
-    speeds.append({"network": name, "seed": seed, "level": LEVELS[name], **took,
-                   "times": took[SPD] / took[OURS] if both else None})  # fmt: skip
-speeds = report.table("speed", pd.DataFrame(speeds))
+speeds = report.table("speed", pd.DataFrame(compared.speeds(curves.to_dict("records"), LEVELS)))
 report.record(speed=speeds.astype(object).where(speeds.notna(), None).to_dict("records"))
 speeds.round(3)
 

@@ -59,3 +59,15 @@ def test_the_files_of_the_peers_are_read_and_floors_come_last(problem: Problem) 
 def test_the_soonest_is_the_first_to_reach_the_level() -> None:
     curve = [{"seconds": s, "own_cosine": c} for s, c in ((1.0, 0.5), (2.0, 0.95), (3.0, 0.9), (4.0, 0.99))]
     assert compared.soonest(curve, 0.9) == 2 and compared.soonest(curve, 0.999) is None
+
+
+def test_speeds_compare_what_was_timed_in_one_process() -> None:
+    of = {"network": "tms", "seed": 1, "steps": 1}
+    points = [{**of, "method": "ours", "seconds": 0.5, "own_cosine": 0.95}]
+    points += [{**of, "method": "SPD", "seconds": s, "own_cosine": c} for s, c in ((1.0, 0.2), (4.0, 0.91))]
+    (row,) = compared.speeds(points, {"tms": 0.9})
+    assert row["times"] == 8 and row["ours"] == 0.5 and row["SPD"] == 4
+    (row,) = compared.speeds(points, {"tms": 0.93})
+    assert row["times"] is None and row["SPD"] is None
+    kept = compared.curves(["tms"])
+    assert {point["method"] for point in kept} == {"ours", "SPD"} and all(point["steps"] for point in kept)

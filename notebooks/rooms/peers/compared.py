@@ -176,7 +176,37 @@ def in_place(p: Problem, entry: Entry) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def soonest(curve: list[dict[str, float]], level: float) -> float | None:
+# ---- time
+
+Point = dict[str, Any]  # network, seed, method, steps, seconds and the mean own cosine
+
+
+def curves(names: list[str]) -> list[Point]:
+    """Runs of SPD as they trained, and our fits of several lengths in the same processes."""
+    found = []
+    for name in names:
+        for seed, (_, about) in runs(name, "spd").items():
+            for method, points in ((OURS, about["ours"]), (SPD, about["history"])):
+                found += [
+                    {"network": name, "seed": seed, "method": method, "steps": point.get("steps", point.get("step")),
+                     "seconds": point["seconds"], "own_cosine": point["own_cosine"]}
+                    for point in points
+                ]  # fmt: skip
+    return found
+
+
+def soonest(curve: list[Point], level: float) -> float | None:
     """The fewest seconds in which a curve reaches a cosine; None if it never does."""
     reached = [point["seconds"] for point in curve if point["own_cosine"] >= level]
     return min(reached) if reached else None
+
+
+def speeds(points: list[Point], levels: Mapping[str, float]) -> list[Point]:
+    """By network and seed, the seconds of each to the network's level, and how many times SPD's are ours."""
+    rows: list[Point] = []
+    for name, seed in dict.fromkeys((point["network"], point["seed"]) for point in points):
+        here = [point for point in points if (point["network"], point["seed"]) == (name, seed)]
+        ours, theirs = (soonest([p for p in here if p["method"] == m], levels[name]) for m in (OURS, SPD))
+        times = None if ours is None or theirs is None else theirs / ours
+        rows.append({"network": name, "seed": seed, "level": levels[name], OURS: ours, SPD: theirs, "times": times})
+    return rows

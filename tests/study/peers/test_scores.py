@@ -67,9 +67,11 @@ def test_masked_components_compute_what_the_masked_weights_do_sample_by_sample()
     components = {"a": torch.randn(5, 4, 3, dtype=torch.double), "b": torch.randn(5, 3, 2, dtype=torch.double)}
     mask = torch.rand(30, 5, dtype=torch.double)
     found = scores.masked(stages, components, x, mask)
+    bias = stages[1].bias
+    assert bias is not None
     for row in range(30):
         a, b = ((mask[row, :, None, None] * part).sum(0) for part in components.values())
-        torch.testing.assert_close(found[row], torch.tanh(x[row] @ a @ b + stages[1].bias))
+        torch.testing.assert_close(found[row], torch.tanh(x[row] @ a @ b + bias))
 
 
 def test_components_that_add_up_and_are_all_important_leave_nothing_under_any_mask() -> None:
