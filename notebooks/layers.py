@@ -340,6 +340,7 @@ def times_worse(layers, method):
     }
 
 
+# %%
 worse = {f"{layers} {method}": times_worse(layers, method) for layers in sizes for method in ALL_LAYERS}
 report.record(times_worse=worse, seeds_run=len(usual))
 for layers in sizes:

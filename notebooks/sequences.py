@@ -259,6 +259,7 @@ def loss_of(frame):
     return frame.assign(loss=frame["left"] + frame["elsewhere"])
 
 
+# %%
 for head in ("head 1", "head 2"):
     cosine = circuits[circuits["method"] == "direction"][f"{head} cosine"].tolist()
     report.claim(
