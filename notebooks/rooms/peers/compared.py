@@ -15,7 +15,7 @@ from eigendecomp.study import floors
 from eigendecomp.study.peers import l3d, scores, spd
 from eigendecomp.support import files
 from eigendecomp.target import Target
-from rooms.peers import networks
+from rooms.peers import networks, reconstruction
 from rooms.peers.networks import Directions
 
 OURS, REFITTED, SPD = "ours", "ours, refitted", "SPD"
@@ -159,15 +159,15 @@ def in_place(p: Problem, entry: Entry) -> dict[str, Any] | None:
     A direction has a length in every weight, by least squares on it, and is important where its coefficient is kept.
     """
     if entry.theirs is not None:
-        components = scores.stacked(entry.theirs.components())
+        components = reconstruction.stacked(entry.theirs.components())
         ci = torch.cat(list(entry.theirs.importance(p.held_out).values()), 1)
     elif entry.ours is not None or entry.kept is not None:
-        components = scores.filled(entry.rows, p.weights)
+        components = reconstruction.filled(entry.rows, p.weights)
         z = p.rows @ entry.reader.T if entry.ours is None else entry.ours.encode(p.held_out, sparse=True)
         ci = ((z != 0) if entry.kept is None else (z.abs() >= cutoff(z, entry.kept))).float()
     else:
         return None
-    found = scores.reconstruction(p.model.stages(), components, p.held_out, ci, seed=0)  # type: ignore[operator]
+    found = reconstruction.reconstruction(p.model.stages(), components, p.held_out, ci, seed=0)  # type: ignore[operator]
     left = [(part.sum(0) - p.weights[name]).square().sum() for name, part in components.items()]
     size = sum(weight.square().sum() for weight in p.weights.values())
     return {
