@@ -14,8 +14,8 @@
 # directions do. All are scored both ways: the peers' scores on our directions, ours on theirs.
 #
 # **Where each feature has a vector of its own, directions are near it in a fraction of SPD's time, and SPD comes nearer
-# in the end.** The picture shows it on five features in two dimensions, and on forty in ten. Where components take the
-# weights' place SPD is far ahead; where gradients are rebuilt directions are.
+# in the end where it finds them all.** The picture shows it on five features in two dimensions. Where components take
+# the weights' place SPD is far ahead as soon as features share weights; where gradients are rebuilt directions are.
 
 # %% tags=["parameters"]
 fit_seeds = [1, 2, 3, 4, 5]  # settings were chosen on seeds 0 and 100
@@ -44,27 +44,24 @@ if smoke:
 report = results.Results("peers", fit_seeds=fit_seeds, held_out=held_out, references=references)
 
 # %%
-LEVELS = {"tms": 0.9999, "large": 0.9995}  # the mean own cosine that was hoped for, at which speeds are compared
-curves = []
-for name in LEVELS:
-    for seed, (_, about) in compared.runs(name, "spd").items():
-        of = {"network": name, "seed": seed}
-        curves += [{**of, "method": OURS, **point} for point in about["ours"]]
-        curves += [{**of, "method": SPD, **{k: h[k] for k in about["ours"][0]}} for h in about["history"]]
-curves = report.table("time", pd.DataFrame(curves)[["network", "seed", "method", "steps", "seconds", "own_cosine"]])
+HOPED = {"tms": 0.9999, "large": 0.9995}  # mean own cosines, at which speeds are compared
+TITLES = {"tms": "5 in 2", "large": "40 in 10"}
+LEVELS = {name: level for name, level in HOPED.items() if compared.runs(name, "spd")}
+curves = report.table("time", pd.DataFrame(compared.curves(list(LEVELS))))
 
-figure, axes = plots.panels(1, 2, width=0.8 * plots.PAGE, height=2.0, sharey=True, sharex=True)
-for ax, (name, title) in zip(axes, (("tms", "5 in 2"), ("large", "40 in 10")), strict=True):
+# %%
+figure, axes = plots.panels(1, len(LEVELS), width=0.4 * len(LEVELS) * plots.PAGE, sharey=True, sharex=True)
+for ax, name in zip(axes, LEVELS, strict=True):
     here = curves[curves["network"] == name]
-    for (method, _), line in here.groupby(["method", "seed"], sort=False):
-        color = plots.OURS if method == OURS else plots.SAE
+    for _, line in here.groupby(["method", "seed"], sort=False):
+        color = plots.OURS if line["method"].iloc[0] == OURS else plots.SAE
         ax.plot(line["seconds"], (1 - line["own_cosine"]).clip(lower=1e-6), "o-", color=color, ms=2.5, lw=0.9)
     for method, color in ((OURS, plots.OURS), (SPD, plots.SAE)):
         last = here[here["method"] == method].iloc[-1]
         ax.annotate(method, (last["seconds"], max(1 - last["own_cosine"], 1e-6)), xytext=(4, 2),
                     textcoords="offset points", color=color, fontsize=7)  # fmt: skip
     ax.axhline(1 - LEVELS[name], color="0.7", lw=0.7, ls=":")
-    ax.set(xscale="log", yscale="log", title=title, xlabel="seconds of one core")
+    ax.set(xscale="log", yscale="log", title=TITLES[name], xlabel="seconds of one core")
     ax.margins(x=0.2)
 axes[0].set_ylabel("1 − own cosine, mean")
 report.figure("time", figure)
@@ -74,16 +71,12 @@ report.figure("time", figure)
 # against seconds of one core. A line is a seed: SPD as it trains, ours for fits of several lengths in the same process
 # and hour, each direction then *fitted again to the samples that keep it and no other* (where features meet in a
 # sample, each one's gradient bends the others' rows). Dotted: what was hoped for. SPD's runs are far shorter than
-# published (10,000 to 40,000 steps of 4,096 samples), with larger steps, which favours it here.
+# published (10,000 to 40,000 steps of 4,096 samples), with larger steps, which favours it here. One of the three finds
+# no component for every feature. Ours are ten times sooner or so, not the fifty that was hoped for. SPD was not run on
+# forty features in ten dimensions, nor on the squares: there was no time for it.
 
 # %%
-speeds = []
-for (name, seed), part in curves.groupby(["network", "seed"]):
-    took = {m: compared.soonest(part[part["method"] == m].to_dict("records"), LEVELS[name]) for m in (OURS, SPD)}
-    both = None not in took.values()
-    speeds.append({"network": name, "seed": seed, "level": LEVELS[name], **took,
-                   "times": took[SPD] / took[OURS] if both else None})  # fmt: skip
-speeds = report.table("speed", pd.DataFrame(speeds))
+speeds = report.table("speed", pd.DataFrame(compared.speeds(curves.to_dict("records"), LEVELS)))
 report.record(speed=speeds.astype(object).where(speeds.notna(), None).to_dict("records"))
 speeds.round(3)
 
@@ -210,8 +203,8 @@ w_in, w_out = identity.weights["W_in"], identity.weights["W_out"]
 expected = torch.einsum("fh,gf->fhg", w_in, w_out).flatten(1)
 middle = []
 for e in everything["identity"]:
-    if e.spd is not None:
-        ci = e.spd.importance(0.75 * torch.eye(5))["H"]
+    if e.theirs is not None:
+        ci = e.theirs.importance(0.75 * torch.eye(5))["H"]
         on = ci > scores.ON
         middle.append({"method": SPD, "seed": e.seed, "on for a feature": on.sum(1).double().mean().item(),
                        "on for any": int(on.any(0).sum()), "on for all": int(on.all(0).sum()),
@@ -270,6 +263,7 @@ def squared_correlation(a, b):
     return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].square().item()
 
 
+# %%
 def recovered(rows):
     """Inputs found, and r² with the network's map and with A."""
     parts = scores.parts_of(rows, p.target.shapes)
@@ -311,6 +305,9 @@ shown["squares"]
 # **Weights missed**: the share of the weights' squared size that the sum leaves. Then the outputs' squared error over
 # their variance: with all components (*unmasked*), with the important ones, with the others masked at random
 # (*stochastic*), and by 20 steps against the outputs (*adversarial*). **CI-L0**: components important in a sample.
+#
+# On five features, where a direction is a feature's row and column, the two are about level. With an identity between
+# the weights, and where circuits share them, directions miss much of the weights: their sum computes another thing.
 
 # %%
 placed = {}
@@ -400,6 +397,7 @@ def claim(key, statement, values, comparison, bound, worst=min):
     return report.claim(key, statement, worst(values), comparison, bound, sd, f"{len(values)} fits")
 
 
+# %%
 inputs = r2[r2["method"] == REFITTED]
 claim("five", "Five features in two dimensions: mean own cosine of refitted directions, worst seed",
       of("tms", REFITTED, "own cosine"), ">=", 0.9999)  # fmt: skip
@@ -412,6 +410,9 @@ claim(
 )
 claim("circuits_r2", "Coefficients that directions give against the network's own map: r², worst seed",
       inputs["r², network"], ">=", 0.95)  # fmt: skip
+
+
+# %%
 for name, bound in (("groups", 5), ("squares", 5)):
     claim(f"{name}_owned", f"{name}: features that own a direction, worst seed", of(name, "ours", "owned"), ">=", bound)
     claim(f"{name}_error", f"{name}: held-out error, worst seed, below the 32% published for squares",

@@ -5,7 +5,6 @@ together, flattened.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Shapes
 from eigendecomp.study.floors import sparse_error
-from eigendecomp.study.peers.spd import Stage, stochastic_mask
 from eigendecomp.study.scores import Ownership, gradient_rows, matched_cosine, ownership
 from eigendecomp.support.examples import Inputs
 from eigendecomp.support.extras import need
@@ -94,86 +92,6 @@ def dense_error(ci: Float[Tensor, "n c"], k: int, tolerance: float = 0.1) -> int
 def l0(ci: Float[Tensor, "n c"]) -> float:
     """Components used in a sample, on average."""
     return (ci > ON).sum(1).double().mean().item()
-
-
-# ---- theirs, on components that take the weights' place
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Squared error of the outputs with masked components in the place of the weights, over the outputs' variance.
-
-    Args:
-        unmasked: all components count.
-        important: each component counts for its importance.
-        stochastic: for m = g + (1 − g) r, with r uniform in [0, 1] for every sample and component.
-        adversarial: for the r that is worst, the same for all samples, as 20 signed steps of a tenth find it.
-    """
-
-    unmasked: float
-    important: float
-    stochastic: float
-    adversarial: float
-
-
-def filled(
-    rows: Float[Tensor, "c w"], weights: Mapping[str, Float[Tensor, "i o"]]
-) -> dict[str, Float[Tensor, "c i o"]]:
-    """Directions with a length in every weight, so that their parts there add up to it as well as they can."""
-    parts = parts_of(rows, {name: tuple(weight.shape) for name, weight in weights.items()})
-    return {name: signed(part, weights[name]) for name, part in parts.items()}
-
-
-def stacked(components: Parts) -> dict[str, Float[Tensor, "c i o"]]:
-    """Components of single weights as components of all of them: each is zero in every weight but its own."""
-    total, start, found = sum(map(len, components.values())), 0, {}
-    for name, part in components.items():
-        found[name] = part.new_zeros(total, *part.shape[1:])
-        found[name][start : start + len(part)] = part
-        start += len(part)
-    return found
-
-
-def masked(
-    stages: Sequence[Stage], components: Parts, x: Float[Tensor, "n i"], mask: Float[Tensor, "n c"]
-) -> Float[Tensor, "n o"]:
-    """The outputs of a chain whose weights are, sample by sample, the masked sums of their components."""
-    for stage in stages:
-        x = torch.einsum("nc,cio,ni->no", mask, components[stage.name], x)
-        x = x if stage.bias is None else x + stage.bias
-        x = x if stage.act is None else stage.act(x)
-    return x
-
-
-@torch.no_grad()
-def reconstruction(
-    stages: Sequence[Stage], components: Parts, x: Float[Tensor, "n i"], ci: Float[Tensor, "n c"], *, seed: int,
-    draws: int = 16, steps: int = 20, step: float = 0.1,
-) -> Reconstruction:  # fmt: skip
-    """How well components compute what the weights do, masked by their importances ``ci`` on the samples.
-
-    A component may have a part in several weights and has one mask for all of them. What components leave of a weight
-    is left out.
-    """
-    whole = {stage.name: stage.weight.detach().unsqueeze(0) for stage in stages}
-    y = masked(stages, whole, x, x.new_ones(len(x), 1))
-    variance = (y - y.mean(0)).square().mean()
-    draw = torch.Generator().manual_seed(seed)
-
-    def error(mask: Tensor) -> Tensor:
-        return (masked(stages, components, x, mask) - y).square().mean() / variance
-
-    drawn = [error(stochastic_mask(ci, torch.rand(ci.shape, generator=draw).to(x))) for _ in range(draws)]
-    r = torch.rand(ci.shape[1], generator=draw).to(x)
-    for _ in range(steps):
-        with torch.enable_grad():
-            r.requires_grad_()
-            (slope,) = torch.autograd.grad(error(stochastic_mask(ci, r)), r)
-        r = (r.detach() + step * slope.sign()).clamp(0, 1)
-    return Reconstruction(
-        error(torch.ones_like(ci)).item(), error(ci).item(), torch.stack(drawn).mean().item(),
-        error(stochastic_mask(ci, r)).item(),
-    )  # fmt: skip
 
 
 # ---- ours, on rows and gradients

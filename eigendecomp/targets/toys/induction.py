@@ -57,10 +57,6 @@ class Induction(nn.Module):
             r = head(r)
         return self.W_U(r)
 
-    def truth(self) -> Truth:
-        """What computes induction and bigrams, on sequences of its own: see :func:`truth`."""
-        return truth(self, data(200, torch.Generator().manual_seed(4000)))
-
     @torch.no_grad()
     def patterns(self, tokens: Int[Tensor, "n t"]) -> list[Float[Tensor, "n t t"]]:
         """The attention pattern of each head."""

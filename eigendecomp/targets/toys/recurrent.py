@@ -42,10 +42,6 @@ class FlipFlop(nn.Module):
     def forward(self, x: Float[Tensor, "n t bits"]) -> Float[Tensor, "n t bits"]:
         return self.read(self.states(x))
 
-    def truth(self) -> Truth:
-        """What keeps each bit: see :func:`truth`."""
-        return truth(self)
-
 
 def data(
     n: int, generator: torch.Generator, *, bits: int = BITS, length: int = LENGTH, written: float = 0.2

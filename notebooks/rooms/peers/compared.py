@@ -15,7 +15,7 @@ from eigendecomp.study import floors
 from eigendecomp.study.peers import l3d, scores, spd
 from eigendecomp.support import files
 from eigendecomp.target import Target
-from rooms.peers import networks
+from rooms.peers import networks, reconstruction
 from rooms.peers.networks import Directions
 
 OURS, REFITTED, SPD = "ours", "ours, refitted", "SPD"
@@ -70,7 +70,7 @@ class Entry:
     seconds: float = 0.0
     steps: int | None = None
     ours: Decomposition | None = None
-    spd: spd.SPD | None = None
+    theirs: spd.SPD | None = None  # the components of a run of SPD
     kept: float | None = None  # L3D's share of coefficients
 
 
@@ -101,7 +101,7 @@ def entries(p: Problem, fits: Mapping[int, Directions]) -> Iterator[Entry]:
     for seed, (tensors, about) in runs(p.name, "spd").items():
         made = trained(p, tensors, about)
         rows = scores.joined(made.components(), made.importance(p.single), p.target.shapes)
-        yield Entry(SPD, seed, rows, scores.dual(rows), about["seconds"], about["steps"], spd=made)
+        yield Entry(SPD, seed, rows, scores.dual(rows), about["seconds"], about["steps"], theirs=made)
     for seed, (tensors, about) in runs(p.name, "npeff").items():
         yield Entry("NPEFF", seed, tensors["rows"], scores.dual(tensors["rows"]), about["seconds"], about["steps"])
     for method, title in (("l3d", "L3D, paper"), ("l3dcode", "L3D, its code")):
@@ -124,8 +124,8 @@ def both_ways(p: Problem, entry: Entry) -> dict[str, Any]:
         "error": scores.rebuilt(p.rows, entry.rows, KEPT.get(p.name, 1.0)), "seconds": entry.seconds,
         "steps": entry.steps,
     }  # fmt: skip
-    if entry.spd is not None:
-        importance = entry.spd.importance(p.held_out).values()
+    if entry.theirs is not None:
+        importance = entry.theirs.importance(p.held_out).values()
         row |= {
             "alive": sum(scores.alive(g * (g > scores.ON)) for g in importance),
             "l0": sum(map(scores.l0, importance)),
@@ -140,8 +140,8 @@ def both_ways(p: Problem, entry: Entry) -> dict[str, Any]:
 def vectors(p: Problem, entry: Entry) -> dict[str, float]:
     """The peers' scores, where each row of W_in is a feature's vector; ours get lengths by least squares on W_in."""
     weight = p.weights["W_in"]
-    if entry.spd is not None:
-        components, ci = entry.spd.components()["W_in"], entry.spd.importance(p.single)["W_in"]
+    if entry.theirs is not None:
+        components, ci = entry.theirs.components()["W_in"], entry.theirs.importance(p.single)["W_in"]
     else:
         components = scores.signed(scores.parts_of(entry.rows, p.target.shapes)["W_in"], weight)
         ci = None if entry.ours is None else (entry.ours.encode(p.single, sparse=True) != 0).float()
@@ -158,16 +158,16 @@ def in_place(p: Problem, entry: Entry) -> dict[str, Any] | None:
 
     A direction has a length in every weight, by least squares on it, and is important where its coefficient is kept.
     """
-    if entry.spd is not None:
-        components = scores.stacked(entry.spd.components())
-        ci = torch.cat(list(entry.spd.importance(p.held_out).values()), 1)
+    if entry.theirs is not None:
+        components = reconstruction.stacked(entry.theirs.components())
+        ci = torch.cat(list(entry.theirs.importance(p.held_out).values()), 1)
     elif entry.ours is not None or entry.kept is not None:
-        components = scores.filled(entry.rows, p.weights)
+        components = reconstruction.filled(entry.rows, p.weights)
         z = p.rows @ entry.reader.T if entry.ours is None else entry.ours.encode(p.held_out, sparse=True)
         ci = ((z != 0) if entry.kept is None else (z.abs() >= cutoff(z, entry.kept))).float()
     else:
         return None
-    found = scores.reconstruction(p.model.stages(), components, p.held_out, ci, seed=0)  # type: ignore[operator]
+    found = reconstruction.reconstruction(p.model.stages(), components, p.held_out, ci, seed=0)  # type: ignore[operator]
     left = [(part.sum(0) - p.weights[name]).square().sum() for name, part in components.items()]
     size = sum(weight.square().sum() for weight in p.weights.values())
     return {
@@ -176,7 +176,37 @@ def in_place(p: Problem, entry: Entry) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def soonest(curve: list[dict[str, float]], level: float) -> float | None:
+# ---- time
+
+Point = dict[str, Any]  # network, seed, method, steps, seconds and the mean own cosine
+
+
+def curves(names: list[str]) -> list[Point]:
+    """Runs of SPD as they trained, and our fits of several lengths in the same processes."""
+    found = []
+    for name in names:
+        for seed, (_, about) in runs(name, "spd").items():
+            for method, points in ((OURS, about["ours"]), (SPD, about["history"])):
+                found += [
+                    {"network": name, "seed": seed, "method": method, "steps": point.get("steps", point.get("step")),
+                     "seconds": point["seconds"], "own_cosine": point["own_cosine"]}
+                    for point in points
+                ]  # fmt: skip
+    return found
+
+
+def soonest(curve: list[Point], level: float) -> float | None:
     """The fewest seconds in which a curve reaches a cosine; None if it never does."""
     reached = [point["seconds"] for point in curve if point["own_cosine"] >= level]
     return min(reached) if reached else None
+
+
+def speeds(points: list[Point], levels: Mapping[str, float]) -> list[Point]:
+    """By network and seed, the seconds of each to the network's level, and how many times SPD's are ours."""
+    rows: list[Point] = []
+    for name, seed in dict.fromkeys((point["network"], point["seed"]) for point in points):
+        here = [point for point in points if (point["network"], point["seed"]) == (name, seed)]
+        ours, theirs = (soonest([p for p in here if p["method"] == m], levels[name]) for m in (OURS, SPD))
+        times = None if ours is None or theirs is None else theirs / ours
+        rows.append({"network": name, "seed": seed, "level": levels[name], OURS: ours, SPD: theirs, "times": times})
+    return rows

@@ -82,6 +82,8 @@ def beside(target: str, seed: int) -> list[dict[str, float]]:
     x = NETWORKS[target].data(6000, torch.Generator().manual_seed(7))
     weight = load(target).W_in.detach() if target in LENGTHS else None
     rows = []
+    if target in LENGTHS:
+        directions(target, x, seed, steps=2)  # what a process does once is not counted
     for steps in LENGTHS.get(target, ()):
         found = directions(target, x, seed, steps=steps)
         rows.append({"steps": steps, "seconds": found.seconds, "own_cosine": found.own_cosine(weight)})
