@@ -224,7 +224,10 @@ def test_verify_reads_tables() -> None:
     ]
     new = read('setting,score,step seconds\nplain,0.51,9\n"a, b",,9\n', "toy_table.csv")
     assert compare(old, new).warnings == ["[0].score: 0.5, now 0.51"]
-    assert compare(old, new[:1] if isinstance(new, list) else new, rtol=0.1).warnings == [": 2 entries, now 1"]
+    assert isinstance(old, list) and isinstance(new, list)
+    assert compare(old, new[:1], rtol=0.1).warnings == [": 2 entries, now 1"]
+    assert compare(old[:1], new, rtol=0.1).warnings == [": 1 entries, now 2"]  # told once, not entry by entry
+    assert compare(old[:1], new, rtol=0.01).warnings == [": 1 entries, now 2", "[0].score: 0.5, now 0.51"]
 
 
 TOY = {"settings": {}, "results": {"score": {"mean": 0.5, "sd": 0.1}, "values": list(range(1, 31)), "text": "a"}}
@@ -287,6 +290,15 @@ def test_verify_fails_if_a_claims_verdict_changed_and_not_if_a_number_moved(comm
     put(committed, TOY, {**CLAIM, "quantity": 1.0, "verdict": False})
     code, said = verify(committed)
     assert code == 1 and "FAILURE toy_claims.json: claim held (3.0 > 2.0), now fails (1.0 > 2.0): more" in said
+
+
+def test_verify_warns_if_a_claim_that_was_near_its_bound_changed(committed: Path) -> None:
+    put(committed, TOY, {**CLAIM, "quantity": 2.1, "close": True})
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    subprocess.run(["git", *identity, "commit", "-qam", "nearer"], cwd=committed, check=True)
+    put(committed, TOY, {**CLAIM, "quantity": 1.9, "verdict": False, "close": True})
+    code, said = verify(committed)
+    assert code == 0 and "warning toy_claims.json: claim held (2.1 > 2.0, near its bound), now fails" in said
 
 
 def test_verify_fails_if_a_key_or_a_file_is_gone(committed: Path) -> None:
