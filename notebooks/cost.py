@@ -45,17 +45,18 @@ import torch
 from matplotlib.ticker import FuncFormatter
 
 import eigendecomp as ed
+from eigendecomp.curvature import push_forward
 from eigendecomp.directions import Directions
 from eigendecomp.factored.kept import coefficients
 from eigendecomp.factored.source import CapturedSource
-from eigendecomp.factored.terms import Factored, Side, by_folding, by_rows, folding_cost, rows_cost
-from eigendecomp.gradients import Gradients
-from eigendecomp.objective import Objective, everything
+from eigendecomp.factored.terms import Factored, by_folding, by_rows, folding_cost, rows_cost
+from eigendecomp.objective import everything
+from eigendecomp.page.readout import Readout
 from eigendecomp.report import plots, results
 from eigendecomp.target import Target
 from eigendecomp.targets import stories
 from eigendecomp.targets.toys import tms
-from rooms.cost import benchmark, sizes
+from rooms.cost import benchmark, prefixes, sizes
 
 warnings.filterwarnings("ignore")
 plots.style()
@@ -331,15 +332,9 @@ report.figure("growth", figure)
 
 
 # %%
-def product(c, e, t, inputs, outputs):
-    """The gradients of a weight used at t places of e examples, for c cotangents of each."""
-    term = Side(torch.randn(1, e, t, inputs), inputs), Side(torch.randn(c, e, t, outputs), outputs)
-    return Factored("w", (inputs, outputs), (0,), [term])
-
-
 def work_of(way, shape, d):
     """Encoder and decoder, each forward and backward, and the squared norms."""
-    g = product(*shape)
+    g = benchmark.uses(*shape)
 
     def work():
         part = Factored("w", g.shape, (0,), g.terms)
@@ -355,7 +350,7 @@ def work_of(way, shape, d):
 
 def choice(name, shape, rank):
     shape = tuple(max(1, n // small) for n in shape)
-    g, d = product(*shape), Directions.random({"w": shape[3:]}, directions, rank).map(torch.nn.Parameter)
+    g, d = benchmark.uses(*shape), Directions.random({"w": shape[3:]}, directions, rank).map(torch.nn.Parameter)
     costs = {"rows": rows_cost(g.terms[0], directions, rank), "fold": folding_cost(g.terms[0], directions, rank)}
     chosen = "form" if g.better_formed(directions, rank) else min(costs, key=costs.__getitem__)
     works = {"rows": work_of(by_rows, shape, d), "form": work_of(None, shape, d)}
@@ -547,17 +542,8 @@ pd.DataFrame({"eight GPUs of 100 Tflop/s, 512 samples each": plan}).map("{:.3g}"
 
 # %%
 def kept_step(way, n):
-    """The objective and its derivatives, with gradients given."""
-    part, fraction = product(1, 128 // small, 16, 256 // small, 256 // small), min(1.0, 10 / n)
-    d = Directions.random({"w": part.shape}, n, 1).map(torch.nn.Parameter)
-    e = d.map(lambda factor: torch.nn.Parameter(factor.detach().clone()))
-    objective = Objective(ed.BatchTopK(fraction, auxiliary=0.0), way)
-
-    def work():
-        loss, _, _ = objective(Gradients({"w": part.shape}, [part]), e, d, torch.zeros(n, dtype=torch.bool))
-        torch.autograd.grad(loss, [*e.tensors(), *d.tensors()])
-
-    return work
+    part = benchmark.uses(1, 128 // small, 16, 256 // small, 256 // small)
+    return benchmark.objective_step(part, n, 10, way)
 
 
 dictionary = {}
@@ -575,13 +561,19 @@ kept.round(4)
 
 # %% [markdown]
 # Ten thousand directions on a million samples of this weight would be 7,813 such steps. Five of them are run here, and
-# the whole is extrapolated from their rate: it is not run.
+# the whole is extrapolated from their rate: it is not run. A tenth of it is run by
+# `notebooks/tools/long/directions.py`: 100,000 gradients of a weight of an untrained attention block, captured into a
+# store and gone through once, without a long start of BatchTopK or a second error of dead directions.
 
 # %%
 ten_thousand = benchmark.seconds({"step": kept_step(coefficients, 80 if smoke else 10_000)}, 5, 60.0)["step"]
 hours = ten_thousand * 1_000_000 / 128 / 3600
 report.record(ten_thousand_directions={"step_seconds": ten_thousand, "steps_run": 5, "hours_extrapolated": hours})
 print(f"{ten_thousand:.2f} s a step, so {hours:.2f} h for a million samples (extrapolated from five steps)")
+run = Path("../data/runs/directions.json")
+tenth = json.loads(run.read_text())["result"] if run.exists() else None
+report.record(tenth_run=tenth)
+tenth or "the tenth has not been run yet: make long"
 
 # %% [markdown]
 # ## A store of gradients
@@ -645,6 +637,145 @@ report.claim("many directions", "with the most directions a step takes at most a
 report.claim("few directions", "with few directions a step is no slower than with all derivatives",
              kept["times faster"].iloc[0], ">=", 0.9)  # fmt: skip
 print(f"live: {live_seconds:.1f} s, error {live_error:.4f}; store: {largest['fit, s'].mean():.1f} s")
+
+# %% [markdown]
+# ## Readings and pages
+#
+# `activation` goes backwards where outputs are fewer than directions, and else pushes many directions through the
+# model at once; before, one direction went through it after another. A page needs what directions do to every output.
+# Where the last layer is a matrix, as a language model's is, they are pushed to its 64 inputs in the place of 2,048
+# outputs. Each way is measured beside the one that it replaced, which is still taken where there is no such layer.
+
+
+# %%
+def read_both(d, x):
+    """Activations in the old way and the new, and how far they are apart."""
+    work = {"before": lambda: benchmark.activation_one_by_one(d, (x,)), "now": lambda: d.activation(x)}
+    apart = (work["before"]() - work["now"]()).abs().max() / work["now"]().max()
+    taken = benchmark.seconds(work, 1)
+    return {**taken, "times faster": taken["before"] / taken["now"], "largest difference": float(apart)}
+
+
+def pushes_of(d, x):
+    """Pushes of all directions to the outputs, and to the features of the last layer."""
+    readout, square = Readout.of(d.target, (x[:1],)), ed.SquaredError()
+    ends = {"before": d.target, "now": readout.before}
+    taken = benchmark.seconds({way: lambda t=t: push_forward(t, square, d.decoder, (x,)) for way, t in ends.items()}, 1)
+    return {**taken, "times faster": taken["before"] / taken["now"]}
+
+
+# %%
+photos = torch.randn(1000 // small, 1, 28, 28)
+convolved = ed.decompose(
+    CASES["convolutions"][0], photos, divergence=ed.KLDivergence(), parameters=["conv*.weight"],
+    n_directions=directions, rank=ranks[1], steps=2, progress=False,
+)  # fmt: skip
+faster = {
+    "activation, convolutions": read_both(convolved, photos[:250]),
+    "activation, stories": read_both(live, unseen_windows[:32]),
+    "page's pushes, stories": pushes_of(live, unseen_windows[:8]),
+}
+pd.DataFrame(faster).T.round(6)
+
+# %%
+shown = stories.token_windows(texts["test"], 8 if smoke else 128, 16, seed=2)
+with TemporaryDirectory() as place:
+    works = {
+        "128 windows": lambda: live.browse(shown, Path(place) / "a.html", names=stories.readable, progress=False),
+        "1,000 images": lambda: convolved.browse(photos, Path(place) / "b.html", kind="image", progress=False),
+    }
+    pages = {name: timed(work)[1] for name, work in works.items()}
+report.record(readings=faster, page_seconds=pages)
+pages
+
+# %% [markdown]
+# ## References of a large vocabulary
+#
+# 8,192 outputs over 50,000 tokens are 1.6 GB. Of them a reference keeps a thousand rows or a mean. The rows are drawn
+# first, and outputs are computed a few at a time. Each way runs in a process of its own; memory is its peak without
+# what the process held once the model had run.
+
+# %%
+asked_pool = (500, 8) if smoke else (50_000, 512)
+pools = {way: benchmark.pool_alone(*asked_pool, way == "at once") for way in ("at once", "in pieces")}
+peaks = {way: pool["process_memory"] - pool["before"] for way, pool in pools.items()}
+norms = [torch.tensor(pool["norms"]) for pool in pools.values()]
+vocabulary_memory = {
+    "added": peaks, "process": {way: pool["process_memory"] for way, pool in pools.items()},
+    "file": {way: pool["file"] for way, pool in pools.items()},
+    "largest_difference": (norms[0] / norms[1] - 1).abs().max(),
+}  # fmt: skip
+report.record(vocabulary=vocabulary_memory)
+vocabulary_memory
+
+# %% [markdown]
+# ## Convolutions by the number of channels
+#
+# A kernel's terms meet images by a convolution (*kernels*) or as unfolded patches; or the gradients are *formed*. Small
+# kernels are formed: there the gradient has fewer numbers than its factors.
+
+
+# %%
+def channels_row(channels, rank, examples=16):
+    parts = benchmark.convolution(max(1, examples // small), channels // small, 14 // min(small, 2))
+    kernels = parts["kernels"]
+    d = Directions.random({"w": kernels.shape}, directions, rank).map(torch.nn.Parameter)
+    works = {way: benchmark.products(part, d) for way, part in parts.items()}
+    works["formed"] = benchmark.products(kernels, d, formed=True)
+    taken = benchmark.seconds(works, min(repeats, 3), 2.0)
+    peak = {f"{way}, MB": benchmark.peak_memory(work) / 1e6 for way, work in works.items()}
+    chosen = "formed" if kernels.better_formed(directions, rank) else "kernels"
+    over = taken[chosen] / min(taken.values())
+    return {"channels": channels, "rank": rank, **taken, **peak, "chosen": chosen, "over the best": over}
+
+
+by_channels = pd.DataFrame([channels_row(n, rank) for n in (32, 64, 128, 256) for rank in ranks[:2]])
+report.record(convolutions=by_channels.to_dict("records"))
+by_channels.round(3)
+
+# %% [markdown]
+# ## Prefixes of causal models
+#
+# The cotangent of an early output reaches early positions alone. Where a model is found to be causal, the batch is run
+# again on prefixes, and each cotangent is pulled back on the shortest prefix that holds its position. Groups of
+# positions are chosen by counted work; where one group is best, both ways are the same.
+
+# %%
+lengths = ((4, 32), (1, 128), (2, 16)) if not smoke else ((1, 16),)
+by_prefix = []
+for sequences, positions in lengths:
+    words = torch.randint(97, (sequences, positions), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = sizes.Transformer(97, (64 if positions > 32 else 256) // small, 4, 3, positions)
+    found = prefixes.captures(model, (words,), ["attention*"], min(repeats, 3))
+    whole, cut = found["whole"], found["prefixes"]
+    by_prefix.append({
+        "sequences": sequences, "positions": positions, "whole, ms": 1000 * whole["seconds"],
+        "prefixes, ms": 1000 * cut["seconds"], "times faster": whole["seconds"] / cut["seconds"],
+        "memory over whole": cut["bytes"] / whole["bytes"], "prefixes end at": found["ends"],
+    })  # fmt: skip
+report.record(prefixes=by_prefix)
+pd.DataFrame(by_prefix).round(2)
+
+# %% [markdown]
+# ## The guard
+#
+# On its calls 1, 2, 4, 8, … a source of gradients compares what it captured with autograd's. In a fit of 2,000 steps it
+# looks eleven times.
+
+# %%
+looks = 11 / 2000  # looks a step
+guards = {name: benchmark.guard_seconds(steps(name, 1)["factored"], min(repeats, 3)) for name in CASES}
+guard = {name: looks * taken["look"] / taken["step"] for name, taken in guards.items()}
+report.record(guard_share=guard)
+guard
+
+# %%
+report.claim("activation", "a convolutional network's activations are read ten times faster than one by one",
+             faster["activation, convolutions"]["times faster"], ">=", 10)  # fmt: skip
+report.claim("vocabulary", "a pool over 50,000 tokens takes at most a third of the memory",
+             peaks["in pieces"] / peaks["at once"], "<=", 1 / 3)  # fmt: skip
+report.claim("guard", "the guard takes at most a hundredth of a fit of 2,000 steps", max(guard.values()), "<=", 0.01)
 report.verdicts()
 
 # %% [markdown]

@@ -65,28 +65,25 @@ class Readout:
     def of(cls, target: Target, examples: Examples) -> Self:
         """Look for it in a run of a few examples."""
         calls: list[tuple[nn.Module, Any, Any]] = []
-        leaves = [module for module in target.model.modules() if not [*module.children()]]
-        hooks = [
-            leaf.register_forward_hook(lambda module, given, output: calls.append((module, given, output)))
-            for leaf in leaves
-        ]
+        keep = lambda *call: calls.append(call)  # noqa: E731
+        hooks = [module.register_forward_hook(keep) for module in target.model.modules()]
         try:
             f = target.call(examples)
         finally:
             for hook in hooks:
                 hook.remove()
-        if not calls:
-            return cls(target)
-        layer, given, output = calls[-1]
-        parts = None if sum(one is layer for one, _, _ in calls) > 1 else affine(layer, given, output, f)
         chosen = {p.data_ptr() for p in target.chosen.values()}
-        if parts is None or any(p.data_ptr() in chosen for p in layer.parameters()):
-            return cls(target)
-        return cls(Before(target, layer), *parts)
+        for layer, given, output in calls:
+            once = sum(one is layer for one, _, _ in calls) == 1
+            if not once or any(p.data_ptr() in chosen for p in layer.parameters()):
+                continue
+            if parts := affine(layer, given, output, f):
+                return cls(Before(target, layer), *parts)
+        return cls(target)
 
     def __call__(self, features: Float[Tensor, "... h"]) -> Float[Tensor, "... k"]:
         """Outputs."""
-        return features if self.weight is None else features @ self.weight + self.bias
+        return features if self.weight is None or self.bias is None else features @ self.weight + self.bias
 
     def along(self, change: Float[Tensor, "... h"]) -> Float[Tensor, "... k"]:
         """The change of outputs for a change of features."""
@@ -117,8 +114,11 @@ def affine(layer: nn.Module, given: Any, output: Any, f: Float[Tensor, "e p k"])
     if not torch.equal(standard(output).to(f.dtype), f):
         return None
     unit = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).view(*[1] * (h.ndim - 2), h.shape[-1], -1)
-    bias = layer(torch.zeros_like(unit)).flatten(0, -2)[0]
-    weight = layer(unit).flatten(0, -2) - bias
+    try:
+        bias = layer(torch.zeros_like(unit)).flatten(0, -2)[0]
+        weight = layer(unit).flatten(0, -2) - bias
+    except (RuntimeError, ValueError, IndexError, AssertionError):  # it takes no other number of positions
+        return None
     if (h @ weight + bias - output).abs().max() > ROUNDING * output.abs().max():
         return None
     return weight, bias

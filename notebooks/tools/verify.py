@@ -3,11 +3,11 @@
     python notebooks/tools/verify.py [--base HEAD] [--rtol 1e-2] [--atol 1e-6]
 
 Failures, for which it exits with 1: a claim of the paper, or of a NAME_claims.json, whose verdict changed; a file or
-a key that is gone. Warnings: the verdict of a claim that was committed as near its bound; a number that moved by more than its spread (the sd beside it), or more than
-atol + rtol * |old|; text, true or false that changed; a list of another length; and, where processor, kernels and
-torch are the recorded ones, any number that moved at all. One line counts the rest. Entries that describe the run
-instead of the result are passed over: a key or a column that holds one of the words of RUN between underscores or
-spaces, with all that is under it, and the tables of TIMES.
+a key that is gone. Warnings: a claim that was committed as near its bound and whose verdict changed; a number that
+moved by more than its spread (the sd beside it), or more than atol + rtol * |old|; text, true or false that changed; a
+list of another length; and, where processor, kernels and torch are the recorded ones, any number that moved at all. One
+line counts the rest. Entries that describe the run instead of the result are passed over: a key or a column that holds
+one of the words of RUN between underscores or spaces, with all that is under it, and the tables of TIMES.
 """
 
 import argparse

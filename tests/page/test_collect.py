@@ -17,6 +17,7 @@ from torch import nn
 
 import eigendecomp as ed
 from eigendecomp.page import collect
+from eigendecomp.page.readout import Readout
 from eigendecomp.page.samples import Images, Text
 
 NASTY = "<script>document.title='broken'</script>"
@@ -111,6 +112,19 @@ def test_what_is_measured_in_one_pass_is_what_the_package_measures(which, refere
     close(found.impact, d.impact(x, references=5, seed=3))
     close(found.z, d.encode(x, seed=3))
     close(found.interactions.float(), ed.interactions(d, x))
+
+
+def test_outputs_are_features_times_the_last_layer_where_it_is_a_matrix(speech, sight) -> None:
+    (d, x), (other, images) = speech, sight
+    readout = Readout.of(d.target, (x[:3],))
+    features = readout.before.outputs((x,))
+    assert features.shape == (40, 9, 8)
+    torch.testing.assert_close(readout(features), d.target.outputs((x,)))
+    torch.testing.assert_close(readout.along(features), d.target.outputs((x,)) - readout(torch.zeros(8)))
+    assert (
+        Readout.of(ed.decompose(d.target.model, x, n_directions=2, steps=1, progress=False).target, (x,)).weight is None
+    )
+    assert Readout.of(other.target, (images[:3],)).weight is None  # three outputs of four features
 
 
 def test_few_at_a_time_or_all_at_once_is_the_same(monkeypatch: pytest.MonkeyPatch, speech) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from eigendecomp.report.prefixes import captures
-from eigendecomp.targets.sizes import Transformer
+from rooms.cost.prefixes import captures
+from rooms.cost.sizes import Transformer
 
 
 def test_captures_are_measured_with_and_without_prefixes() -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from eigendecomp.factored.source import CapturedSource
-from eigendecomp.report.benchmark import peak_memory, seconds
 from eigendecomp.target import Target
+from rooms.cost.benchmark import peak_memory, seconds
 
 
 def ones(f: Tensor) -> Tensor:
