@@ -20,6 +20,8 @@ DIFFERENT = (
     "without data-dependent branches or loops over examples"
 )
 
+MOST_RUNS = 6  # of the first examples with other noise, until it is clear where samples lie
+
 
 @dataclass
 class Reading:
@@ -93,7 +95,13 @@ def discover(recorder: Recorder, examples: Sequence[Tensor], terms: int) -> tupl
     else:
         traces = [run for run in traces if run.signature == trace.signature]
         constant = set(recorder.constant)
-        reading.plans, reasons = plans_of(recorder, traces, fewer, c)
+        reading.plans, reasons, sure = plans_of(recorder, traces, fewer, c)
+        while not sure and len(traces) < MOST_RUNS:  # other noise may bring life to what is dead
+            again = recorder.run(examples, None, generator)
+            if again.signature != trace.signature:
+                break
+            traces.append(again)
+            reading.plans, reasons, sure = plans_of(recorder, traces, fewer, c)
         if recorder.constant != constant:  # what all examples share, as a table's rows for positions, is a weight
             return discover(recorder, examples, terms)
         reading.derived = {name: roots for name, (_, roots) in trace.derived.items()}
@@ -108,8 +116,8 @@ def discover(recorder: Recorder, examples: Sequence[Tensor], terms: int) -> tupl
 
 def plans_of(
     recorder: Recorder, traces: Sequence[Trace], fewer: Trace, c: Float[Tensor, "e p k"]
-) -> tuple[list[Plan], dict[str, str]]:
-    """A plan for every use that is understood, and for the other parameters why theirs are not.
+) -> tuple[list[Plan], dict[str, str], bool]:
+    """A plan for every use that is understood, for the other parameters why theirs are not, and whether one is sure.
 
     Args:
         traces: runs of the same examples.
@@ -117,7 +125,7 @@ def plans_of(
     """
     alone = torch.eye(len(c), dtype=c.dtype, device=c.device)[:, :, None, None] * c
     deltas = [[d.nan_to_num() for d in recorder.pull(run.output, run.uses, alone)] for run in traces]
-    plans, reasons, trace = [], dict(traces[0].unknown), traces[0]
+    plans, reasons, trace, sure = [], dict(traces[0].unknown), traces[0], True
     for use, other, *delta in zip(trace.uses, fewer.uses, *deltas, strict=True):
         derived = trace.derived.get(use.name)
         shape = recorder.target.shapes[use.name] if derived is None else tuple(derived[0].output.shape)
@@ -125,15 +133,16 @@ def plans_of(
             if torch.equal(use.output, other.output) and use.key not in recorder.constant:
                 recorder.constant.add(use.key)
                 continue
-            layout = find_layout(use, other, delta)
+            layout, *more = find_layouts(use, other, delta)
+            sure = sure and not more
             plans.append(Plan.of(use, layout, len(c), shape, use.spread(other, len(c))))
         except NotUnderstood as reason:
             reasons = dict.fromkeys(trace.roots(use.name), str(reason)) | reasons
-    return plans, reasons
+    return plans, reasons, sure
 
 
-def find_layout(use: Use, fewer: Use, deltas: Sequence[Float[Tensor, "e *shape"]]) -> Layout:
-    """Where samples lie in the output of a use.
+def find_layouts(use: Use, fewer: Use, deltas: Sequence[Float[Tensor, "e *shape"]]) -> list[Layout]:
+    """Where samples may lie in the output of a use: several places only where some examples send nothing back.
 
     Args:
         fewer: the same use in a run of all examples but one.
@@ -144,14 +153,16 @@ def find_layout(use: Use, fewer: Use, deltas: Sequence[Float[Tensor, "e *shape"]
     """
     count, less = len(deltas[0]), fewer.by_sample(fewer.output).shape
     shape = use.by_sample(use.output).shape
-    own = torch.eye(count, dtype=torch.bool, device=deltas[0].device)
+    own, found = torch.eye(count, dtype=torch.bool, device=deltas[0].device), []
     for axis in range(1 if use.first_axis_alone else len(shape)):
         smaller = [*shape[:axis], shape[axis] // count * (count - 1), *shape[axis + 1 :]]
         if shape[axis] % count == 0 and smaller == list(less):
-            for layout in (Layout(axis, True), Layout(axis, False)):
+            for layout in (Layout(axis, True), Layout(axis, False))[: shape[axis] // count]:
                 if not any(layout.split(use.by_sample(delta), count, 1)[~own].any() for delta in deltas):
-                    return layout
-    raise NotUnderstood("samples do not lie along one axis")
+                    found.append(layout)
+    if not found:
+        raise NotUnderstood("samples do not lie along one axis")
+    return found
 
 
 def activations(recorder: Recorder, trace: Trace) -> float:

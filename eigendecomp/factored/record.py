@@ -92,9 +92,8 @@ class Trace(TorchDispatchMode):
                 self.waiting.append(self.kept.setdefault(len(self.operations), Node(result)))
             self.operations.append(func)
         if met := [*weights.values(), *others]:
-            # A keyword may scale a term.
-            plain = not others and (not kwargs or func in COPIES) and not any(weight.partial for weight in met)
-            self._read(Call(func, args, result, weights, kwargs), met, plain)
+            plain = not (others or (kwargs and func not in COPIES) or any(weight.partial for weight in met))
+            self._read(Call(func, args, result, weights, kwargs), met, plain)  # a keyword may scale a term
         return result
 
     def _read(self, call: Call, met: Sequence[Weight], plain: bool) -> None:
@@ -121,9 +120,7 @@ class Trace(TorchDispatchMode):
         uses: list[Use] = []
         if not plain:
             raise NotUnderstood(str(call.operation))
-        for place, weight in call.weights.items():
-            if weight.name != name:
-                continue
+        for place, weight in [(i, weight) for i, weight in call.weights.items() if weight.name == name]:
             if call.operation in COPIES and call.output.is_floating_point():
                 self._copied(call.output, weight.copy(call.output))
             elif (kind := KINDS.get((call.operation, place))) is not None:
