@@ -289,7 +289,7 @@ for ax, (name, values) in zip(axes, strengths.items(), strict=True):
     plots.heat(ax, values, signed=False, rows=list("01234"), columns=list("01234"), numbers=True)
     ax.set(title=name, xlabel="direction of", ylabel="feature on", aspect="equal")
     for k in range(5):  # the owners
-        ax.add_patch(plt.Rectangle((k, k), 1, 1, fill=False, ec="white", lw=1.5))
+        ax.plot([k, k + 1, k + 1, k, k], [k, k, k + 1, k + 1, k], color="white", lw=1.5)
 report.figure("strengths", figure)
 
 # %% [markdown]

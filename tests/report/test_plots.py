@@ -26,3 +26,11 @@ def test_first_and_last_units_of_a_layered_network_show_input_and_output() -> No
     fills = [line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"]
     assert fills == ["1.0", "0.0", "0.75"]
     plt.close(figure)
+
+
+def test_a_lines_name_stands_beside_it_in_its_colour() -> None:
+    _, ax = plt.subplots()
+    plots.name_line(ax, 1.0, 2.0, "ours", plots.OURS)
+    (text,) = ax.texts
+    assert (text.get_text(), text.get_color(), text.get_size()) == ("ours", plots.OURS, 7)
+    assert text.xy == (1.0, 2.0)  # pyright: ignore[reportAttributeAccessIssue]
