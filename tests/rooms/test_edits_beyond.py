@@ -105,18 +105,14 @@ def test_a_copy_learns_its_windows_by_heart() -> None:
 # ---- the classifier
 
 
-def test_the_tail_is_the_network_and_its_matrix_moves_the_kernel() -> None:
+def test_the_head_with_standard_inputs_is_the_network() -> None:
     model = cnn.load_model()
-    images = torch.rand(4, 1, 28, 28, generator=draw(2))
-    hidden, skip = classifier.entering(model, images)
-    tail = classifier.Last(model)
+    images = torch.rand(6, 1, 28, 28, generator=draw(2))
+    x = classifier.pooled(model, images)
+    mean, deviation = x.mean(0), x.std(0) + 0.1
+    head = classifier.Head(model.head, mean, deviation)
     with torch.no_grad():
-        torch.testing.assert_close(tail(hidden, skip), model(images), atol=1e-4, rtol=1e-4)
-        change = 0.01 * torch.randn(tail.conv.weight.shape, generator=draw(3))
-        flat = classifier.Flat(tail)
-        flat.weight.add_(change.flatten(1))
-        with displaced(tail, {classifier.WEIGHT: change})(1.0) as moved:
-            torch.testing.assert_close(flat(hidden, skip), moved(hidden, skip), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(head((x - mean) / deviation), model(images), atol=1e-4, rtol=1e-4)
 
 
 def test_a_confusion_is_where_the_network_leans_to_another_class() -> None:

@@ -50,6 +50,7 @@ GRID: dict[str, list[dict[str, float]]] = {
 }
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # of the readers of these rows, which are made of others
 MADE_OF = {"one direction, whitened": "directions", "SAE unit, regressed": "autoencoder"}
+METHODS = (*DICTIONARIES.values(), "SAE unit, hook", *MADE_OF, *GRID)
 
 
 # ---- edits
@@ -98,7 +99,7 @@ def learned(
         start = examples.loss(shop.tail(examples.entering).flatten(0, 1)).item()
     tuned = editors.learned(
         Target(shop.tail, [shop.parameter]), inputs, loss, until=start + math.log(0.5),
-        steps=60 if held else 40, seed=shop.seed, writer=torch.linalg.svd(g).Vh[0] if aligned else None, **setting,
+        steps=40, seed=shop.seed, writer=torch.linalg.svd(g).Vh[0] if aligned else None, **setting,
     )  # fmt: skip
     return tuned.change[shop.parameter]
 
@@ -177,11 +178,12 @@ def mean_log(values: Sequence[float]) -> float:
 
 
 def tuned(
-    shop: Workshop, n: int, before: Choice | None = None, tuning: Sequence[str] = tuple(behaviours.TUNING)
-) -> Choice:
+    shop: Workshop, n: int, before: Choice | None = None, methods: Sequence[str] | None = None,
+    tuning: Sequence[str] = tuple(behaviours.TUNING),
+) -> Choice:  # fmt: skip
     """Sizes and settings with the least geometric mean damage on validation stories, over the tuning behaviours.
 
-    What was chosen ``before`` stays as it is.
+    What was chosen ``before`` stays as it is; of the rest ``methods`` alone are tuned, all if there are none.
     """
     sizes, settings = (before.sizes, before.settings) if before else ({}, {})
     given = {name: shop.examples(name, n) for name in tuning}
@@ -206,8 +208,9 @@ def tuned(
                 method, grid, lambda name, s, kind=kind: unit(shop, kind, s["units"], gradients[name], name)
             )
             sizes[kind] = chosen["units"]
+    wanted = METHODS if methods is None else methods
     for method, kind in MADE_OF.items():
-        if method not in settings:
+        if method in wanted and method not in settings:
             settings[method] = choose(
                 method, [{"ridge": ridge} for ridge in RIDGES],
                 lambda name, s, method=method, kind=kind: unit_of(
@@ -215,7 +218,7 @@ def tuned(
                 ),
             )  # fmt: skip
     for method, grid in GRID.items():
-        if method not in settings:
+        if method in wanted and method not in settings:
             settings[method] = grid[0] if len(grid) == 1 else choose(
                 method, grid,
                 lambda name, s, method=method: move_of(
@@ -243,14 +246,17 @@ def made(
         lambda: hooked(shop, choice.sizes["autoencoder"], examples, name), 2 * shop.site.x.shape[1] + 2
     )  # fmt: skip
     for method, kind in MADE_OF.items():
-        ridge = choice.settings[method]["ridge"]
+        ridge = choice.settings.get(method, {}).get("ridge", 1.0)
         ways[method] = (
             lambda method=method, kind=kind, ridge=ridge: unit_of(
                 shop, *made_of(shop, method, choice.sizes[kind], ridge), g, name
             ), width,
         )  # fmt: skip
     for method in GRID:
-        setting, dense = choice.settings[method], method in ("span of directions", "K-FAC step", "gradient step")
+        setting, dense = (
+            choice.settings.get(method, {}),
+            method in ("span of directions", "K-FAC step", "gradient step"),
+        )
         ways[method] = (
             lambda method=method, setting=setting: move_of(
                 shop, changed(shop, method, g, examples, choice.sizes["directions"], **setting)
@@ -261,9 +267,6 @@ def made(
         start = time.process_time()
         move = make()
         yield method, move, shared + time.process_time() - start, numbers
-
-
-METHODS = (*DICTIONARIES.values(), "SAE unit, hook", *MADE_OF, *GRID)
 
 
 def compare(

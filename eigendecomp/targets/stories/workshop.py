@@ -214,7 +214,7 @@ class Others:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, shop: Workshop, name: str, windows: int = 24) -> Others:
+    def of(cls, shop: Workshop, name: str, windows: int = 8) -> Others:
         """Those of as many windows."""
         draw = generator(shop.seed, f"others {name}")
         chosen = torch.randperm(len(shop.entering["train"]), generator=draw)[:windows]

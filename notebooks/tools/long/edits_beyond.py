@@ -93,7 +93,7 @@ def on_classifier() -> Iterator[tuple[Case, Callable[[], Rows]]]:
         task = classifier.Task(shops.setdefault(seed, shop.reseeded(seed)), name, n)
         return [classifier.one(task, method, "test", **setting) for method, setting in settings.items()]
 
-    for seed, n in ((0, 10), (1, 10), (2, 10), (0, 1)):
+    for seed, n in ((0, 10), (1, 10), (2, 10), (0, 1), (1, 1), (2, 1)):
         for name in classifier.scored(shop):
             case = {"seed": seed, "behaviour": name, "examples": n}
             yield case, lambda case=case: rows(case["seed"], case["behaviour"], case["examples"])
