@@ -31,11 +31,11 @@ def ratio(
     if not np.isfinite(logs).any():
         return (float("nan"),) * 3
     draw, (n, m) = np.random.default_rng(seed), logs.shape
-    means = []
-    for _ in range(draws):
-        some = logs[draw.integers(n, size=n)][:, draw.integers(m, size=m)]
-        if np.isfinite(some).any():
-            means.append(np.nanmean(some))
+    rows_of, seeds_of = draw.integers(n, size=(draws, n, 1)), draw.integers(m, size=(draws, 1, m))
+    some = logs[rows_of, seeds_of].reshape(draws, -1)
+    there = np.isfinite(some)
+    counts = there.sum(1)  # none where a draw meets only cases that failed
+    means = np.where(there, some, 0).sum(1)[counts > 0] / counts[counts > 0]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(np.nanmean(logs)), float(low), float(high)
 
