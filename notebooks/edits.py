@@ -117,7 +117,7 @@ tables = {name: summary.compared(rows, draws=draws) for name, rows in TARGETS.it
 wins = pd.concat([table.assign(target=name) for name, table in tables.items()])
 wins = report.table("targets", wins[["target", *tables["story model"].columns]])
 report.record(
-    targets={name: table.set_index("method").to_dict("index") for name, table in tables.items()},
+    targets={name: summary.records(table) for name, table in tables.items()},
     cheapest={name: table["method"].iloc[0] for name, table in tables.items()},
 )
 wins.round(4)
@@ -147,10 +147,10 @@ def panel(ax, name: str) -> None:
 
 # %%
 shown = [name for name in TARGETS if name != "residual, four fifths gone"]
-figure, axes = plots.panels(2, 2, height=5.4)
-for ax, name in zip(axes.flat, shown, strict=True):
+figure, axes = plots.panels(2, 2, height=2.7)
+for ax, name in zip(axes, shown, strict=True):
     panel(ax, name)
-for ax in axes[-1]:
+for ax in axes[-2:]:
     ax.set_xlabel("cost, one direction = 1")
 report.figure("targets", figure)
 
@@ -165,7 +165,7 @@ report.figure("targets", figure)
 # %%
 ten = TARGETS["story model"]
 methods = report.table("methods", summary.compared(ten, draws=draws, damages=["damage", "worst", "same_words"]))
-report.record(methods=methods.set_index("method").to_dict("index"), behaviours=ten["behaviour"].nunique(),
+report.record(methods=summary.records(methods), behaviours=ten["behaviour"].nunique(),
               seeds=sorted(ten["seed"].unique().tolist()))  # fmt: skip
 methods.round(4)
 
@@ -186,7 +186,7 @@ same = ten.merge(hook, on=["behaviour", "seed"])
 hooked = summary.compared(same, draws=draws, damages=["damage", "worst", "same_words"])
 report.record(hook={"cases": len(hook), "of": int((ten["method"] == "SAE unit, hook").sum()),
                     "behaviours": sorted(hook["behaviour"].unique().tolist()),
-                    "methods": hooked.set_index("method").to_dict("index")})  # fmt: skip
+                    "methods": summary.records(hooked)})  # fmt: skip
 report.table("hook", hooked[["method", "damage", "worst", "cost", "low", "high", "reached", "of"]]).round(4)
 
 # %% [markdown]
@@ -253,7 +253,7 @@ kept.loc["the model before"] = [
     None,
 ]
 report.record(
-    memorised=kept.to_dict("index"),
+    memorised=summary.records(kept.reset_index()),
     copies={"sets": len(copies), "known": copies["copy_known"].mean(), "before": copies["copy_goal"].mean(),
             "spoken": copies["copy_spoken"].mean(), "spoken_before": copies["copy_spoken_before"].mean()},
 )  # fmt: skip

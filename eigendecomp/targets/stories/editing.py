@@ -44,8 +44,8 @@ GRID: dict[str, list[dict[str, float]]] = {
         *({"learning_rate": 3e-2, "penalty": penalty, "aligned": 1.0} for penalty in (0.01, 0.1, 1.0)),
     ],
     "LoRA, rank 1, KL": [
-        *({"learning_rate": 3e-2, "held": held} for held in (1.0, 10.0, 100.0)),
-        *({"learning_rate": 3e-2, "held": held, "aligned": 1.0} for held in (1.0, 10.0, 100.0)),
+        *({"learning_rate": 3e-2, "held": held} for held in (10.0, 100.0)),
+        *({"learning_rate": 3e-2, "held": held, "aligned": 1.0} for held in (10.0, 100.0)),
     ],
 }
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # of the readers of these rows, which are made of others

@@ -67,3 +67,9 @@ def by_examples(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     full = counts[counts == counts.max()].index
     some = rows.set_index(["seed", "behaviour"]).loc[full]
     return some.groupby(["method", "examples"])["damage"].apply(geometric).unstack(), len(full)
+
+
+def records(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """A table's lines by method, as they are recorded; what is not there is left out."""
+    lines = table.set_index("method").to_dict("index")
+    return {str(method): {k: v for k, v in line.items() if v == v} for method, line in lines.items()}
