@@ -103,8 +103,8 @@ pd.DataFrame(report.values["cases"]).T
 # ## Who wins where
 #
 # *cost* is the ratio to one direction over the cases in which both succeed, a geometric mean, with its interval over
-# behaviours and seeds, both drawn anew. *damage* and *worst* are means over all cases in which a method succeeds, so
-# they compare only where *reached* is the same. *best in* counts behaviours.
+# behaviours and seeds, both drawn anew; the classifier has one seed. *damage* and *worst* are means over all cases in
+# which a method succeeds, so they compare only where *reached* is the same. *best in* counts behaviours.
 
 # %%
 tables = {name: summary.compared(rows, draws=draws) for name, rows in TARGETS.items()}
@@ -201,6 +201,7 @@ for place, (method, values) in enumerate(ends.iterrows()):
                 arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.6"})  # fmt: skip
 ax.set(xscale="log", yscale="log", xlabel="labelled examples", ylabel="KL elsewhere (nats a token)")
 ax.set_xticks(list(counted.columns), [str(n) for n in counted.columns])
+ax.set_yticks([0.01, 0.02, 0.05], ["0.01", "0.02", "0.05"])
 ax.minorticks_off()
 report.figure("examples", figure)
 
@@ -246,13 +247,15 @@ CLAIMS = [
     ("random", "story model", "one direction", "one random row"),
     ("rome", "story model", "ROME-like", "one direction"),
     ("kl", "story model", "one direction", "LoRA, rank 1, KL"),
+    ("rome_from_one", "story model, one example", "one direction", "ROME-like"),
     ("classes", "classifier", "one direction", "SAE unit, folded"),
     ("classes_regressed", "classifier", "one direction", "SAE unit, regressed"),
     ("classes_random", "classifier", "one direction", "one random row"),
     ("classes_rome", "classifier", "ROME-like", "one direction"),
 ]
+sets = TARGETS | {"story model, one example": stories.query("examples == 1")}
 for key, name, cheap, dear in CLAIMS:
-    middle, low, high = summary.ratio(TARGETS[name], dear, cheap, draws=draws)
+    middle, low, high = summary.ratio(sets[name], dear, cheap, draws=draws)
     words = f"{name}: {cheap} costs less than {dear}"
     report.claim(f"cheaper_{key}", words, middle, ">", 0.0, (high - low) / (2 * 1.96))
 

@@ -21,7 +21,8 @@ from eigendecomp.support.random import generator
 from eigendecomp.targets.stories import behaviours, concepts
 from eigendecomp.targets.stories import model as stories
 
-Key, Value = TypeVar("Key"), TypeVar("Value")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 KINDS = ("directions", "autoencoder", "random")  # of dictionaries
 
 

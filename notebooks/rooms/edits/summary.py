@@ -29,7 +29,7 @@ def ratio(
     """The mean log ratio and its 95% interval, drawing behaviours and seeds anew, each among themselves."""
     logs = log_ratios(rows, method, other).to_numpy(dtype=float)
     if not np.isfinite(logs).any():
-        return (float("nan"),) * 3
+        return float("nan"), float("nan"), float("nan")
     draw, (n, m) = np.random.default_rng(seed), logs.shape
     rows_of, seeds_of = draw.integers(n, size=(draws, n, 1)), draw.integers(m, size=(draws, 1, m))
     some = logs[rows_of, seeds_of].reshape(draws, -1)
