@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -177,6 +177,18 @@ def mean_log(values: Sequence[float]) -> float:
     return sum(math.log(value) for value in values) / len(values)
 
 
+Make = Callable[[str, dict[str, Any]], Move | None]
+
+
+def weighed(shop: Workshop, method: str, setting: dict[str, Any], make: Make, tuning: Sequence[str]) -> dict[str, Any]:
+    """A setting with its geometric mean damage on validation stories; None where it fails on a tuning behaviour."""
+    moves = {name: make(name, setting) for name in tuning}
+    scores = [move and scored(shop, move, name, "validation") for name, move in moves.items()]
+    found = [score.damage for score in scores if score is not None]
+    damage = math.exp(mean_log(found)) if len(found) == len(tuning) else None
+    return {"method": method, **setting, "damage": damage}
+
+
 def tuned(
     shop: Workshop, n: int, before: Choice | None = None, methods: Sequence[str] | None = None,
     tuning: Sequence[str] = tuple(behaviours.TUNING),
@@ -190,38 +202,29 @@ def tuned(
     gradients = {name: gradient_of(shop, given[name]) for name in tuning}
     tried: list[dict[str, Any]] = list(before.tried) if before else []
 
-    def cost(method: str, setting: dict[str, Any], moves: Mapping[str, Move | None], **search: float) -> float:
-        scores = [move and scored(shop, move, name, "validation", **search) for name, move in moves.items()]
-        found = [score.damage for score in scores if score is not None]
-        value = mean_log(found) if len(found) == len(tuning) else math.inf
-        tried.append({"method": method, **setting, "damage": math.exp(value) if found else None})
-        return value
-
-    def choose(method: str, grid: Sequence[dict[str, Any]], make: Callable[[str, dict[str, Any]], Move | None]) -> Any:
-        costs = [cost(method, setting, {name: make(name, setting) for name in tuning}) for setting in grid]
-        return grid[costs.index(min(costs))]
+    def choose(method: str, grid: Sequence[dict[str, Any]], make: Make) -> dict[str, Any]:
+        rows = [weighed(shop, method, setting, make, tuning) for setting in grid]
+        tried.extend(rows)
+        return min(zip(rows, grid, strict=True), key=lambda pair: pair[0]["damage"] or math.inf)[1]
 
     for kind, method in DICTIONARIES.items():
         if kind not in sizes:
-            grid = [{"units": units} for units in shop.sizes[kind]]
-            chosen = choose(
-                method, grid, lambda name, s, kind=kind: unit(shop, kind, s["units"], gradients[name], name)
-            )
-            sizes[kind] = chosen["units"]
+            sizes[kind] = choose(
+                method, [{"units": units} for units in shop.sizes[kind]],
+                lambda name, s, kind=kind: unit(shop, kind, s["units"], gradients[name], name),
+            )["units"]  # fmt: skip
     wanted = METHODS if methods is None else methods
     for method, kind in MADE_OF.items():
         if method in wanted and method not in settings:
             settings[method] = choose(
-                method, [{"ridge": ridge} for ridge in RIDGES],
-                lambda name, s, method=method, kind=kind: unit_of(
+                method, [{"ridge": ridge} for ridge in RIDGES], lambda name, s, method=method, kind=kind: unit_of(
                     shop, *made_of(shop, method, sizes[kind], s["ridge"]), gradients[name], name
                 ),
             )  # fmt: skip
     for method, grid in GRID.items():
         if method in wanted and method not in settings:
             settings[method] = grid[0] if len(grid) == 1 else choose(
-                method, grid,
-                lambda name, s, method=method: move_of(
+                method, grid, lambda name, s, method=method: move_of(
                     shop, changed(shop, method, gradients[name], given[name], sizes["directions"], **s)
                 ),
             )  # fmt: skip
