@@ -278,7 +278,7 @@ except ValueError as error:
 # | all are of a story's beginning | inputs that begin alike | inputs from everywhere (`at_start=0`) |
 # | impact and reader differ | the model's certainty leaks | read by `study.readings.read` |
 # | contexts have nothing in common | another weight does it | `*.W_in`, `*.W_V`, later blocks; `ed.Mean()` |
-# | an edit breaks everything | the step is not small | smaller; several directions (notebook `edits`) |
+# | an edit breaks everything | the step is not small | smaller; from labels, a closed form (notebook `edits`) |
 # | "… an adapter cannot change" | weights by head, bare parameters | `d.edit(steps)` |
 # | a step takes seconds | early layers: a pass for every output | later layers, shorter windows, `samples="uses"` |
 

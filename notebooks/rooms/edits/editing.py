@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,12 +44,13 @@ GRID: dict[str, list[dict[str, float]]] = {
         *({"learning_rate": 3e-2, "penalty": penalty, "aligned": 1.0} for penalty in (0.01, 0.1, 1.0)),
     ],
     "LoRA, rank 1, KL": [
-        *({"learning_rate": 3e-2, "held": held} for held in (1.0, 10.0, 100.0)),
-        *({"learning_rate": 3e-2, "held": held, "aligned": 1.0} for held in (1.0, 10.0, 100.0)),
+        *({"learning_rate": 3e-2, "held": held} for held in (10.0, 100.0)),
+        *({"learning_rate": 3e-2, "held": held, "aligned": 1.0} for held in (10.0, 100.0)),
     ],
 }
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)  # of the readers of these rows, which are made of others
 MADE_OF = {"one direction, whitened": "directions", "SAE unit, regressed": "autoencoder"}
+METHODS = (*DICTIONARIES.values(), "SAE unit, hook", *MADE_OF, *GRID)
 
 
 # ---- edits
@@ -98,7 +99,7 @@ def learned(
         start = examples.loss(shop.tail(examples.entering).flatten(0, 1)).item()
     tuned = editors.learned(
         Target(shop.tail, [shop.parameter]), inputs, loss, until=start + math.log(0.5),
-        steps=60 if held else 40, seed=shop.seed, writer=torch.linalg.svd(g).Vh[0] if aligned else None, **setting,
+        steps=40, seed=shop.seed, writer=torch.linalg.svd(g).Vh[0] if aligned else None, **setting,
     )  # fmt: skip
     return tuned.change[shop.parameter]
 
@@ -176,49 +177,54 @@ def mean_log(values: Sequence[float]) -> float:
     return sum(math.log(value) for value in values) / len(values)
 
 
+Make = Callable[[str, dict[str, Any]], Move | None]
+
+
+def weighed(shop: Workshop, method: str, setting: dict[str, Any], make: Make, tuning: Sequence[str]) -> dict[str, Any]:
+    """A setting with its geometric mean damage on validation stories; None where it fails on a tuning behaviour."""
+    moves = {name: make(name, setting) for name in tuning}
+    scores = [move and scored(shop, move, name, "validation") for name, move in moves.items()]
+    found = [score.damage for score in scores if score is not None]
+    damage = math.exp(mean_log(found)) if len(found) == len(tuning) else None
+    return {"method": method, **setting, "damage": damage}
+
+
 def tuned(
-    shop: Workshop, n: int, before: Choice | None = None, tuning: Sequence[str] = tuple(behaviours.TUNING)
-) -> Choice:
+    shop: Workshop, n: int, before: Choice | None = None, methods: Sequence[str] | None = None,
+    tuning: Sequence[str] = tuple(behaviours.TUNING),
+) -> Choice:  # fmt: skip
     """Sizes and settings with the least geometric mean damage on validation stories, over the tuning behaviours.
 
-    What was chosen ``before`` stays as it is.
+    What was chosen ``before`` stays as it is; of the rest ``methods`` alone are tuned, all if there are none.
     """
     sizes, settings = (before.sizes, before.settings) if before else ({}, {})
     given = {name: shop.examples(name, n) for name in tuning}
     gradients = {name: gradient_of(shop, given[name]) for name in tuning}
     tried: list[dict[str, Any]] = list(before.tried) if before else []
 
-    def cost(method: str, setting: dict[str, Any], moves: Mapping[str, Move | None], **search: float) -> float:
-        scores = [move and scored(shop, move, name, "validation", **search) for name, move in moves.items()]
-        found = [score.damage for score in scores if score is not None]
-        value = mean_log(found) if len(found) == len(tuning) else math.inf
-        tried.append({"method": method, **setting, "damage": math.exp(value) if found else None})
-        return value
-
-    def choose(method: str, grid: Sequence[dict[str, Any]], make: Callable[[str, dict[str, Any]], Move | None]) -> Any:
-        costs = [cost(method, setting, {name: make(name, setting) for name in tuning}) for setting in grid]
-        return grid[costs.index(min(costs))]
+    def choose(method: str, grid: Sequence[dict[str, Any]], make: Make) -> dict[str, Any]:
+        rows = [weighed(shop, method, setting, make, tuning) for setting in grid]
+        tried.extend(rows)
+        return min(zip(rows, grid, strict=True), key=lambda pair: pair[0]["damage"] or math.inf)[1]
 
     for kind, method in DICTIONARIES.items():
         if kind not in sizes:
-            grid = [{"units": units} for units in shop.sizes[kind]]
-            chosen = choose(
-                method, grid, lambda name, s, kind=kind: unit(shop, kind, s["units"], gradients[name], name)
-            )
-            sizes[kind] = chosen["units"]
+            sizes[kind] = choose(
+                method, [{"units": units} for units in shop.sizes[kind]],
+                lambda name, s, kind=kind: unit(shop, kind, s["units"], gradients[name], name),
+            )["units"]  # fmt: skip
+    wanted = METHODS if methods is None else methods
     for method, kind in MADE_OF.items():
-        if method not in settings:
+        if method in wanted and method not in settings:
             settings[method] = choose(
-                method, [{"ridge": ridge} for ridge in RIDGES],
-                lambda name, s, method=method, kind=kind: unit_of(
+                method, [{"ridge": ridge} for ridge in RIDGES], lambda name, s, method=method, kind=kind: unit_of(
                     shop, *made_of(shop, method, sizes[kind], s["ridge"]), gradients[name], name
                 ),
             )  # fmt: skip
     for method, grid in GRID.items():
-        if method not in settings:
+        if method in wanted and method not in settings:
             settings[method] = grid[0] if len(grid) == 1 else choose(
-                method, grid,
-                lambda name, s, method=method: move_of(
+                method, grid, lambda name, s, method=method: move_of(
                     shop, changed(shop, method, gradients[name], given[name], sizes["directions"], **s)
                 ),
             )  # fmt: skip
@@ -243,14 +249,17 @@ def made(
         lambda: hooked(shop, choice.sizes["autoencoder"], examples, name), 2 * shop.site.x.shape[1] + 2
     )  # fmt: skip
     for method, kind in MADE_OF.items():
-        ridge = choice.settings[method]["ridge"]
+        ridge = choice.settings.get(method, {}).get("ridge", 1.0)
         ways[method] = (
             lambda method=method, kind=kind, ridge=ridge: unit_of(
                 shop, *made_of(shop, method, choice.sizes[kind], ridge), g, name
             ), width,
         )  # fmt: skip
     for method in GRID:
-        setting, dense = choice.settings[method], method in ("span of directions", "K-FAC step", "gradient step")
+        setting, dense = (
+            choice.settings.get(method, {}),
+            method in ("span of directions", "K-FAC step", "gradient step"),
+        )
         ways[method] = (
             lambda method=method, setting=setting: move_of(
                 shop, changed(shop, method, g, examples, choice.sizes["directions"], **setting)
@@ -261,9 +270,6 @@ def made(
         start = time.process_time()
         move = make()
         yield method, move, shared + time.process_time() - start, numbers
-
-
-METHODS = (*DICTIONARIES.values(), "SAE unit, hook", *MADE_OF, *GRID)
 
 
 def compare(

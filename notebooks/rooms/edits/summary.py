@@ -29,13 +29,13 @@ def ratio(
     """The mean log ratio and its 95% interval, drawing behaviours and seeds anew, each among themselves."""
     logs = log_ratios(rows, method, other).to_numpy(dtype=float)
     if not np.isfinite(logs).any():
-        return (float("nan"),) * 3
+        return float("nan"), float("nan"), float("nan")
     draw, (n, m) = np.random.default_rng(seed), logs.shape
-    means = []
-    for _ in range(draws):
-        some = logs[draw.integers(n, size=n)][:, draw.integers(m, size=m)]
-        if np.isfinite(some).any():
-            means.append(np.nanmean(some))
+    rows_of, seeds_of = draw.integers(n, size=(draws, n, 1)), draw.integers(m, size=(draws, 1, m))
+    some = logs[rows_of, seeds_of].reshape(draws, -1)
+    there = np.isfinite(some)
+    counts = there.sum(1)  # none where a draw meets only cases that failed
+    means = np.where(there, some, 0).sum(1)[counts > 0] / counts[counts > 0]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(np.nanmean(logs)), float(low), float(high)
 
@@ -67,3 +67,9 @@ def by_examples(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     full = counts[counts == counts.max()].index
     some = rows.set_index(["seed", "behaviour"]).loc[full]
     return some.groupby(["method", "examples"])["damage"].apply(geometric).unstack(), len(full)
+
+
+def records(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """A table's lines by method, as they are recorded; what is not there is left out."""
+    lines = table.set_index("method").to_dict("index")
+    return {str(method): {k: v for k, v in line.items() if v == v} for method, line in lines.items()}

@@ -22,7 +22,8 @@ from rooms.edits import behaviours, editors
 from rooms.edits.edits import Behaviour, Bench, log_probabilities
 from rooms.stories import concepts
 
-Key, Value = TypeVar("Key"), TypeVar("Value")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 KINDS = ("directions", "autoencoder", "random")  # of dictionaries
 
 
@@ -215,7 +216,7 @@ class Others:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, shop: Workshop, name: str, windows: int = 24) -> Others:
+    def of(cls, shop: Workshop, name: str, windows: int = 8) -> Others:
         """Those of as many windows."""
         draw = generator(shop.seed, f"others {name}")
         chosen = torch.randperm(len(shop.entering["train"]), generator=draw)[:windows]

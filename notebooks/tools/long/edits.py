@@ -14,6 +14,7 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 warnings.filterwarnings("ignore")  # of libraries
@@ -29,14 +30,14 @@ KEYS = ("behaviour", "method", "examples", "layer", "seed")
 COUNTS, SEEDS = (10, 1, 100), (0, 1, 2)
 
 
-def chosen(shop: editing.Workshop, path: Path) -> editing.Choice:
+def chosen(shop: editing.Workshop, path: Path, methods: Sequence[str]) -> editing.Choice:
     """Settings, from the file where they are there; those of methods that it does not know are added."""
     before = None
     if path.exists():
         rows = [json.loads(row) for row in pd.read_csv(path)["setting"]]
         before = editing.Choice(*rows[-1]["chosen"], tried=rows[:-1])
-    if before is None or set(before.settings) != {*editing.MADE_OF, *editing.GRID}:
-        choice = editing.tuned(shop, TUNING_EXAMPLES, before)
+    if before is None or (set(methods) & {*editing.MADE_OF, *editing.GRID}) - set(before.settings):
+        choice = editing.tuned(shop, TUNING_EXAMPLES, before, methods)
         rows = [*choice.tried, {"chosen": [choice.sizes, choice.settings]}]
         pd.DataFrame({"layer": shop.layer, "setting": [json.dumps(row) for row in rows]}).to_csv(path, index=False)
         before = choice
@@ -56,7 +57,7 @@ def main() -> None:
     path = RUNS / "edits.csv"
     rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(KEYS))
     tuning = editing.Workshop(arguments.layer, TUNING_SEED)
-    choice = chosen(tuning, RUNS / "edits_tuning.csv")
+    choice = chosen(tuning, RUNS / "edits_tuning.csv", arguments.methods)
     for seed, n, name in itertools.product(SEEDS, arguments.examples, behaviours.SCORED):
         done = rows[(rows.behaviour == name) & (rows.examples == n) & (rows.seed == seed)]
         missing = [m for m in arguments.methods if m not in set(done[done.layer == arguments.layer].method)]
