@@ -115,3 +115,18 @@ def test_rank_correlation() -> None:
     x = torch.randn(50)
     assert heads.rank_correlation(x, x.exp()) == pytest.approx(1)
     assert heads.rank_correlation(x, -x) == pytest.approx(-1)
+
+
+def test_fresh_windows_are_of_other_stories_and_have_the_same_concepts_and_behaviours() -> None:
+    sizes = {"fit_windows": 40, "held_windows": 24, "behaving_windows": 16, "length": 16, "least": 2}
+    plain, more = rivals.Story(**sizes), rivals.Story(**sizes, fresh_windows=300)
+    assert torch.equal(plain.tokens["test"], more.tokens["test"])
+    told = {tuple(row) for row in more.tokens["test"].tolist()}
+    assert not any(tuple(row) in told for row in more.tokens["fresh"].tolist())
+    assert plain.known["test"].names == more.known["fresh"].names == more.known["test"].names
+    assert torch.equal(plain.known["test"].truth, more.known["test"].truth)
+    assert list(more.behaving["fresh"]) == list(plain.behaving["test"])
+
+    z = {part: more.site("W_V").x[part] for part in ("choose", "fresh")}
+    _, held, unit = rivals.resolved(more, z, part="fresh")
+    assert len(held) == len(unit) == len(more.known["fresh"].names) and (held > 0).all()
