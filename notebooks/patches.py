@@ -600,26 +600,34 @@ for wanted, count in (("decision", 3), ("part or pattern", 3)):
 
 
 # %%
-figure, axes = plots.panels(len(shown), 9, height=0.92, width=plots.PAGE, gridspec_kw={"width_ratios": [1] * 8 + [3.2]})
-orientation = {}
-for line, (name, unit) in enumerate(shown.items()):
-    strength, place = z[:, unit].view(-1, drawn).max(1)
-    best = strength.topk(8).indices
-    row, base = fits[key[1:]].decoder.flat()[unit], cnn.predict(tail, entering["test"][best])
-    small = 0.02 * tail.get_parameter(weight).norm().item()
-    move = {}
+def turned_move(name: str, unit: int, at: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """The sign that raises what a direction is named for, and how a step with it moves the centred logits."""
+    row, base = fits[key[1:]].decoder.flat()[unit], cnn.predict(tail, entering["test"][at])
+    small, move = 0.02 * tail.get_parameter(weight).norm().item(), {}
     for sign in (1, -1):
         with displaced(tail, {weight: row})(sign * small) as other:
-            move[sign] = (cnn.predict(other, entering["test"][best]) - base).mean(0)
+            move[sign] = (cnn.predict(other, entering["test"][at]) - base).mean(0)
     half_way = (move[1] - move[-1]) / 2
     sign = int(prepared.raising(half_way[None], raised(name)[None]))
-    centred_move = move[sign] - move[sign].mean()
-    m = names.index(name)
+    return sign, move[sign] - move[sign].mean()
+
+
+orientation, moves_of, strongest_of = {}, {}, {}
+for name, unit in shown.items():
+    strength, place = z[:, unit].view(-1, drawn).max(1)
+    best, m = strength.topk(8).indices, names.index(name)
+    sign, moves_of[name] = turned_move(name, unit, best)
+    strongest_of[name] = [(i, int(places["test"][i, place[i]])) for i in best.tolist()]
     found = study.concepts.average_precision(z[:, [unit]], table["test"][:, [m]])[0, 0]
-    raises = centred_move @ raised(name)
+    raises = moves_of[name] @ raised(name)
     orientation[name] = {"unit": unit, "sign": sign, "raised": raises, "precision": found}
-    for column, i in enumerate(best.tolist()):
-        ax, cell = axes[9 * line + column], int(places["test"][i, place[i]])
+report.record(shown=orientation)
+
+# %%
+figure, axes = plots.panels(len(shown), 9, height=0.92, width=plots.PAGE, gridspec_kw={"width_ratios": [1] * 8 + [3.2]})
+for line, name in enumerate(shown):
+    for column, (i, cell) in enumerate(strongest_of[name]):
+        ax = axes[9 * line + column]
         ax.imshow(1 - images["test"][i, 0], cmap="gray", vmin=0, vmax=1)
         corner = 2 * (cell % 14) - 2.5, 2 * (cell // 14) - 2.5
         ax.add_patch(plots.plt.Rectangle(corner, 6, 6, fill=False, ec=plots.SAE, lw=1.2))  # pyright: ignore
@@ -628,16 +636,15 @@ for line, (name, unit) in enumerate(shown.items()):
     title = f"read most by the direction of “{name}” (average precision {orientation[name]['precision']:.2f})"
     above = axes[9 * line].text(0, 1.05, title, transform=axes[9 * line].transAxes, fontsize=7)
     above.set_in_layout(False)  # it reaches over the other images
-    bars = axes[9 * line + 8]
-    bars.bar(range(10), centred_move, color=["#B2182B" if v > 0 else "#2166AC" for v in centred_move])
+    bars, move = axes[9 * line + 8], moves_of[name]
+    bars.bar(range(10), move, color=["#B2182B" if v > 0 else "#2166AC" for v in move])
     bars.axhline(0, color="black", lw=0.6)
-    limit = 1.1 * centred_move.abs().max().item()
+    limit = 1.1 * move.abs().max().item()
     bars.set(xticks=range(10), xticklabels=[], ylim=(-limit, limit))
     bars.tick_params(axis="x", length=0)
     bars.yaxis.tick_right()
     bars.spines[["left", "bottom"]].set_visible(False)
 axes[-1].set_xticklabels(fashion.CLASSES, rotation=90, fontsize=6.5)
-report.record(shown=orientation)
 report.figure("directions", figure)
 
 # %% [markdown]
