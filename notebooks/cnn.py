@@ -33,8 +33,8 @@
 #
 # Beside every number stand sparse autoencoders (of the block's output at each position, and of whole images), k-means
 # of images and of gradients, principal components, random directions and readers, training images, single gradients,
-# and the ten logits. Settings and readings are chosen on validation images, scores are of
-# test images. In this order: concepts, read without the prediction and with it; confusions; pushes.
+# and the ten logits, with 100 units and with 300. Settings and readings are chosen on validation images, scores are of
+# test images. In this order: concepts, read without the prediction and with it; pairs of concepts; confusions; pushes.
 # The table of claims at the end has the margins.
 
 # %% tags=["parameters"]
@@ -42,6 +42,7 @@ n_directions, more, rank, kept = 100, 300, 4, 8  # more: the larger size; kept: 
 seeds = [0, 1, 2]  # settings were chosen on seeds from 100 on, and on validation images
 fit_images, choose_images, test_images = 4096, 800, 1200
 least, margin, counts, mean_steps = 15, 0.03, (1, 5, 20), 8  # images of a confusion; to be ahead by; rows; of k-means
+paired = 6  # images of a pair of concepts in each half of a part
 steps, batch_size, learning_rate = 400, 64, 1e-2
 warmup, auxiliary = 0.7, 1 / 16  # of BatchTopK: share of the steps, weight of the second error
 sae_kept, sae_rate, sae_steps, sae_batch = [2, 8], 1e-2, 2000, 1024  # sae_kept: units on at a position
@@ -52,6 +53,7 @@ cap = 1000.0  # a larger selectivity is recorded as this
 
 # %%
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import pandas as pd
@@ -67,6 +69,7 @@ from eigendecomp.targets.fashion import block as cnn_block
 from eigendecomp.targets.fashion import concepts as fashion_concepts
 from eigendecomp.targets.fashion import images as fashion
 from eigendecomp.targets.fashion import network as cnn
+from eigendecomp.targets.fashion import pairs as fashion_pairs
 from eigendecomp.targets.fashion import patches as cnn_patches
 from eigendecomp.targets.fashion import prepared
 
@@ -77,12 +80,12 @@ plots.style()
 # %%
 smoke = results.profile() == "smoke"
 if smoke:
-    more, least = 30, 4
+    more, least, paired = 30, 4, 1
     n_directions, seeds, steps, sae_kept, sae_steps = 20, seeds[:1], 20, sae_kept[:1], 30
     fit_images, choose_images, test_images, pushed = 256, 200, 200, 2
 report = results.Results(
     "cnn", n_directions=n_directions, more=more, least=least, margin=margin, counts=counts, mean_steps=mean_steps,
-     rank=rank, kept=kept, seeds=seeds, fit_images=fit_images,
+    paired=paired, rank=rank, kept=kept, seeds=seeds, fit_images=fit_images,
     choose_images=choose_images, test_images=test_images, steps=steps, batch_size=batch_size,
     learning_rate=learning_rate, warmup=warmup, auxiliary=auxiliary, sae_kept=sae_kept, sae_rate=sae_rate,
     sae_steps=sae_steps, sae_batch=sae_batch, principal_images=principal_images, error_images=error_images,
@@ -163,16 +166,26 @@ report.settings["fit"] = first.settings.as_json()
 # The reference is the mean prediction, the noise-free form of another image's output; one fit with drawn ones and one
 # of the larger size stand beside. Floors have the same number of directions and three seeds as well: the leading
 # **principal components** of gradients of fit images, dense and of any rank (each seed has its own images), **random**
-# directions of the same rank, **single gradients** of training images and a spherical **k-means of gradients**.
+# directions of the same rank, **single gradients** of training images and a spherical **k-means of gradients**. Of the
+# larger size there is one of each.
+
 
 # %%
-principal, random, single, means = {}, {}, {}, {}
-for seed, part in zip(seeds, entering["fit"].split(principal_images), strict=False):
+def floors_of(part: torch.Tensor, size: int, seed: int) -> dict[str, torch.Tensor]:
+    """Rows that are no fits, by method, from the gradients of some images."""
     g = study.scores.gradient_rows(first, part, seed)
-    principal[seed] = study.floors.principal_directions(g, n_directions)
-    single[seed] = cnn_patches.unit_rows(g[:n_directions])
-    means[seed] = cnn_patches.input_means(g, min(n_directions, len(g)), seed=seed, steps=mean_steps)[0]
-    random[seed] = study.floors.random_directions(first.decoder.shapes, n_directions, rank, seed=seed)
+    return {
+        "PCA": study.floors.principal_directions(g, size), "single gradients": cnn_patches.unit_rows(g[:size]),
+        "random": study.floors.random_directions(first.decoder.shapes, size, rank, seed=seed).flat(),
+        "k-means of gradients": cnn_patches.input_means(g, min(size, len(g)), seed=seed, steps=mean_steps)[0],
+    }  # fmt: skip
+
+
+some_images = dict(zip(seeds, entering["fit"].split(principal_images), strict=False))
+floor_rows = {seed: floors_of(part, n_directions, seed) for seed, part in some_images.items()}
+larger_rows = floors_of(some_images[seeds[0]], more, seeds[0])
+floor_methods = list(larger_rows)
+random = {s: study.floors.random_directions(first.decoder.shapes, n_directions, rank, seed=s) for s in seeds}
 
 # %% [markdown]
 # Whatever a direction reads in an image follows from the image's Jacobian $J$: a gradient is $J^\top c$ with the
@@ -182,10 +195,8 @@ for seed, part in zip(seeds, entering["fit"].split(principal_images), strict=Fal
 # %%
 rows = {f"read {seed}": d.encoder.flat() for seed, d in fits.items()}
 rows |= {f"write {seed}": d.decoder.flat() for seed, d in fits.items()}
-rows |= {f"PCA {seed}": u for seed, u in principal.items()}
-rows |= {f"random {seed}": u.flat() for seed, u in random.items()}
-rows |= {f"single gradients {seed}": u for seed, u in single.items()}
-rows |= {f"k-means of gradients {seed}": u for seed, u in means.items()}
+rows |= {f"{method} {seed}": u for seed, by_name in floor_rows.items() for method, u in by_name.items()}
+rows |= {f"{method}, larger {seeds[0]}": u for method, u in larger_rows.items()}
 for name, d in others.items():
     rows |= {f"{name}, read": d.encoder.flat(), f"{name}, write": d.decoder.flat()}
 seen = {part: study.jacobians.read(first.target, entering[part], rows) for part in truth}
@@ -237,10 +248,10 @@ report.table("fits", ours).round(3)
 # %%
 g = study.scores.gradient_rows(first, few[:refitted_images])
 decoders = {seed: d.decoder.flat() for seed, d in fits.items()}
-floors = {seed: u.flat() for seed, u in random.items()}
+floors = {method: {seed: floor_rows[seed][method] for seed in seeds} for method in ("PCA", "random")}
 refitted = {
     method: results.spread([study.floors.sparse_error(g, u, ours["kept"].mean()) for u in sets.values()])
-    for method, sets in {"ours": decoders, "PCA": principal, "random": floors}.items()
+    for method, sets in ({"ours": decoders} | floors).items()
 }
 report.record(
     refitted_error={method: spread["mean"] for method, spread in refitted.items()},
@@ -260,14 +271,17 @@ pd.DataFrame({"ours, as fitted": report.values["fit"]["error"]} | refitted).T[["
 with torch.no_grad():
     written = {part: torch.cat([tail.block2(x) for x in whole.split(500)]) for part, whole in entering.items()}
 outputs = {part: x.flatten(2).mT for part, x in written.items()}  # (images, positions, channels)
-autoencoders = {
-    (k, seed): study.autoencoders.train(
-        outputs["fit"].flatten(0, 1), n_directions, k, seed=seed, steps=sae_steps, batch_size=sae_batch,
-        learning_rate=sae_rate,
+
+
+def autoencoder(size: int, k: int, seed: int) -> study.autoencoders.Autoencoder:
+    return study.autoencoders.train(
+        outputs["fit"].flatten(0, 1), size, k, seed=seed, steps=sae_steps, batch_size=sae_batch, learning_rate=sae_rate
     )
-    for k in sae_kept
-    for seed in seeds
-}  # fmt: skip
+
+
+autoencoders = {(k, seed): autoencoder(n_directions, k, seed) for k in sae_kept for seed in seeds}
+named_autoencoders = {(f"SAE, {k} on", seed): a for (k, seed), a in autoencoders.items()}
+named_autoencoders |= {(f"SAE, {k} on, larger", seeds[0]): autoencoder(more, k, seeds[0]) for k in sae_kept}
 report.settings["autoencoder"] = {
     "library": f"sae-lens {version('sae-lens')}", "kind": "batchtopk", "site": "output of block2, every position",
     "units": n_directions, "kept": sae_kept, "steps": sae_steps, "batch_size": sae_batch, "learning_rate": sae_rate,
@@ -323,14 +337,14 @@ def direction_readings(part: str, read: str, write: str) -> dict[str, torch.Tens
 # %%
 def unit_readings(part: str) -> dict[tuple[str, str, int], torch.Tensor]:
     """Those of all autoencoders, for which the gradients of the logits are the same."""
-    found = {(f"SAE, {k} on", how, s): [] for k, s in autoencoders for how in ("mean", "largest", "attribution")}
+    found = {(name, how, s): [] for name, s in named_autoencoders for how in ("mean", "largest", "attribution")}
     for x, c in zip(written[part].split(250), cotangents[part].split(250), strict=True):
         gradients = cnn_block.logit_gradients(tail.after, x)
-        for (k, seed), a in autoencoders.items():
+        for (name, seed), a in named_autoencoders.items():
             z = a.encode(x.flatten(2).mT)
             moves = torch.einsum("nrk,nkv->nrv", c, cnn_block.attribution(gradients, z, a.decoder))
             for how, value in {"mean": z.mean(1), "largest": z.amax(1), "attribution": moves.abs().mean(1)}.items():
-                found[f"SAE, {k} on", how, seed].append(value)
+                found[name, how, seed].append(value)
     return {key: torch.cat(values) for key, values in found.items()}
 
 
@@ -349,26 +363,36 @@ def channel_readings(part: str) -> dict[tuple[str, str], torch.Tensor]:
 # **random readers**, and an **SAE of images**, read by products and before the threshold.
 
 # %%
-floor_methods = ("PCA", "random", "single gradients", "k-means of gradients")
 entered = {part: cnn_patches.unit_rows(x.flatten(1)) for part, x in entering.items()}
 basis = torch.linalg.svd(entered["fit"][:1000] - entered["fit"].mean(0), full_matrices=False).Vh[:256]
 reduced = {part: (x - entered["fit"].mean(0)) @ basis.T for part, x in entered.items()}
-image_saes = {s: study.autoencoders.train(reduced["fit"], n_directions, kept, seed=s, steps=sae_steps // 4,
-                                          batch_size=128, learning_rate=sae_rate) for s in seeds}  # fmt: skip
-image_means = {s: cnn_patches.input_means(entered["fit"][:1000], n_directions, seed=s)[0] for s in seeds}
 
 
+def sizes_of() -> Iterator[tuple[int, int, str]]:
+    """(size, seed, what follows the method's name)."""
+    yield from ((n_directions, seed, "") for seed in seeds)
+    yield more, seeds[0], ", larger"
+
+
+image_saes = {key: study.autoencoders.train(reduced["fit"], key[0], kept, seed=key[1], steps=sae_steps // 4,
+                                            batch_size=128, learning_rate=sae_rate) for key in sizes_of()}  # fmt: skip
+image_means = {
+    key: cnn_patches.input_means(entered["fit"][: 10 * key[0]], key[0], seed=key[1])[0] for key in sizes_of()
+}
+
+
+# %%
 def image_readings(part: str) -> dict[tuple[str, str, int], torch.Tensor]:
     found, x = {}, entered[part]
-    for s in seeds:
-        draw = torch.Generator().manual_seed(s)
-        at = torch.randperm(len(entered["fit"]), generator=draw)[:n_directions]
-        readers = torch.randn(n_directions, x.shape[1], generator=draw)
+    for key in sizes_of():
+        (size, s, end), draw = key, torch.Generator().manual_seed(key[1])
+        at = torch.randperm(len(entered["fit"]), generator=draw)[:size]
+        readers = torch.randn(size, x.shape[1], generator=draw)
         found |= {
-            ("training images", "product", s): x @ entered["fit"][at].T,
-            ("k-means of images", "product", s): x @ image_means[s].T,
-            ("random readers", "product", s): study.concepts.oriented(x @ readers.T, entered["fit"] @ readers.T),
-            ("SAE of images", "before the threshold", s): image_saes[s].before_threshold(reduced[part]),
+            (f"training images{end}", "product", s): x @ entered["fit"][at].T,
+            (f"k-means of images{end}", "product", s): x @ image_means[key].T,
+            (f"random readers{end}", "product", s): study.concepts.oriented(x @ readers.T, entered["fit"] @ readers.T),
+            (f"SAE of images{end}", "before the threshold", s): image_saes[key].before_threshold(reduced[part]),
         }  # fmt: skip
     return found
 
@@ -379,6 +403,7 @@ def readings(part: str) -> dict[tuple[str, str, int], torch.Tensor]:
     found = {}
     for seed in seeds:
         of = {"ours": ("read", "write")} | {m: (m, m) for m in floor_methods}
+        of |= {f"{m}, larger": (f"{m}, larger",) * 2 for m in floor_methods if seed == seeds[0]}
         for method, (reader, writer) in of.items():
             by_name = direction_readings(part, f"{reader} {seed}", f"{writer} {seed}")
             found |= {(method, name, seed): r for name, r in by_name.items()}
@@ -460,6 +485,44 @@ summary = {"classes": plain_scores[:10], "others": plain_scores[10:], "telling":
 pd.DataFrame({name: part.mean() for name, part in summary.items()}).sort_values("others").round(3)
 
 # %% [markdown]
+# ## Pairs of concepts
+#
+# A logit knows classes, so it resolves them. It cannot tell a dark trouser from a light one. A *pair* is a class and
+# another concept that hold at once, where neither implies the other. Units are chosen for pairs as for concepts, by the
+# same readings; a pair tells by the same rule.
+
+# %%
+pair_names, pair_truth = fashion_pairs.both(names, truth, 10, least=paired)
+
+
+def precision_of_pairs(z: torch.Tensor, choose: slice, of: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """The precision for every pair, on other images, of the unit that is best on some validation images."""
+    unit = study.concepts.average_precision(z[choose], pair_truth["choose"][choose]).argmax(0)
+    return torch.stack([study.concepts.average_precision(of[:, [u]], held[:, [m]])[0, 0]
+                        for m, u in enumerate(unit.tolist())])  # fmt: skip
+
+
+plain = {key: z for key, z in read["choose"].items() if honest[key[0]] == key[1]}
+on_half = {key: precision_of_pairs(z, slice(half), z[half:], pair_truth["choose"][half:]) for key, z in plain.items()}
+on_test_pairs = {key: precision_of_pairs(z, slice(None), read["test"][key], pair_truth["test"])
+                 for key, z in plain.items()}  # fmt: skip
+ahead = torch.stack([over_seeds_of(on_half, method) for method in rivals]).amax(0)
+behind = torch.stack([over_seeds_of(on_half, m) for m in ("random readers", "training images", "random")]).amax(0)
+telling_pairs = (ahead - behind >= margin).nonzero()[:, 0].tolist()
+
+# %%
+pair_scores = pd.DataFrame({method: over_seeds_of(on_test_pairs, method).numpy() for method in honest}, pair_names)
+among = {"all": pair_scores, "telling": pair_scores.iloc[telling_pairs]}
+pair_gaps = {name: part.rsub(part["ours"], axis=0) for name, part in among.items()}
+report.record(
+    pairs={name: {"number": len(part), "precision": part.mean().to_dict() if len(part) else {},
+                  "gap": {m: {"mean": pair_gaps[name][m].mean(), "error": pair_gaps[name][m].sem()} for m in honest}
+                  if len(part) > 1 else {}} for name, part in among.items()},
+    pairs_base_rate=pair_truth["test"].double().mean(),
+)  # fmt: skip
+pd.DataFrame({name: part.mean() for name, part in among.items()}).sort_values("all").round(3)
+
+# %% [markdown]
 # What follows takes of every method the best reading of all, told the prediction or not; ours as well.
 # Entropy is that of the labels of a unit's top 20 images, in nats, the mean over units: low where a unit stands for few
 # classes.
@@ -535,6 +598,7 @@ behaviours = torch.stack(behaviours)
 sets = {("ours", s): d.decoder.flat() for s, d in fits.items()}
 sets |= {(m, s): rows[f"{m} {s}"] for m in floor_methods for s in seeds}
 sets |= {(name, seeds[0]): d.decoder.flat() for name, d in others.items()}
+sets |= {(f"{m}, larger", seeds[0]): u for m, u in larger_rows.items()}
 shares = pd.DataFrame([
     {"method": m, "seed": s, "rows": count, "behaviour": i, "held": value}
     for (m, s), u in sets.items() for count, found in cnn_patches.rebuilt(behaviours, u, counts).items()
@@ -659,12 +723,12 @@ def key(method: str, seed: int = seeds[0]) -> tuple[str, str, int]:
 
 
 ways = [("ours", key("ours", s), weights(d.decoder)) for s, d in fits.items()]
-ways += [("ours, reading rows", key("ours", s), weights(study.scores.encoder_rows(d).decoder)) for s, d in fits.items()]
+ways += [("ours, encoder rows", key("ours", s), weights(study.scores.encoder_rows(d).decoder)) for s, d in fits.items()]
 ways += [("ours, gated", key("ours", s), gated_weights(d.decoder, f"read {s}", read["test"][key("ours", s)]))
          for s, d in fits.items()]  # fmt: skip
 ways += [(f"SAE, {k} on, {how}", key(f"SAE, {k} on", s), unit(a, how))
          for (k, s), a in autoencoders.items() for how in ("add", "scale")]  # fmt: skip
-ways += [("PCA", key("PCA", s), dense_weights(u)) for s, u in principal.items()]
+ways += [("PCA", key("PCA", s), dense_weights(floor_rows[s]["PCA"])) for s in seeds]
 ways += [("random", key("random", s), weights(u)) for s, u in random.items()]
 ways += [("random, gated", key("random", s), gated_weights(u, f"random {s}", read["test"][key("random", s)]))
          for s, u in random.items()]  # fmt: skip
@@ -757,16 +821,17 @@ axes[-1].set_xticklabels(fashion.CLASSES, rotation=90, fontsize=6.5)
 report.figure("directions", figure)
 
 # %% [markdown]
-# Where in the image they act: with $c$ the unit vector along the centred logits' move $\Pi J u$, the move's size
-# $\langle J^\top c, u\rangle$ is a sum over the 14 × 14 positions of the block. Red adds to it, blue takes away.
+# Where in the image they act. With $c$ the unit vector of the classes that a direction is named for, less all others,
+# $\langle J^\top c, u\rangle$ is how far a step raises them, and a sum over the 14 × 14 positions of the block. The
+# direction has the sign from above, with which it raises them on its top images. Red raises, blue lowers.
 
 # %%
 figure, axes = plots.panels(3, len(shown), height=1.15, width=plots.PAGE)
 for column, (v, m) in enumerate(shown.items()):
     strongest = strength[:, v].argsort(descending=True)[:3]
-    c = sign[v] * torch.nn.functional.normalize(y[strongest, :, v], dim=1)
-    change = study.moves.low_rank(first.decoder, v)
-    maps = cnn_block.contribution_maps(tail, change, entering["test"][strongest], c)
+    c = torch.nn.functional.normalize(of_concept[column] / of_concept[column].sum() - 0.1, dim=0)
+    change = {name: sign[v] * part for name, part in study.moves.low_rank(first.decoder, v).items()}
+    maps = cnn_block.contribution_maps(tail, change, entering["test"][strongest], c.expand(3, -1))
     for row, (i, one) in enumerate(zip(strongest, maps, strict=True)):
         ax, limit = axes[row * len(shown) + column], one.abs().max().item()
         ax.imshow(1 - images["test"][i, 0], cmap="gray", vmin=-1.2, vmax=1, extent=(0, 28, 28, 0))
@@ -800,7 +865,8 @@ def course(v: int, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 figure, axes = plots.panels(1, 4, height=1.9, sharey=True)
-for ax, v in zip(axes, [*list(shown)[:2], *list(shown)[3:5]], strict=True):
+drawn_units = sorted(shown, key=lambda v: names[shown[v]] not in ("sandal", "trouser", "footwear", "wide"))[:4]
+for ax, v in zip(axes, drawn_units, strict=True):
     steps_along = torch.linspace(-2, 2, 17)
     p, moved = course(v, steps_along)
     for color, k in zip(plots.COLORS, (p.amax(0) - p.amin(0)).topk(3).indices.tolist(), strict=False):
@@ -816,12 +882,13 @@ report.figure("pushes", figure)
 # ## All in one figure
 #
 # Blue are directions, orange autoencoders, green and grey the floors of the directions, yellow those of autoencoders,
-# black the logits. Points are means over seeds, lines reach from the least to the largest; for selectivity, points are
-# medians over units and lines hold the middle half of them.
+# black the logits. Points are means over seeds, lines reach from the least to the largest; open points have 300 units,
+# and one seed. For selectivity, points are medians over units and lines hold the middle half of them.
 
 # %%
-order = [*compared[:-1], *others, "SAE of images", "k-means of gradients", "k-means of images", "single gradients",
-         "training images", "PCA", "random", "random readers", "channels", "PCA of channels", "logits"]  # fmt: skip
+order = [*compared[:-1], "ours, drawn reference", "SAE of images", "k-means of gradients", "k-means of images",
+         "single gradients", "training images", "PCA", "random", "random readers", "channels", "PCA of channels",
+         "logits"]  # fmt: skip
 tint = {method: plots.SAE for method in order} | {
     "ours": plots.OURS, "PCA": plots.PCA, "random": plots.RANDOM, "channels": plots.COLORS[4],
     "PCA of channels": plots.COLORS[4], "logits": "black", "random readers": plots.RANDOM,
@@ -839,6 +906,8 @@ def resolution_panel(ax, column: str, label: str) -> None:
         values = headline[headline["method"] == method][column]
         ax.plot([values.min(), values.max()], [position] * 2, color=tint[method], lw=2)
         ax.plot(values.mean(), position, "o", color=tint[method], ms=5)
+        for value in headline[headline["method"] == f"{method}, larger"][column]:
+            ax.plot(value, position, "o", color=tint[method], mfc="white", ms=5)
     ax.set(yticks=range(len(order)), yticklabels=[], ylim=(len(order) - 0.5, -0.5), xlabel=label)
     ax.margins(x=0.12)
 
@@ -851,7 +920,7 @@ def selectivity_panel(ax) -> None:
             ax.plot([low, high], [position + shift] * 2, color=color, lw=1.5)
             ax.plot(median, position + shift, marker, color=color, ms=3.5, mfc="white" if name == "quiet" else color)
     ax.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(len(kinds) - 0.5, -0.5), xscale="log")
-    ax.set_xlabel("effect on own images over effect on\nother classes (filled), quiet half (open)")
+    ax.set_xlabel("effect on own images over effect on\nother classes (filled), least read half (open)")
 
 
 # %%
@@ -888,6 +957,11 @@ for other in ("k-means of images", "SAE of images", f"SAE, {sae_kept[0]} on", "t
     if len(gaps) > 1:
         text = f"on concepts that tell, directions, not told the prediction, are ahead of {other}"
         report.claim(f"telling, {other}", text, gaps[other].mean(), ">", 0, gaps[other].sem())
+    if telling_pairs:
+        gap = report.values["pairs"]["telling"]["gap"].get(other)
+        text = f"on pairs of concepts that tell, directions, not told the prediction, are ahead of {other}"
+        if gap:
+            report.claim(f"pairs, {other}", text, gap["mean"], ">", 0, gap["error"])
 five = shares[shares["rows"] == 5].pivot_table(index="behaviour", columns="method", values="held")
 for other in floor_methods:
     gap = (five["ours"] - five[other]).tolist()

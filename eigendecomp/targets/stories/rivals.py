@@ -27,6 +27,7 @@ from eigendecomp.targets.stories import model as stories
 GROUP = {"*.W_[QKV]": "head d_model d_head -> (head d_head) d_model"}  # rank one is that of a matrix
 PARTS: dict[str, stories.Split] = {"fit": "train", "choose": "validation", "test": "test"}
 SITES = {"W_K": "blocks.4", "W_V": "blocks.5"}  # by the weight's name: its block
+HELD = ("choose", "test")  # the held-out splits that decide which concepts and behaviours there are
 HALF = 0.5  # of the probability: the model is about to do something
 COUNTS = (1, 5, 20)  # rows that rebuild a behaviour's gradient
 
@@ -52,13 +53,16 @@ class Story:
     behaving_windows: int = 256  # of which behaviours' gradients are taken
     length: int = 32
     least: int = concepts.LEAST
+    fresh_windows: int = 0  # of other test stories than those of the split "test"
 
     def __post_init__(self) -> None:
-        counts = {"fit": self.fit_windows, "choose": self.held_windows, "test": self.held_windows}
+        counts = {"fit": self.fit_windows, "choose": self.held_windows, "test": self.held_windows + self.fresh_windows}
         self.tokens = {
             part: stories.token_windows(stories.load_stories(split), counts[part], self.length, seed=7)
             for part, split in PARTS.items()
         }
+        if self.fresh_windows:  # stories are drawn in an order, each once
+            self.tokens["test"], self.tokens["fresh"] = self.tokens["test"].tensor_split([self.held_windows])
         self.rules = concepts.Rules(stories.load_tokenizer())
         blocks = [int(block.split(".")[1]) for block in SITES.values()]
         self.model = stories.standardised(stories.load_model(), blocks, self.tokens["fit"][:500])
@@ -69,13 +73,18 @@ class Story:
         """The model's, on held-out stories."""
         with torch.no_grad():
             return {part: torch.cat([cast(Any, self.model)(x) for x in self.tokens[part].split(128)])
-                    for part in ("choose", "test")}  # fmt: skip
+                    for part in self.tokens if part != "fit"}  # fmt: skip
 
     @cached_property
     def known(self) -> dict[str, concepts.Concepts]:
-        """The concepts that hold often enough in both held-out splits."""
-        told = [self.rules(self.tokens[part], found) for part, found in self.logits.items()]
-        return dict(zip(self.logits, concepts.common(*told, least=self.least), strict=True))
+        """The concepts that hold often enough in the splits "choose" and "test"."""
+        told = {part: self.rules(self.tokens[part], found) for part, found in self.logits.items()}
+        found = dict(zip(HELD, concepts.common(*(told[part] for part in HELD), least=self.least), strict=True))
+        names = list(zip(found["test"].families, found["test"].names, strict=True))
+        for part in told.keys() - found.keys():
+            place = {name: i for i, name in enumerate(zip(told[part].families, told[part].names, strict=True))}
+            found[part] = told[part].select([place[name] for name in names])
+        return found
 
     def site(self, name: str) -> Site:
         """The site of a weight, made once."""
@@ -94,13 +103,13 @@ class Story:
     def behaving(self) -> dict[str, dict[str, Bool[Tensor, "n t"]]]:
         """Where the model puts at least half of its probability on a set of tokens, by split and the set's name.
 
-        Sets for which it does so at fewer than ``least`` tokens of either split are left out.
+        Sets for which it does so at fewer than ``least`` tokens of "choose" or "test" are left out.
         """
         found = {}
         for part, f in self.logits.items():
             p = f[: self.behaving_windows].softmax(-1)
             found[part] = {name: p[..., members].sum(-1) >= HALF for name, members in self.rules.sets.items()}
-        enough = [name for name in self.rules.sets if all(int(one[name].sum()) >= self.least for one in found.values())]
+        enough = [name for name in self.rules.sets if all(int(found[part][name].sum()) >= self.least for part in HELD)]
         return {part: {name: one[name] for name in enough} for part, one in found.items()}
 
     def wanting(self, part: str, parameters: list[str]) -> dict[str, list[Tensor]]:
@@ -126,7 +135,7 @@ class Story:
         """Every behaviour's gradient in each weight, as rows of the flattened matrix: {(split, weight): rows}."""
         names = [f"{block}.attn.{name}" for name, block in SITES.items()]
         found = {}
-        for part in ("choose", "test"):
+        for part in self.logits:
             by_name = self.wanting(part, names)
             for i, name in enumerate(SITES):
                 rows = torch.stack([parts[i] for parts in by_name.values()])  # (b, head, in, d_head)
@@ -240,11 +249,13 @@ KINDS = {
 def of_tokens(story: Story, size: int) -> dict[str, Float[Tensor, "n v"]]:
     """A unit for each of the commonest training tokens, which is on where the token is."""
     often = torch.bincount(story.tokens["fit"].flatten()).argsort(descending=True)[:size]
-    return {part: (story.tokens[part].flatten()[:, None] == often).float() for part in ("choose", "test")}
+    return {part: (story.tokens[part].flatten()[:, None] == often).float() for part in story.logits}
 
 
-def of_probes(story: Story, name: str, penalties: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)) -> Tensor:
-    """The test scores of linear probes, one a concept, learned from the labels of validation stories.
+def of_probes(
+    story: Story, name: str, penalties: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0), part: str = "test"
+) -> Tensor:
+    """The scores, in a split, of linear probes, one a concept, learned from the labels of validation stories.
 
     The penalty is the best of these between two halves of the validation stories.
     """
@@ -259,7 +270,7 @@ def of_probes(story: Story, name: str, penalties: tuple[float, ...] = (1.0, 10.0
     some = truth.any(0)
     tried = {p: precision_of((x["choose"][half:] @ learned(x["choose"][:half], y[:half], p))[:, some], truth[:, some])
              .mean().item() for p in penalties}  # fmt: skip
-    return x["test"] @ learned(x["choose"], y, max(tried, key=lambda p: tried[p]))
+    return x[part] @ learned(x["choose"], y, max(tried, key=lambda p: tried[p]))
 
 
 # ------------------------------------------------------------------------------------------------------ scores
@@ -278,16 +289,15 @@ def precision_of(scores: Float[Tensor, "n m"], truth: Bool[Tensor, "n m"]) -> Fl
 
 
 def resolved(
-    story: Story, z: Mapping[str, Float[Tensor, "n v"]], kept: int | None = None
+    story: Story, z: Mapping[str, Float[Tensor, "n v"]], kept: int | None = None, part: str = "test"
 ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], Int[Tensor, " m"]]:
-    """Each concept's best unit on validation stories: its precision there, on test stories, and which it is.
+    """Each concept's best unit on validation stories: its precision there, on the split ``part``, and which it is.
 
-    With ``kept`` a unit counts only where it is among so many of a token. Without the split ``test`` there are no
-    test scores.
+    With ``kept`` a unit counts only where it is among so many of a token. Without scores of that split, none is given.
     """
     known = story.known
     scores = {part: y if kept is None else few(y, kept) for part, y in z.items()}
     precision = resolution.average_precision(scores["choose"], known["choose"].truth)
     best = precision.argmax(0)
-    on_test = precision_of(scores["test"][:, best], known["test"].truth) if "test" in scores else torch.zeros(0)
-    return precision.amax(0), on_test, best
+    held = precision_of(scores[part][:, best], known[part].truth) if part in scores else torch.zeros(0)
+    return precision.amax(0), held, best
