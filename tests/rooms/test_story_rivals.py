@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from eigendecomp.study import concepts as resolution
+from eigendecomp.targets.stories import model as stories
 from rooms.stories import heads, rivals
 
 SETTINGS = {
@@ -115,3 +116,19 @@ def test_rank_correlation() -> None:
     x = torch.randn(50)
     assert heads.rank_correlation(x, x.exp()) == pytest.approx(1)
     assert heads.rank_correlation(x, -x) == pytest.approx(-1)
+
+
+def test_fresh_windows_are_of_other_stories_and_have_the_same_concepts_and_behaviours() -> None:
+    sizes = {"fit_windows": 40, "held_windows": 24, "behaving_windows": 16, "length": 16, "least": 2}
+    plain, more = rivals.Story(**sizes), rivals.Story(**sizes, fresh_windows=300)
+    assert torch.equal(plain.tokens["test"], more.tokens["test"])
+    texts = stories.load_stories("test")
+    drawn = stories.token_windows(texts, 24 + 300, 16, seed=7)  # each of as many stories, in an order
+    assert torch.equal(torch.cat([more.tokens["test"], more.tokens["fresh"]]), drawn) and len(texts) > 24 + 300
+    assert plain.known["test"].names == more.known["fresh"].names == more.known["test"].names
+    assert torch.equal(plain.known["test"].truth, more.known["test"].truth)
+    assert list(more.behaving["fresh"]) == list(plain.behaving["test"])
+
+    z = {part: more.site("W_V").x[part] for part in ("choose", "fresh")}
+    _, held, unit = rivals.resolved(more, z, part="fresh")
+    assert len(held) == len(unit) == len(more.known["fresh"].names) and (held > 0).all()

@@ -15,13 +15,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # notebooks/, where the rooms are
+
 import torch
 
 import eigendecomp as ed
 from eigendecomp.factored.kept import coefficients
-from eigendecomp.report import benchmark
 from eigendecomp.report.results import plain, versions
-from eigendecomp.targets import sizes
+from rooms.cost import benchmark, sizes
 
 ROOT = Path(__file__).resolve().parents[3]
 T = TypeVar("T")
