@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from eigendecomp.targets.sizes import Transformer
 from torch import Tensor, nn
 
 from eigendecomp.factored.prefix import Prefixes, Work
@@ -16,6 +15,7 @@ from eigendecomp.factored.source import CapturedSource
 from eigendecomp.gradients import FunctionalSource
 from eigendecomp.support.examples import as_examples
 from eigendecomp.target import Target
+from rooms.cost.sizes import Transformer
 from tests.cases import Chosen, Heads, Model
 
 P, EXACT = 8, 1e-10

@@ -126,7 +126,7 @@ def test_a_step_fetches_nothing_large(gpu: Pretended, monkeypatch: pytest.Monkey
 def test_a_step_seldom_waits_for_the_device(gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two looks of the guard, a step waits a few times, however many layers the model has."""
     monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
-    model, x = gpu.move(Reader().eval()), gpu.put(torch.randint(7, (12, 5)))
+    model, x = gpu.move(LanguageModel().eval()), gpu.put(torch.randint(7, (12, 5)))
     waits = []
     for steps in (10, 13):
         gpu.waits.clear()

@@ -139,7 +139,8 @@ def test_second_derivatives_leave_the_row_out_as_well(name: str) -> None:
 @pytest.mark.parametrize("option", ["scale_grad_by_freq", "sparse"])
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_lookups_whose_gradient_is_no_dense_derivative_are_refused(kind: Any, option: str) -> None:
-    model = Model(bag if kind is nn.EmbeddingBag else module, table=kind(5, 3, **{option: True}), out=nn.Linear(3, 2))
+    options: dict[str, Any] = {option: True}
+    model = Model(bag if kind is nn.EmbeddingBag else module, table=kind(5, 3, **options), out=nn.Linear(3, 2))
     for asked in (lambda: ed.decompose(model, TOKENS), lambda: ed.per_sample_hessian(model, TOKENS, ed.SquaredError())):
         with pytest.raises(ValueError, match=f"set {option}=False"):
             asked()

@@ -32,5 +32,5 @@ def test_a_lines_name_stands_beside_it_in_its_colour() -> None:
     _, ax = plt.subplots()
     plots.name_line(ax, 1.0, 2.0, "ours", plots.OURS)
     (text,) = ax.texts
-    assert (text.get_text(), text.get_color(), text.get_size()) == ("ours", plots.OURS, 7)
+    assert (text.get_text(), text.get_color(), text.get_fontsize()) == ("ours", plots.OURS, 7)
     assert text.xy == (1.0, 2.0)  # pyright: ignore[reportAttributeAccessIssue]

@@ -79,7 +79,9 @@ class Story:
     def known(self) -> dict[str, concepts.Concepts]:
         """The concepts that hold often enough in the splits "choose" and "test"."""
         told = {part: self.rules(self.tokens[part], found) for part, found in self.logits.items()}
-        found = dict(zip(HELD, concepts.common(*(told[part] for part in HELD), least=self.least), strict=True))
+        found: dict[str, concepts.Concepts] = dict(
+            zip(HELD, concepts.common(*(told[part] for part in HELD), least=self.least), strict=True)
+        )
         names = list(zip(found["test"].families, found["test"].names, strict=True))
         for part in told.keys() - found.keys():
             place = {name: i for i, name in enumerate(zip(told[part].families, told[part].names, strict=True))}
