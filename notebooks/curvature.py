@@ -56,6 +56,8 @@ from rooms.curvature import criteria
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")
 plots.style()
+
+# %%
 if results.profile() == "smoke":
     seeds, steps, direct_steps, largest_draw = seeds[:2], 60, 10, 1000
     training_steps = dict.fromkeys(training_steps, 200)

@@ -263,8 +263,6 @@ class CapturedSource(Capture):
                 "gradients need independent examples along the first axis"
             )
 
-    # ---- uses one by one
-
     def axes(self) -> dict[str, list[Axes]]:
         """The sides of every use of every parameter, in the order of :meth:`factors` and :meth:`inputs`.
 

@@ -71,7 +71,7 @@ class Outputs:
     @classmethod
     def of(cls, target: Any, examples: Examples) -> Self:
         """The outputs of a target."""
-        _, p, k = target.outputs(alike(examples, (tensor[:1] for tensor in examples))).shape
+        _, p, k = target.outputs(alike(examples, (tensor[:2] for tensor in examples))).shape
         return cls(partial(target.pieces, examples), (len(examples[0]), p, k))
 
     def pieces(self) -> Iterator[Float[Tensor, "some p k"]]:
