@@ -58,6 +58,7 @@ from eigendecomp.targets import stories
 from eigendecomp.targets.toys import tms
 from rooms.cost import benchmark, prefixes, sizes
 
+# %%
 warnings.filterwarnings("ignore")
 plots.style()
 torch.manual_seed(0)
@@ -188,6 +189,8 @@ report.record(
     },
     step_memory={f"{name}, rank {rank}": by_case.loc[(name, rank), "memory"].to_dict() for name, rank in by_case.index},
 )
+
+# %%
 gain = pd.DataFrame(
     {
         (what, way): by_case[what][way] / by_case[what]["factored"]
@@ -348,6 +351,7 @@ def work_of(way, shape, d):
     return work
 
 
+# %%
 def choice(name, shape, rank):
     shape = tuple(max(1, n // small) for n in shape)
     g, d = benchmark.uses(*shape), Directions.random({"w": shape[3:]}, directions, rank).map(torch.nn.Parameter)
@@ -360,6 +364,7 @@ def choice(name, shape, rank):
     return {"use": name, "rank": rank, **taken, "chosen": chosen, "over the best": taken[chosen] / min(taken.values())}
 
 
+# %%
 USES = {
     "attention, width 256": (16, 8, 16, 256, 256),
     "attention, width 64": (16, 8, 16, 64, 64),

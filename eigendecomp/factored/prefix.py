@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from eigendecomp.factored.apart import each_position, placed
 from eigendecomp.factored.discover import Reading
@@ -22,7 +21,7 @@ from eigendecomp.factored.guard import exactness
 from eigendecomp.factored.operations import Node, Plan, Use
 from eigendecomp.factored.record import FEW_SAMPLES, Recorder, Trace
 
-NUMBER = 100  # operations that take as long as writing one number
+OPS_PER_NUMBER = 100  # operations that take as long as writing one number
 LAUNCH = 10**6  # operations that take as long as starting one function of torch
 RECORDED = 2  # how much longer starting it takes where it is recorded, or batched over cotangents
 GROUPS = (2, 3, 4, 6, 8)  # prefixes to choose from; more save little
@@ -38,16 +37,18 @@ class Work(TorchDispatchMode):
     """Counts what is done inside."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # which imports Triton, and few models need it
+
         super().__init__()
-        self.calls = self.operations = 0
+        self.calls, self.operations, self.registry = 0, 0, flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.calls += 1
-        if func._overloadpacket in flop_registry:
-            self.operations += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        if func._overloadpacket in self.registry:
+            self.operations += self.registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
         if not func.is_view:
-            self.operations += NUMBER * sum(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+            self.operations += OPS_PER_NUMBER * sum(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
         return result
 
 

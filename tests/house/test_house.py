@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -100,22 +99,13 @@ def test_nothing_is_patched() -> None:
 
 
 HEAVY = ("scipy", "matplotlib", "pandas", "seaborn", "PIL", "jinja2", "transformers", "transformer_lens",
-         "torchvision", "sae_lens")  # fmt: skip
+         "torchvision", "sae_lens", "triton")  # fmt: skip
 
 
 def test_importing_the_package_loads_what_the_method_needs() -> None:
     code = f"import sys, eigendecomp; print([name for name in {HEAVY} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
-
-
-def test_importing_the_package_takes_little_longer_than_torch(tmp_path: Path) -> None:
-    """Processor seconds after torch, with compiled bytecode, which the first run writes; the least of three."""
-    code = "import time, torch; start = time.process_time(); import eigendecomp; print(time.process_time() - start)"
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
-    command = [sys.executable, "-c", code]
-    runs = [subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) <= 0.15
 
 
 def test_the_study_and_the_targets_import_without_the_extras() -> None:

@@ -9,7 +9,6 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.py"))
 LINES = 25  # of code in a cell, at most
-LONG = {"cnn", "cost", "interventions", "layers", "patches", "peers", "smollm"}  # to be mended
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -28,7 +27,7 @@ def test_lines_of_code_are_counted() -> None:
 def test_no_cell_is_longer_than_a_glance(path: Path) -> None:
     cells = [cell.source for cell in jupytext.read(path).cells if cell.cell_type == "code"]
     long = {source.splitlines()[0]: code_lines(source) for source in cells if code_lines(source) > LINES}
-    assert long == {} or path.stem in LONG
+    assert long == {}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
