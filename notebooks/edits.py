@@ -14,7 +14,11 @@
 #
 # ![What edits cost beside one direction, on four targets.](../figures/edits_targets.png)
 #
-# RESULT
+# **On stories a closed form that is made from ten labelled examples costs about half of what one direction costs, and on
+# residual networks an eighth. For memorised text a small adapter costs least. Among what is found without labels, one
+# direction is cheapest: a folded autoencoder's unit costs twelve times as much on stories and thirty times on residual
+# networks.** So where there are labelled examples, make the edit from them; a direction is the cheaper of what is learned
+# without labels.
 #
 # ## Terms
 #
@@ -306,11 +310,9 @@ CLAIMS = [
     ("part", "residual, four fifths gone", "one direction", "direction's part, one layer"),
     ("layer", "residual, four fifths gone", "one direction", "direction fitted to one layer"),
     ("memorised", "memorised text", "LoRA, rank 1, KL", "one direction"),
-    ("memorised_sae", "memorised text", "one direction", "SAE unit, folded"),
     ("classes", "classifier", "one direction", "SAE unit, folded"),
     ("classes_regressed", "classifier", "one direction", "SAE unit, regressed"),
     ("classes_random", "classifier", "one direction", "one random row"),
-    ("classes_rome", "classifier", "ROME-like", "one direction"),
 ]
 # %%
 sets = TARGETS | {"story model, one example": stories.query("examples == 1")}
