@@ -14,11 +14,11 @@
 #
 # ![What edits cost beside one direction, on four targets.](../figures/edits_targets.png)
 #
-# **On stories a closed form that is made from ten labelled examples costs about half of what one direction costs, and on
-# residual networks an eighth. For memorised text a small adapter costs least. Among what is found without labels, one
-# direction is cheapest: a folded autoencoder's unit costs twelve times as much on stories and thirty times on residual
-# networks.** So where there are labelled examples, make the edit from them; a direction is the cheaper of what is learned
-# without labels.
+# **On stories a closed form that is made from ten labelled examples costs about half of what one direction costs, and
+# on residual networks an eighth. For memorised text a small adapter costs least. Among what is found without labels,
+# one direction is cheapest: a folded autoencoder's unit costs twelve times as much on stories and thirty times on
+# residual networks.** So where there are labelled examples, make the edit from them; a direction is the cheaper of what
+# is learned without labels.
 #
 # ## Terms
 #

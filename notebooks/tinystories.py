@@ -37,8 +37,8 @@
 #
 # On test stories; intervals are 95%, over concepts and seeds.
 #
-# - **With 1,000 units, one fit, on stories that nothing had been scored on:** ahead of autoencoders however read in both
-#   families, level with k-means on context, ahead of it by 0.01 on predictions. Thirty directions hold half of a
+# - **With 1,000 units, one fit, on stories that nothing had been scored on:** ahead of autoencoders however read, in
+#   both families; level with k-means on context, ahead of it by 0.01 on predictions. Thirty directions hold half of a
 #   behaviour's gradient, fifty centres of gradients do.
 # - **Concepts: behind k-means on context, by 0.02, and level on predictions.** 300 directions of $W_V$ reach an average
 #   precision of 0.64 on context and 0.54 on predictions, k-means of inputs 0.66 and 0.54. Autoencoders reach 0.59 and
