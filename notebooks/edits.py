@@ -66,18 +66,18 @@ report = results.Results("edits", layer=layer, examples=examples, draws=draws)
 # | method | the change | labels |
 # |---|---|---|
 # | one direction | the best, on validation samples, of the largest $\langle G,u\rangle^2/u^\top Hu$ | pick it |
-# | one direction, whitened | the same with $C^{-1}$(reader): what else arrives is met less | pick it |
+# | one direction, whitened | the same with its reader times $C^{-1}$, so that other inputs meet it less | pick it |
 # | span of directions | $-(U^\top H U + \lambda)^{-1} U^\top G$ in the span of all directions | make it |
 # | several directions | $-G$ by least squares from a few directions (matching pursuit) | make it |
 # | SAE unit, folded | (encoder row) ⊗ $W^\top$(decoder row) as a change of the weight | pick it |
-# | SAE unit, regressed | the same with the linear reader that comes closest to what the unit is | pick it |
+# | SAE unit, regressed | the same with the linear reader that predicts the unit's activation best | pick it |
 # | SAE unit, hook | the unit's own part made smaller at run time, where it is on | pick it |
 # | one random row | rows of rank one that nothing was learned from: the floor | pick it |
 # | gradient step; rank 1 | $-G$; its leading singular pair | make it |
-# | K-FAC step | $-C^{-1} G S^{-1}$, moments of what arrives and of what is asked | make it |
+# | K-FAC step | $-C^{-1} G S^{-1}$, second moments of inputs and of output gradients | make it |
 # | gradient, small curvature | $-G$ in the part of the K-FAC basis where curvature is small | make it |
 # | weight, small curvature | the weight itself in that part, taken away | none |
-# | ROME-like | $-C^{-1}k \otimes G^\top k$, $k$ what the examples have arrive on average | make it |
+# | ROME-like | $-C^{-1}k \otimes G^\top k$, $k$ the examples' mean input | make it |
 # | LoRA, rank 1 | Adam on the examples; with a Fisher penalty, or held by KL to the model elsewhere | make it |
 # | one neuron | the neuron that does most for the feature in the examples | pick it |
 #
