@@ -811,7 +811,7 @@ for row, (v, m) in enumerate(shown.items()):
     above = axes[9 * row].text(0, 1.05, title, transform=axes[9 * row].transAxes, fontsize=7)
     above.set_in_layout(False)  # it reaches over the other images
     bars, move = axes[9 * row + 8], sign[v] * y[strongest, :, v].mean(0)
-    bars.bar(range(10), move, color=["#B2182B" if value > 0 else "#2166AC" for value in move])
+    bars.bar(range(10), move, color=[plots.POSITIVE if value > 0 else plots.NEGATIVE for value in move])
     bars.axhline(0, color="black", lw=0.6)
     bars.set(xticks=range(10), xticklabels=[], ylim=(-1.15 * move.abs().max(), 1.15 * move.abs().max()))
     bars.tick_params(axis="x", length=0)
@@ -925,9 +925,9 @@ def selectivity_panel(ax) -> None:
 
 # %%
 figure, axes = plots.panels(1, 4, height=3.4, gridspec_kw={"width_ratios": [1, 1, 1, 1.35]})
-resolution_panel(axes[0], "classes", "average precision,\nten classes")
-resolution_panel(axes[1], "further", "average precision,\n24 further concepts")
-resolution_panel(axes[2], "entropy", "label entropy of the\ntop 20 (nats)")
+resolution_panel(axes[0], "classes", "precision,\nten classes")
+resolution_panel(axes[1], "further", "precision, 24\nfurther concepts")
+resolution_panel(axes[2], "entropy", "label entropy,\ntop 20 (nats)")
 axes[0].set_yticklabels(order)
 selectivity_panel(axes[3])
 for ax in axes:

@@ -302,11 +302,11 @@ figure, axes = plt.subplots(2, len(SWEEPS), figsize=(plots.PAGE, 3.4), sharex="c
 for column, sweep in enumerate(SWEEPS):
     for row, (scale, name) in enumerate(((1e3, "ms a step"), (1e-6, "MB at the peak"))):
         ax = axes[row, column]
-        for way in ("vmap", "factored"):
+        for way, up in (("vmap", 4), ("factored", -4)):
             size, value = curve(sweep, row, way)
             ax.plot(size, scale * value, "o-", ms=3, lw=1.2, color=COLOR[way], label=way)
             ax.annotate(
-                f"{round(slope(sweep, row, way), 1) + 0:.1f}", (size[-1], scale * value[-1]), (4, 0),
+                f"{round(slope(sweep, row, way), 1) + 0:.1f}", (size[-1], scale * value[-1]), (4, up),
                 textcoords="offset points", va="center", fontsize=7, color=COLOR[way], annotation_clip=False,
             )  # fmt: skip
         ax.set(xscale="log", yscale="log")

@@ -548,15 +548,17 @@ figure, axes = plots.panels(1, 3, height=1.9)
 for (label, of), color, marker in zip(supports.items(), (plots.COLORS[4], plots.OURS), "so", strict=True):
     for ax, key in zip(axes, ("error", "rows a sample uses"), strict=False):
         ax.plot(KEPT, [of[k][key]["mean"] for k in KEPT], marker=marker, color=color, ms=3.5, lw=1.2)
-        ax.set(xlabel="coefficients kept a draw", xticks=KEPT, ylim=(0, None))
+        ax.set(xlabel="coefficients kept a draw", xticks=KEPT)
     points = [(of[k]["error"]["mean"], of[k]["H not rebuilt"]["mean"]) for k in KEPT]
     axes[2].plot(*zip(*points, strict=True), marker=marker, color=color, ms=3.5, lw=0, label=f"support {label}")
 eps = torch.linspace(0, 0.45, 100)
 axes[2].plot(eps, 2 * eps.sqrt() + eps, color="black", lw=1)
 axes[2].axhline(1, color="0.7", lw=0.8, ls=":")
 axes[2].text(0.2, 1.27, "bound", size=7, ha="right")
-axes[2].text(0.5, 1.03, "empty from here on", size=7, color="0.4", ha="right")
+axes[2].text(0.5, 1.05, "the bound is empty above", size=7, color="0.4", ha="right")
 axes[2].set(xlabel="error ε of the draws", ylim=(0, 1.5), title="share of H not rebuilt")
+for ax in axes[:2]:
+    ax.set_ylim(0, None)
 axes[0].set_title("share of gradients not rebuilt")
 axes[1].set_title("rows that a sample's draws use")
 axes[1].legend(*axes[2].get_legend_handles_labels(), loc="upper left", handletextpad=0.2)

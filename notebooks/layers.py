@@ -86,7 +86,7 @@ report.figure("network", figure)
 # **One feature's direction, lit across the layers.** Columns of dots are, from the left, the residual stream (a
 # dimension a feature, since the embedding is the identity) and the neurons of a layer, in turn. Grey: all that reaches
 # the neurons from the feature's dimension and goes back to it in the network. In colour: the entries of the one
-# direction that the feature owns, blue where they are positive and orange where they are negative; a matrix's part is
+# direction that the feature owns, red where they are positive and blue where they are negative; a matrix's part is
 # turned so that it agrees with the weights in sign. Lines that neither start nor end at the feature's dimension belong
 # to other outputs, which the feature's neurons disturb, and to what later layers read there. They are many and faint.
 #

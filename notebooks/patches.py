@@ -637,7 +637,7 @@ for line, name in enumerate(shown):
     above = axes[9 * line].text(0, 1.05, title, transform=axes[9 * line].transAxes, fontsize=7)
     above.set_in_layout(False)  # it reaches over the other images
     bars, move = axes[9 * line + 8], moves_of[name]
-    bars.bar(range(10), move, color=["#B2182B" if v > 0 else "#2166AC" for v in move])
+    bars.bar(range(10), move, color=[plots.POSITIVE if v > 0 else plots.NEGATIVE for v in move])
     bars.axhline(0, color="black", lw=0.6)
     limit = 1.1 * move.abs().max().item()
     bars.set(xticks=range(10), xticklabels=[], ylim=(-limit, limit))

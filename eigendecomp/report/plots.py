@@ -16,6 +16,7 @@ from torch import Tensor
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 OURS, SAE, PCA, RANDOM, TRUTH = COLORS[0], COLORS[1], COLORS[2], "#8C8C8C", "#000000"
 SIGNED, MAGNITUDE = "RdBu_r", "viridis"
+POSITIVE, NEGATIVE = "#B2182B", "#2166AC"  # of signs, as in SIGNED
 COLUMN, PAGE = 3.35, 6.9  # widths in inches: one column of the paper, both
 
 

@@ -22,7 +22,7 @@ def edges(
     limit = float(values.abs().max())
     for k, j in (values.abs() > 0.06 * limit).nonzero().tolist():
         share = abs(float(values[k, j])) / limit
-        shade = color or plots.COLORS[0 if values[k, j] > 0 else 1]
+        shade = color or (plots.POSITIVE if values[k, j] > 0 else plots.NEGATIVE)
         look = {"lw": 1 + 4 * share, "zorder": 1} if color else {"lw": 0.2 + 1.8 * share, "alpha": 0.2 + 0.8 * share}
         ax.plot(x, [starts[k], ends[j]], color=shade, solid_capstyle="round", **look)
 
