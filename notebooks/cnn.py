@@ -42,6 +42,7 @@ n_directions, more, rank, kept = 100, 300, 4, 8  # more: the larger size; kept: 
 seeds = [0, 1, 2]  # settings were chosen on seeds from 100 on, and on validation images
 fit_images, choose_images, test_images = 4096, 800, 1200
 least, margin, counts, mean_steps = 15, 0.03, (1, 5, 20), 8  # images of a confusion; to be ahead by; rows; of k-means
+span = (1, 2, 4, 8)  # rows of an image whose share of the curvature is measured
 paired = 6  # images of a pair of concepts in each half of a part
 steps, batch_size, learning_rate = 400, 64, 1e-2
 warmup, auxiliary = 0.7, 1 / 16  # of BatchTopK: share of the steps, weight of the second error
@@ -84,7 +85,7 @@ if smoke:
     n_directions, seeds, steps, sae_kept, sae_steps = 20, seeds[:1], 20, sae_kept[:1], 30
     fit_images, choose_images, test_images, pushed = 256, 200, 200, 2
 report = results.Results(
-    "cnn", n_directions=n_directions, more=more, least=least, margin=margin, counts=counts, mean_steps=mean_steps,
+    "cnn", n_directions=n_directions, more=more, least=least, margin=margin, counts=counts, mean_steps=mean_steps, span=span,
     paired=paired, rank=rank, kept=kept, seeds=seeds, fit_images=fit_images,
     choose_images=choose_images, test_images=test_images, steps=steps, batch_size=batch_size,
     learning_rate=learning_rate, warmup=warmup, auxiliary=auxiliary, sae_kept=sae_kept, sae_rate=sae_rate,
@@ -608,6 +609,28 @@ by_rows = report.table("behaviours", shares.groupby(["method", "rows", "seed"])[
 report.record(behaviours={m: {k: results.spread(part["held"].tolist()) for k, part in whole.groupby("rows")}
                           for m, whole in by_rows.groupby("method")})  # fmt: skip
 by_rows.pivot_table(index="method", columns="rows", values="held").round(3)
+
+# %% [markdown]
+# ## How much of the curvature they hold
+#
+# Under KL divergence an image's $H = J^\top (\mathrm{diag}(p) - pp^\top) J$ has at most nine dimensions here, so its
+# trace is known exactly. Below is the share of $\mathrm{tr} H$ in the span of an image's rows of largest activation,
+# the mean over test images. The leading eigenvectors of the image's own $H$ hold the most that any rows can.
+
+# %%
+written_rows = {("ours", s): f"write {s}" for s in seeds} | {(m, s): f"{m} {s}" for m in floor_methods for s in seeds}
+written_rows |= {(name, seeds[0]): f"{name}, write" for name in others}
+written_rows |= {(f"{m}, larger", seeds[0]): f"{m}, larger {seeds[0]}" for m in larger_rows}
+spans = {at: seen["test"].held(name, rows[name], span) for at, name in written_rows.items()}
+spans["own eigenvectors", seeds[0]] = seen["test"].largest(span)
+of_trace = pd.DataFrame([
+    {"method": m, "seed": s, "rows": count, "held": part.mean().item()}
+    for (m, s), by_count in spans.items() for count, part in by_count.items()
+])  # fmt: skip
+report.table("curvature", of_trace)
+report.record(share_of_trace={m: {k: results.spread(part["held"].tolist()) for k, part in whole.groupby("rows")}
+                              for m, whole in of_trace.groupby("method")})  # fmt: skip
+of_trace.pivot_table(index="method", columns="rows", values="held").sort_values(kept).round(3)
 
 # %% [markdown]
 # ## What units do when they are pushed

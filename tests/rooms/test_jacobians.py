@@ -48,6 +48,21 @@ def test_logit_moves_ignore_what_the_model_predicts(case) -> None:
     assert seen.logit_move("out", share=True).max() <= 1 + 1e-6
 
 
+def test_share_of_the_trace_in_a_span(case) -> None:
+    d, x, seen = case
+    roots = hessian_root(d.target.model, x, ed.KLDivergence(), parameters=["0.*"]).double()  # H = rootᵀ root
+    rows, held, largest = d.decoder.flat(), seen.held("out", d.decoder.flat(), (1, 2, 3)), seen.largest((1, 2))
+    for n, root in enumerate(roots):
+        order = (root @ rows.double().T).square().sum(0).argsort(descending=True)
+        for count in (1, 2, 3):
+            q = torch.linalg.qr(rows[order[:count]].double().T).Q
+            expected = (root @ q).square().sum() / root.square().sum()
+            torch.testing.assert_close(held[count][n], expected, rtol=1e-4, atol=1e-6)
+        values = torch.linalg.svdvals(root).square()
+        torch.testing.assert_close(largest[1][n], values[0] / values.sum(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(largest[2][n], torch.tensor(1.0).double(), rtol=1e-4, atol=1e-6)  # H has two axes
+
+
 def test_outputs_with_positions_are_refused() -> None:
     model = nn.Linear(4, 3)
     target = Target(model, ["*"])

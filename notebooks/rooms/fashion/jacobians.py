@@ -7,7 +7,7 @@ A *share* divides by what the whole gradient offers: a confident sample's gradie
 directions with each other rather than with another sample's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +48,34 @@ class Jacobians:
         return self._curved(name, torch.full_like(self.f, 1 / self.f.shape[-1]), share)
 
     def _curved(self, name: str, p: Float[Tensor, "n k"], share: bool) -> Float[Tensor, "n v"]:
+        curvature = torch.einsum("nk,nkv->nv", p, self._centred(name, p).square())
+        return (curvature / self._trace(p).unsqueeze(-1) if share else curvature).sqrt()
+
+    def _centred(self, name: str, p: Float[Tensor, "n k"]) -> Float[Tensor, "n k v"]:
         y = self.along[name]
-        y = y - torch.einsum("nk,nkv->nv", p, y).unsqueeze(1)
-        curvature = torch.einsum("nk,nkv->nv", p, y.square())
-        if share:
-            trace = torch.einsum("nk,nkk->n", p, self.gram) - torch.einsum("nk,nkl,nl->n", p, self.gram, p)
-            curvature = curvature / trace.clamp_min(SMALL).unsqueeze(-1)
-        return curvature.sqrt()
+        return y - torch.einsum("nk,nkv->nv", p, y).unsqueeze(1)
+
+    def _trace(self, p: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+        """tr H."""
+        trace = torch.einsum("nk,nkk->n", p, self.gram) - torch.einsum("nk,nkl,nl->n", p, self.gram, p)
+        return trace.clamp_min(SMALL)
+
+    def held(self, name: str, rows: Float[Tensor, "v w"], counts: Sequence[int]) -> dict[int, Float[Tensor, " n"]]:
+        """Share of tr H under KL divergence in the span of a sample's rows of largest activation, by their number."""
+        p, y = self.f.softmax(-1), self._centred(name, self.f.softmax(-1))
+        order = self.activation(name).topk(max(counts)).indices
+        y = y.gather(2, order.unsqueeze(1).expand(-1, y.shape[1], -1)).double()
+        h = torch.einsum("nk,nki,nkj->nij", p.double(), y, y)
+        gram = (rows.double() @ rows.double().T)[order.unsqueeze(2), order.unsqueeze(1)]
+        inverse = {c: torch.linalg.pinv(gram[:, :c, :c], hermitian=True, rtol=1e-6) for c in counts}
+        return {c: torch.einsum("nij,nji->n", g, h[:, :c, :c]) / self._trace(p) for c, g in inverse.items()}
+
+    def largest(self, counts: Sequence[int]) -> dict[int, Float[Tensor, " n"]]:
+        """As :meth:`held`, of the leading eigenvectors of each sample's own H: the most that any rows can hold."""
+        p = self.f.softmax(-1).double()
+        root = torch.diag_embed(p.sqrt()) - p.sqrt().unsqueeze(2) * p.unsqueeze(1)  # H = Jᵀ rootᵀ root J
+        values = torch.linalg.eigvalsh(root @ self.gram.double() @ root.mT).flip(1)
+        return {c: values[:, :c].sum(1) / self._trace(self.f.softmax(-1)) for c in counts}
 
 
 @torch.no_grad()
