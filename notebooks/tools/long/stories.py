@@ -34,7 +34,7 @@ RUNS = Path(__file__).resolve().parents[3] / "data" / "runs"
 TUNING_SEED, SEEDS, SIZES = 100, (0, 1, 2), (100, 300, 1000)
 KEPT = {  # the grid of autoencoders goes on until its best is no edge
     "directions": dict.fromkeys(SIZES, (1, 2, 8)),
-    "SAE": {100: (1, 2, 4, 8), 300: (1, 2, 4, 8, 16, 32), 1000: (2, 4, 8, 16, 32)},
+    "SAE": {100: (1, 2, 4, 8), 300: (1, 2, 4, 8, 16, 32), 1000: (2, 4, 8, 16, 32, 64)},
 }
 STEPS = {"directions": (700, 2000), "SAE": (1200, 3000)}  # the second is tried with the best kept, at some sizes
 LONGER = (100, 1000)
