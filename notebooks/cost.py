@@ -7,11 +7,16 @@
 # ---
 
 # %% [markdown]
-# # Cost: gradients that are never formed
+# # Cost: what does a training step take if gradients are never formed?
 #
-# The draft names as the method's weakness that per-sample gradients cannot be batched. They need not be formed. Here
-# the same training step is taken with gradients got in four ways that agree in the loss, and what each takes is
-# measured:
+# ![Milliseconds for a batch's gradients; time and memory of a training step.](../figures/cost_cases.png)
+#
+# *Left: time for the gradients of one batch, four ways and a plain pass. Middle and right: how many times the time and
+# the memory of ours a training step takes with formed gradients.*
+#
+# The draft names as the method's weakness that per-sample gradients cannot be batched. They need not be formed.
+# **Attention and perceptron steps are then tens of times faster at rank 1, steps of small convolutions hardly so.** The
+# same step is taken with gradients got in four ways that agree in the loss:
 #
 # - **factored** (ours): the inputs and output gradients of every use of a weight are recorded, and all that the
 #   objective needs is computed from the two;
@@ -20,8 +25,8 @@
 # - **Jacobian**: the Jacobian of the batch's losses, a backward pass through the whole batch for every sample, as the
 #   published code has it.
 #
-# Times are medians of CPU seconds on one thread, taken in turn so that all ways meet the same machine: read the
-# ratios. Memory is that of all tensors alive at once during the work, at most, without what was there before it.
+# Times are medians of CPU seconds on one thread. The ways take turns, so that all meet the same machine: read the
+# ratios. Memory is the peak of all tensors alive during the work, without what was there before it.
 
 # %% tags=["parameters"]
 repeats = 5
@@ -127,8 +132,8 @@ losses.round(7)
 # %% [markdown]
 # ## Gradients alone
 #
-# Beside them the limit, one plain forward and backward pass of the batch in which every sequence is repeated once for
-# each of its positions. Recording can take less than that: a sequence is run forward once for all of its positions,
+# Beside them stands one plain forward and backward pass of the batch in which every sequence is repeated once for each
+# of its positions, one copy a sample. Recording can take less: a sequence is run forward once for all of its positions,
 # no gradient of a weight is computed, and the layers after the last attention are differentiated for all positions
 # together.
 
@@ -167,7 +172,8 @@ print(f"{published_ratio:.0f} times slower")
 # %% [markdown]
 # ## A whole training step
 #
-# Gradients; inner products with encoder and decoder; squared norms; the loss, its derivative and the update.
+# Gradients; inner products with encoder and decoder; squared norms; the loss, its derivative and the update. The table
+# has how many times our time and memory each way takes that forms gradients.
 
 
 # %%
@@ -236,9 +242,9 @@ report.figure("cases", figure)
 # ## Growth
 #
 # A training step as one size grows and the others stay: the width $d$ of a layer with $d^2$ parameters (a perceptron,
-# 64 samples); then, in the attention block of width 128, sequences, positions, directions and rank. Slopes are those
-# of the largest three sizes in the logarithms of both. Where formed gradients would take more than a gigabyte, only
-# ours is measured.
+# 64 samples); then, in the attention block of width 128, sequences, positions, directions and rank. A slope of 1 is
+# proportional growth; slopes are those of the largest three sizes on logarithmic axes, and stand at the lines' ends.
+# Where formed gradients would take more than a gigabyte, only ours is measured.
 
 
 # %%
@@ -330,8 +336,9 @@ report.figure("growth", figure)
 #
 # Inner products can be taken in three ways. *Rows*: every row of both sides meets every direction. *Fold*: the side
 # that an example's cotangents share, the inputs of a sequence, meets the directions first, once for all of them.
-# *Form*: the gradients are formed after all. Which one it is, is decided for every tensor by counting operations, with
-# an intermediate number counted as 100. Here each is measured beside what was chosen.
+# *Form*: the gradients are formed after all. The way is chosen for every tensor by counting operations, with an
+# intermediate number counted as 100. Here each is measured, in milliseconds, beside the choice. The last column divides
+# the chosen way's time by the fastest one's: a count does not always choose the fastest.
 
 
 # %%
@@ -382,8 +389,8 @@ report.table("choices", milliseconds.round(2)).fillna("")
 # ## Memory is bounded by a budget, not by the batch
 #
 # Where recorded factors would take more bytes than a budget, the examples are captured in chunks, and again in the
-# backward pass. Loss and derivatives are the same; the time is that of the second capture. The attention block, 64
-# sequences (1024 samples):
+# backward pass. Loss and derivatives stay the same; the price is the time of the second capture. Here the attention
+# block with 64 sequences (1024 samples):
 
 # %%
 block, batch, names = attention(sequences=64)
@@ -408,9 +415,9 @@ bounded.round(7).rename_axis("budget")
 # %% [markdown]
 # ## Twenty million parameters
 #
-# A transformer of 23 million parameters, all of them decomposed into 100 directions on batches of 64 samples, through
-# the public door and in a process of its own. Its peak is that of the whole process as the operating system counts
-# it: the interpreter, torch, the model, encoder, decoder, Adam's two moments of each, and the step.
+# A transformer of 23 million parameters, all of them decomposed into 100 directions on batches of 64 samples, by
+# `ed.decompose` in a process of its own. Its peak is that of the whole process as the operating system counts it: the
+# interpreter, torch, the model, encoder, decoder, Adam's two moments of each, and the step.
 
 # %%
 vocabulary, width, layers = (64, 32, 2) if smoke else (4096, 512, 6)
@@ -465,11 +472,11 @@ print(f"ten times the data: {memory_growth:+.1%} memory")
 
 # %% [markdown]
 # Several processes share each batch and take the same step. They wait for each other once, for BatchTopK's common
-# cutoff; the sum of their gradients is under way while each computes the next batch's, which need no direction. Here
-# two processes of one thread each, on 256 or 512 samples each, take turns with one process that does the same alone,
-# three times over; what counts is the ratio of samples a second. Beside it the machine's own limit at that moment: two
-# fits that have nothing to do with each other, at the same time. Where cores are virtual and shared, two of them do
-# not always do twice the work of one.
+# cutoff; the sum of their gradients is under way while each computes the next batch's gradients, which need no
+# direction. Here two processes of one thread each, on 256 or 512 samples each, take turns with one process that does
+# the same alone, three times over. The table has samples a second over those of one process (*one fit*). Beside it
+# stands the machine's own limit at that moment: two independent fits at the same time (*two fits*). Where cores are
+# virtual and shared, two of them do not always do twice the work of one.
 
 # %%
 samples = [256, 512]
@@ -539,10 +546,10 @@ pd.DataFrame({"eight GPUs of 100 Tflop/s, 512 samples each": plan}).map("{:.3g}"
 # %% [markdown]
 # ## Many directions
 #
-# Most coefficients of a sparse batch are zero, and a zero has no derivative. From some size on all coefficients are
-# computed without derivatives, and the products of kept ones once more with them. Here 128 samples of a weight of 256
-# by 256 at 16 positions, 10 coefficients kept a sample; the old way, with derivatives of all, beside it in turn. Which
-# way a step takes is decided by counted operations: on the left of the table it is still the old one.
+# Most coefficients of a sparse batch are zero, and a zero has no derivative. With many directions all coefficients are
+# therefore computed without derivatives, and the products of the kept ones once more with them. Here 128 samples of a
+# weight of 256 by 256 at 16 positions keep 10 coefficients each. *All* takes derivatives of all coefficients; *as
+# chosen* is what a step does, by counted operations: with the fewest directions it is still the same.
 
 
 # %%
@@ -566,9 +573,9 @@ kept.round(4)
 
 # %% [markdown]
 # Ten thousand directions on a million samples of this weight would be 7,813 such steps. Five of them are run here, and
-# the whole is extrapolated from their rate: it is not run. A tenth of it is run by
-# `notebooks/tools/long/directions.py`: 100,000 gradients of a weight of an untrained attention block, captured into a
-# store and gone through once, without a long start of BatchTopK or a second error of dead directions.
+# the whole is extrapolated from their rate: it is not run. `notebooks/tools/long/directions.py` runs a tenth of it:
+# 100,000 gradients of a weight of an untrained attention block, captured into a store and gone through once, without a
+# long start of BatchTopK or a second error of dead directions. What it found stands in the output if it has been run.
 
 # %%
 ten_thousand = benchmark.seconds({"step": kept_step(coefficients, 80 if smoke else 10_000)}, 5, 60.0)["step"]
@@ -646,10 +653,10 @@ print(f"live: {live_seconds:.1f} s, error {live_error:.4f}; store: {largest['fit
 # %% [markdown]
 # ## Readings and pages
 #
-# `activation` goes backwards where outputs are fewer than directions, and else pushes many directions through the
-# model at once; before, one direction went through it after another. A page needs what directions do to every output.
-# Where the last layer is a matrix, as a language model's is, they are pushed to its 64 inputs in the place of 2,048
-# outputs. Each way is measured beside the one that it replaced, which is still taken where there is no such layer.
+# `activation` goes backwards where outputs are fewer than directions, and else pushes many directions through the model
+# at once; *before*, one direction went through it after another. A page needs what directions do to every output. Where
+# the last layer is a matrix, as a language model's is, directions are pushed to its 64 inputs and not to 2,048 outputs.
+# Each way is measured beside the one that it replaced, which is still taken where there is no such layer.
 
 
 # %%
@@ -696,9 +703,9 @@ pages
 # %% [markdown]
 # ## References of a large vocabulary
 #
-# 8,192 outputs over 50,000 tokens are 1.6 GB. Of them a reference keeps a thousand rows or a mean. The rows are drawn
-# first, and outputs are computed a few at a time. Each way runs in a process of its own; memory is its peak without
-# what the process held once the model had run.
+# 8,192 outputs over 50,000 tokens are 1.6 GB. A reference keeps a thousand rows of them, or their mean. The rows are
+# drawn first, and outputs are computed a few at a time (*in pieces*). Each way runs in a process of its own; *added* is
+# its peak in bytes without what the process held once the model had run.
 
 # %%
 asked_pool = (500, 8) if smoke else (50_000, 512)
@@ -717,7 +724,8 @@ vocabulary_memory
 # ## Convolutions by the number of channels
 #
 # A kernel's terms meet images by a convolution (*kernels*) or as unfolded patches; or the gradients are *formed*. Small
-# kernels are formed: there the gradient has fewer numbers than its factors.
+# kernels are formed: there the gradient has fewer numbers than its factors. Times are seconds. Here too the count does
+# not always choose the fastest way (*over the best*).
 
 
 # %%
@@ -766,7 +774,7 @@ pd.DataFrame(by_prefix).round(2)
 # ## The guard
 #
 # On its calls 1, 2, 4, 8, … a source of gradients compares what it captured with autograd's. In a fit of 2,000 steps it
-# looks eleven times.
+# does so eleven times. The output is the share of the fit's time.
 
 # %%
 looks = 11 / 2000  # looks a step
@@ -812,12 +820,16 @@ json.loads(last.read_text())["results"] if last.exists() else "not run yet"
 # ## What to take from it
 #
 # - Where a weight is larger than the square of the positions that use it, gradients need not be formed and should not
-#   be: attention and perceptron steps are tens of times faster than with formed gradients at rank 1, and the gain falls
+#   be: attention and perceptron steps are tens of times faster than with formed gradients at rank 1. The gain falls
 #   with the rank, since each term is an inner product of its own.
 # - Where it is smaller, as in the convolutions, the factors would cost more than the numbers. The same code then forms
-#   them, tensor by tensor; there is no gain over `vmap` at rank 16, and a little at rank 1.
-# - More positions are what costs: time and memory of recorded factors grow with their square, as a sample of the last
-#   position reaches all positions before it. Formed gradients grow more slowly, and beyond some length are cheaper.
+#   them, tensor by tensor; it gains little over `vmap` at any rank, and takes a little more memory at rank 1.
+# - Positions cost most: the memory of recorded factors grows nearly with their square, as a sample of the last position
+#   reaches all positions before it, and time faster than in proportion. Formed gradients grow more slowly, so at some
+#   length, not reached here, they would be cheaper.
+# - What does not gain: two processes stay below the machine's limit, and prefixes save less than a quarter of the time.
+#
+# Where to go next: the README's sections on long runs and stores; `start` for a first fit.
 
 # %%
 report.write().name

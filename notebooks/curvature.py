@@ -9,12 +9,14 @@
 # %% [markdown]
 # # Curvature: what do first-order gradients know of the Hessian?
 #
-# **What comes out: gradients against references drawn from the model have the per-sample Hessian as their second
-# moment, a gradient against one fixed reference may miss nearly all of it.**
-#
 # ![Share of the Hessian's trace explained, by number of references.](../figures/curvature_references.png)
 #
-# *The share of the Hessian's trace in the span of a sample's gradients. Fixed references stop where they start.*
+# *The share of the trace of the Hessian in the span of a sample's gradients, by how many references they are taken
+# against. Fixed references stop where they start.*
+#
+# **What comes out: against enough drawn references, all of it; against one fixed reference often less than a third, on
+# a classifier with five classes. Gradients against references drawn from the model have the Hessian as their second
+# moment.**
 #
 # Words: a *sample* is one output vector $f$; a *reference* is what it is compared with; the *cotangent* $c$ is the
 # derivative of the divergence in the output, the *gradient* $g = J^\top c$; the *Hessian* $H(x)$ is that of the
@@ -177,7 +179,8 @@ pd.DataFrame(agreement).T.map("{:.0e}".format)
 # The counterexample has two parameters and three classes: $f(w) = (w_1,\, 3w_2,\, -3w_2)$ at $w = (\log 2,\, 0)$, so
 # that $p = (\tfrac12, \tfrac14, \tfrac14)$. Against the uniform reference $g = (\tfrac16, 0)$, while $H =
 # \mathrm{diag}(\tfrac14, \tfrac92)$: the gradient leaves $\tfrac{18}{19}$ of the trace, and along $u = (0, 1)$ the
-# gradient is zero and the curvature the largest there is.
+# gradient is zero and the curvature the largest there is. The table: the share of the trace that is left (mean and
+# largest over samples), and the largest curvature orthogonal to the gradient over the largest there is.
 
 
 # %%
@@ -492,11 +495,12 @@ report.values["three_equal_classes"]
 #
 # $$\| H - \mathbb{E}[\hat g \hat g^\top] \|_* \le (2\sqrt\varepsilon + \varepsilon)\, \mathrm{tr} H,$$
 #
-# which says nothing from $\varepsilon = (\sqrt2 - 1)^2 \approx 0.17$ on, where it exceeds $\mathrm{tr} H$. What
-# repairs the link is **one support for all draws of a sample**: the rows with the largest $\mathbb{E}[z^2] =
-# u^\top H u$, that is, those of largest activation. The map is then fixed for the sample, the identity holds, and
-# $\mathbb{E}[\hat g \hat g^\top]$ has no more dimensions than rows are kept. On the classifier, with all five
-# draws of a sample weighted by their probabilities and kept coefficients refitted by least squares:
+# which says nothing from $\varepsilon = (\sqrt2 - 1)^2 \approx 0.17$ on, where it exceeds $\mathrm{tr} H$. What repairs
+# the link is **one support for all draws of a sample**: the rows with the largest $\mathbb{E}[z^2] = u^\top H u$, that
+# is, those of largest activation. The map is then fixed for the sample, the identity holds, and $\mathbb{E}[\hat g \hat
+# g^\top]$ has no more dimensions than rows are kept. On the classifier, with all five draws of a sample weighted by
+# their probabilities and kept coefficients refitted by least squares. From three coefficients on, one support for the
+# sample costs hardly any error and uses fewer rows:
 
 # %%
 KEPT = [1, 2, 3, 4, 6, 8]
@@ -644,19 +648,19 @@ for ax, (name, measure, title) in zip(axes, (
 report.figure("by_reference", figure)
 
 # %% [markdown]
-# On both targets the model's own draws come closest to the eigenvectors of the mean Hessian, at rank 1 and with
-# sparse coefficients. On the classifier they are also the most concentrated and the most stable. On TMS they are not:
-# there the Hessian counts the half-open outputs of a feature's neighbours as much as the feature's own, while against
-# another sample, which mostly has other features on, the gradient is weighted by how far each output is from where it
-# would otherwise be. Fixed references come near it on TMS, where one gradient already explains three quarters of $H$,
-# and fall far behind on the classifier, where it does not.
+# On both targets the model's own draws come closest to the eigenvectors of the mean Hessian, at rank 1 and with sparse
+# coefficients. On the classifier they are also the most concentrated and the most stable. On TMS they are not: there
+# the Hessian counts the half-open outputs of a feature's neighbours as much as the feature's own, while against another
+# sample, which mostly has other features on, the gradient is weighted by how far each output is from where it would
+# otherwise be. Fixed references (but for the output sum) come near it on TMS, where one gradient already explains three
+# quarters of $H$. They fall far behind on the classifier, where it does not.
 #
 # ## The two criteria, on every target
 #
 # The draft asks for directions with $U^\top U\,H\,U^\top U \approx H$, few of which matter for any one sample. The
-# first is scored with the projector $P$ on the directions' span, and, as the draft writes it, with $U^\top U$. That
-# is no projector unless directions are orthonormal: what overlapping ones share counts twice. The second is the share
-# of $\mathrm{tr}\,H$ in the span of each sample's own $k$ strongest directions.
+# first is scored with the projector $P$ on the directions' span, and, as the draft writes it, with $U^\top U$. That is
+# no projector unless directions are orthonormal: what overlapping ones share counts twice. The second is the share of
+# $\mathrm{tr}\,H$ in the span of each sample's own $k$ strongest directions.
 
 
 # %%
@@ -706,21 +710,19 @@ for y, (kind, (color, _)) in zip((0.93, 0.84, 0.75, 0.66), LOOKS.items(), strict
 report.figure("criteria", figure)
 
 # %% [markdown]
-# Each sample's one to three strongest directions carry almost all that the whole set carries. Eigenvectors of the
-# mean Hessian are dense, mix the samples and spread each over several: they carry less until several are counted, and
-# the most when all are. Where outputs are many and each sample moves several, as in TMS 40-10, one direction for each
-# feature rebuilds what the feature does to its own output and little of what it does to the others. In the
-# classifier, with four directions for each task, the first-order set covers more and the direct one is the more
-# concentrated.
+# Each sample's three strongest directions carry most of what the whole set carries. Eigenvectors of the mean Hessian
+# are dense, mix the samples and spread each over several: they carry less until several are counted, and the most when
+# all are. Where outputs are many and each sample moves several, as in TMS 40-10, one direction for each feature
+# rebuilds what the feature does to its own output and little of what it does to the others. In the classifier, with
+# four directions for each task, the first-order set covers more and the direct one is the more concentrated.
 #
 # ## What it costs
 #
-# $u^\top H u$ is the squared length of $S^{1/2} J u$: one forward-mode product, and nothing of size parameters².
-# Below, the curvature along 100 directions over all parameters of the story model, at about 1,000 tokens; and what
-# the fits above took, a fit each. The direct method takes a quarter of the steps and longer all the same, since each
-# of its steps pushes every direction through the model and differentiates through that, twice. A first-order step
-# takes one backward pass whatever the number of directions, and on targets as small as these none: their Jacobians
-# are kept.
+# $u^\top H u$ is the squared length of $S^{1/2} J u$: one forward-mode product, and nothing of size parameters². Below,
+# the curvature along 100 directions over all parameters of the story model, at about 1,000 tokens; and what the fits
+# above took, a fit each. The direct method takes a quarter of the steps and longer all the same, since each of its
+# steps pushes every direction through the model and differentiates through that, twice. A first-order step takes one
+# backward pass whatever the number of directions, and on targets as small as these none: their Jacobians are kept.
 
 # %%
 language_model, tokenizer = story.load_model(), story.load_tokenizer()
@@ -746,7 +748,10 @@ print("\n".join(f"{name}: {value:.1f} CPU seconds" for name, value in cpu_second
 # %% [markdown]
 # ## What is claimed
 #
-# Bounds were chosen before this run; a margin is in standard errors over the fits.
+# Bounds were chosen before this run; a margin is in standard errors over the fits. The draft's two propositions are
+# false for three classes or more, and the drawn reference that repairs them is not the best one for pure directions.
+#
+# Where to go next: `start` says which reference answers which question; `interventions` moves along directions.
 
 
 # %%

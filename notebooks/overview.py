@@ -9,15 +9,17 @@
 # %% [markdown]
 # # Overview: what does the method do with one sample?
 #
-# **What comes out: the gradient of a sample with two features on is nearly the sum of two directions, and a step along
-# one of them changes one output.**
-#
 # ![A network, its gradient, a sparse code times directions, a step.](../figures/overview_sample.png)
 #
-# *The toy model of superposition, five features in two dimensions, on one held-out sample.*
+# *The toy model of superposition, five features in two dimensions, on one held-out sample. Red is positive, blue
+# negative. Right: the outputs before (grey) and after half a step (blue).*
+#
+# **What comes out: two of five directions rebuild the gradient of a sample with two features on, but for a fifth of its
+# squared size. A step along one of them changes one output and hardly the other.**
 #
 # Words: a *sample* is one output vector, a *reference* the output that it is compared with; the *gradient* is that of
-# the divergence between them; a *direction* is a learned change of all weights.
+# the divergence between them; a *direction* is a learned change of all weights; the *code* is how much of each
+# direction is taken.
 
 # %% tags=["parameters"]
 seed, training_steps, steps, kept = 0, 4000, 600, 0.25  # kept: share of a batch's coefficients
@@ -41,7 +43,8 @@ report = results.Results("overview", seed=seed, training_steps=training_steps, s
 # %% [markdown]
 # ## The network and its directions
 #
-# The trained pentagon with two matrices of its own, decomposed into five directions of rank one against other samples.
+# Five features are stored in two dimensions, by one matrix that writes and another that reads. They are decomposed into
+# five directions of rank one; each sample's reference is another sample's output.
 
 # %%
 model = tms.untie(tms.train(5, 2, tied=True, seed=seed, steps=training_steps, instances=8)[0])
@@ -98,6 +101,9 @@ def between(ax, text):
 
 # %% [markdown]
 # The picture. A direction's sign is free, and each is drawn with the sign that makes its coefficient positive.
+#
+# Where to go next: `xor` says why a direction has two rows, and `tms` tests over many seeds whether every feature owns
+# a direction.
 
 # %%
 shown = used[:3]

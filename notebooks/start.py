@@ -9,14 +9,20 @@
 # %% [markdown]
 # # Start here: a model of your own, in ten minutes
 #
-# The first cell is all that it takes: a model, inputs, and the parameters to look at. It learns a hundred directions
-# of one MLP weight of a small story model, and prints the ten that keep most to themselves with the tokens that use
-# them most. The rest asks what one should ask of any decomposition: is it better than PCA, what does a direction do,
-# is it what its name says, can it be edited away, how does failure look, what should be set, and how is it kept.
+# ![Left: error against the number of directions. Right: "named" that is left, against the change elsewhere.](../figures/start_summary.png)
 #
-# What comes out: every one of the ten can be named at a glance; with two coefficients a token, directions rebuild
-# more of new gradients than principal components do; and one of them, moved by one step, takes the word "named" out of
-# stories and leaves the rest. Nothing here belongs to the story model: `model` may be any `torch.nn.Module`.
+# *Left: the share of new gradients that is not rebuilt, beside principal components and random directions. Right: as
+# one direction is moved further, the model says "named" less often and little else changes.*
+#
+# What is in one weight of a small story model? The first cell is all that it takes to ask: a model, inputs, and the
+# parameters to look at. It learns a hundred *directions*, changes of that weight of rank one, and prints the ten that
+# keep most to themselves with the tokens that use them most. The tokens of each have something in common: "named",
+# "to", a closing quotation mark. With two coefficients a token, directions leave .66 of the squared gradients of new
+# tokens, as many principal components .80. One of them, moved by one step, halves "named".
+#
+# The rest asks what one should ask of any decomposition: is it better than PCA, what does a direction do, is it what
+# its name says, can it be edited away, how does failure look, what should be set, and how is it kept. Nothing here
+# belongs to the story model: `model` may be any `torch.nn.Module`.
 
 # %%
 import eigendecomp as ed
@@ -38,8 +44,8 @@ for v in own.topk(10).indices.tolist():
 
 # %% [markdown]
 # Each line is a direction; each piece of text ends at the token that uses it. They are the ten whose 40 strongest of
-# 2,048 tokens have the largest share of their impact, in that order and none left out. The rest of the notebook
-# needs a few settings of its own:
+# 2,048 tokens have the largest share of their *impact* (how much of what the output does runs along the direction), in
+# that order and none left out. The rest of the notebook needs a few settings of its own:
 
 # %% tags=["parameters"]
 sizes = [10, 30, 100]  # dictionaries to choose from
@@ -76,7 +82,7 @@ def text(i: int, length: int = 32) -> str:
 # ## Is it any good? The error, beside two floors
 #
 # The share of the squared gradients of *new* samples that is not rebuilt, beside principal components and random
-# directions of the same rank, which get as many coefficients, fitted by least squares (ours are read, not fitted). If
+# directions of the same rank. These get as many coefficients, fitted by least squares; ours are read, not fitted. If
 # yours is not below both, do not read on: fit longer, or decompose other parameters.
 
 # %%
@@ -99,10 +105,10 @@ print(f"{kept:.1f} coefficients a token:", ", ".join(f"{name} {error:.2f}" for n
 #
 # - **impact**: how much of what a sample's output does runs along the direction. Knows what the model said.
 # - **activation**: how far the output moves for a unit step. Needs no reference.
-# - **reader**: what the direction looks for in what arrives at the weight. Knows nothing of the output.
+# - **reader**: what the direction looks for in the weight's input. Knows nothing of the output.
 #
-# Here for the direction with the largest mean impact where the model is about to say "named". Where the three agree,
-# a name is safe.
+# Here for the direction with the largest mean impact where the model is about to say "named": the six tokens that each
+# reading ranks highest, in brackets. Where the three agree, a name is safe.
 
 # %%
 with torch.no_grad():
@@ -121,8 +127,8 @@ pd.DataFrame({name: [text(i) for i in score[:, v].topk(6).indices.tolist()] for 
 # ## Name it
 #
 # A name is a guess about tokens that were not looked at. Test it as one: by the tokens that it would pick (here: the
-# model is about to say "named"), in average precision, where guessing at random has the share of such tokens. And see
-# what a push does: the outputs that it promotes and suppresses at the direction's own tokens.
+# model is about to say "named"), in average precision. Guessing at random scores the share of such tokens. And see what
+# a push does: the outputs that it promotes and suppresses at the direction's own tokens.
 
 # %%
 precision = {name: study.concepts.average_precision(score, says[:n, None]) for name, score in readings.items()}
@@ -143,7 +149,7 @@ pd.Series(report.values["named"]["precision"]).round(2)
 #
 # `d.edit({v: step})` returns a copy of the model that is changed for good: no hook, no extra cost. Take the sign that
 # lowers what is to go, raise the step until half of it is gone, and look at what else changed: the Kullback–Leibler
-# divergence on all other tokens.
+# divergence on all other tokens. Then let the edited model go on with a story.
 
 
 # %%
@@ -189,6 +195,8 @@ report.values["told"]
 # - **A prediction that leaks into the score**: under KL a gradient is as long as the model is sure. A direction whose
 #   strongest tokens by impact are not those that its reader picks is ranked by what the model said, not by what the
 #   direction looks for. Name it by its reader, or not at all.
+#
+# How many of the hundred fail in each way:
 
 # %%
 on = (d.encode(new, sparse=True) != 0).double().mean(0)
@@ -209,11 +217,13 @@ pd.Series(failures)
 # ## Choose size, rank and reference
 #
 # In the last block an output depends on its own position alone, so a sample is a single *use* of the weight, and
-# `samples="uses"` fits a dictionary of uses in seconds (elsewhere a sample is a sum of uses; see the notebook
-# `tinystories`). More directions rebuild more; stop where what they add are twins. Higher rank rebuilds more and is
-# harder to read. **Errors of different references are of different gradients and do not compare**: choose the
-# reference by the question. `ed.Mean()` asks what makes an output differ from the average one; `ed.OtherSample()` the
-# same with noise; `ed.ModelSample()` what the curvature is made of; `ed.Uniform()` what the model is sure of.
+# `samples="uses"` fits a dictionary of uses in seconds. (Elsewhere a sample is a sum of uses; see the notebook
+# `tinystories`.) More directions rebuild more; stop where what they add are twins. Higher rank rebuilds more and is
+# harder to read. The table: *on* coefficients a token were asked for, *kept* were used, *error* is of new tokens.
+#
+# **Errors of different references are of different gradients and do not compare**: choose the reference by the
+# question. `ed.Mean()` asks what makes an output differ from the average one; `ed.OtherSample()` the same with noise;
+# `ed.ModelSample()` what the curvature is made of; `ed.Uniform()` what the model is sure of.
 
 
 # %%
@@ -250,9 +260,10 @@ report.figure("summary", figure)
 # %% [markdown]
 # ## Keep it, share it
 #
-# `d.save` writes one safetensors file; `d.save_pretrained` a folder with a card, which `d.push_to_hub("name/repo")`
-# uploads; `d.explain` the contexts and intruder tests for whoever labels directions. For layers that `peft` knows
-# (`Linear`, `Conv1D`, `Conv2d`, `Embedding`) `d.to_lora({v: step}, "adapter")` writes the edit as an adapter.
+# `d.save` writes one safetensors file. `d.save_pretrained` writes a folder with a card, which
+# `d.push_to_hub("name/repo")` uploads. `d.explain` writes contexts and intruder tests for whoever labels directions.
+# For layers that `peft` knows (`Linear`, `Conv1D`, `Conv2d`, `Embedding`) `d.to_lora({v: step}, "adapter")` writes the
+# edit as an adapter; this model's weights are bare parameters, so here it says what to do instead.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -274,13 +285,16 @@ except ValueError as error:
 # | error above PCA's | too few steps, or too high a rate | twice the steps; a third of `learning_rate` |
 # | dead directions | more than the data has things | fewer directions; a lower rate |
 # | twins | one thing was split | fewer directions, or one name for the pair |
-# | on at a tenth of all samples | too many kept; samples sum over positions | `BatchTopK(2 / n)`; `samples="uses"` |
+# | on at more than a tenth of all samples | too many kept; samples sum over positions | `BatchTopK(2 / n)`; `samples="uses"` |
 # | all are of a story's beginning | inputs that begin alike | inputs from everywhere (`at_start=0`) |
 # | impact and reader differ | the model's certainty leaks | read by `study.readings.read` |
 # | contexts have nothing in common | another weight does it | `*.W_in`, `*.W_V`, later blocks; `ed.Mean()` |
 # | an edit breaks everything | the step is not small | smaller; from labels, a closed form (notebook `edits`) |
 # | "… an adapter cannot change" | weights by head, bare parameters | `d.edit(steps)` |
 # | a step takes seconds | early layers: a pass for every output | later layers, shorter windows, `samples="uses"` |
+#
+# Where to go next: `overview` and `xor` for what a direction is, `tms` for one whose truth is known, `tinystories` for
+# what directions know and do not know of language, `edits` for what they are worth as edits, `cost` for size and time.
 
 # %%
 report.verdicts()

@@ -11,50 +11,53 @@
 #
 # ![Share of a behaviour's gradient in 1, 5 and 20 rows of each dictionary.](../figures/tinystories_behaviours.png)
 #
-# *How much of what changes the model's behaviour lies in a few rows of each dictionary.*
+# *How much of a behaviour's gradient the best 1, 5 or 20 rows of each dictionary hold; above each panel stand the
+# weight and the size of the dictionaries.*
 #
-# They know what changes the model's behaviour: five directions hold more of the gradient of what the model is about to
-# say than five rows of any opponent. As readers of what tokens share, they are not ahead of clusters of activations.
+# They know what changes the model's behaviour: five of 300 directions hold 27% of the gradient of what the model is
+# about to say, five rows of the best opponent 20%. As readers of what tokens share, they are behind clusters of
+# activations or level with them, except on predictions with 1,000 units.
 #
-# Words, before any number:
+# Words, before any other number:
 #
 # - The **site** is a weight and what arrives at it: here $W_K$ of block 4 and $W_V$ of block 5. A **use** is one token
 #   there: what arrives, and what all later outputs ask of the weight's output. A **direction** is a change of the
 #   weight of rank one: a *reader* of what arrives and a *writer*.
 # - A **unit** is a direction, a unit of a sparse autoencoder (SAE), a centre of a k-means, and so on; all opponents see
-#   the same site and tokens. An autoencoder is read by its *code*, *before its threshold*, or by its *decoder rows*,
-#   as directions are.
+#   the same site and tokens. Its **row** is what it writes in the weight. An autoencoder is read by its *code*, *before
+#   its threshold*, or by its *decoder rows*, as directions are.
 # - A **concept** of *context* is about the token and what comes before it, one of *prediction* about what the model is
 #   about to say. A unit **resolves** it as well as it ranks the tokens that it holds for: average precision, of the
 #   unit that is best on validation stories.
 # - A **behaviour** is a set of tokens on which the model puts half of its probability. Rows **hold** the share of its
 #   gradient that lies in their span.
-# - A **push** is a step along a unit until its strongest tokens' predictions have moved by so much. It is **selective**
-#   if others move less.
+# - A **push** is a step along a unit until its strongest tokens' predictions have moved by a fixed amount. It is
+#   **selective** if others move less.
 
 # %% [markdown]
 # ## What comes out
 #
-# On test stories; intervals are 95%, over concepts and seeds.
+# On test stories; intervals are 95%, over concepts (or behaviours) and seeds. Where no size is given there are 300
+# units.
 #
-# - **With 1,000 units, one fit, on stories that nothing had been scored on:** ahead of autoencoders however read, in
-#   both families; level with k-means on context, ahead of it by 0.01 on predictions. Thirty directions hold half of a
-#   behaviour's gradient, fifty centres of gradients do.
-# - **Concepts: behind k-means on context, by 0.02, and level on predictions.** 300 directions of $W_V$ reach an average
-#   precision of 0.64 on context and 0.54 on predictions, k-means of inputs 0.66 and 0.54. Autoencoders reach 0.59 and
-#   0.41 by their codes, 0.63 and 0.46 before the threshold, 0.64 and 0.51 by decoder rows. The lead over decoder rows
-#   is 0.035 (0.015 to 0.057) on predictions and none on context.
-# - **With 100 units directions are behind.** k-means of inputs, with no gradient, is ahead by 0.04 and 0.02 at $W_V$
-#   and by 0.13 and 0.05 at $W_K$. Where only a token's two largest units count, rows of autoencoders are ahead.
-# - **Behaviours: ahead of every opponent.** Five of 300 directions of $W_V$ hold 27% of the gradient of what the model
-#   is about to say, k-means of single gradients 20%, random single gradients 15%, k-means of inputs 14%, rows of an
-#   autoencoder 9%. Directions lead at $W_K$ and at 100 as well.
+# - **Behaviours: ahead of every opponent**, at both weights and both sizes. At $W_V$ random single gradients, k-means
+#   of inputs, principal components and rows of an autoencoder follow k-means of gradients, in this order. The lead is
+#   smallest at $W_K$, over k-means of gradients: two points.
+# - **Concepts: behind k-means of inputs on context, by 0.02 at $W_V$, and level with it on predictions.** How an
+#   autoencoder is read matters as much. At $W_V$ directions lead its code in both families. They lead its decoder rows,
+#   which are read as directions are, by 0.035 on predictions and not on context.
+# - **With 100 units directions are behind** k-means of inputs, which needs no gradient, in both families and at both
+#   weights. Where only a token's two largest units count, decoder rows are ahead of directions at either size.
+# - **With 1,000 units** (one fit, on stories that nothing had been scored on): ahead of autoencoders however read, in
+#   both families; level with k-means on context and ahead of it by 0.01 on predictions. On predictions 1,000 random
+#   training inputs are level with directions. Thirty directions hold half of a behaviour's gradient; it takes fifty
+#   centres of gradients. Used whole, principal components hold more than directions.
+# - **Heads.** Ablating one of the five heads that hold most of a behaviour's gradient costs it twice as much, on
+#   average, as one of the five that hold most of all behaviours' together.
 # - **Pushes: behind.** A step along a direction has a selectivity of 2.3, an autoencoder's unit scaled where it is on
-#   16.9, its row added 1.1 (six units of one fit).
+#   16.9. Adding the unit's row at every token has 1.1 (six units of one fit).
 #
-# With 300 units of $W_V$ directions resolve predictions better than every reading of autoencoders, and context better
-# than codes alone. This says little, since clusters of activations do as well or better. What gradients add is what
-# changes the model's behaviour.
+# What gradients add is what changes the model's behaviour. To rank tokens by what they share, cluster activations.
 
 # %% tags=["parameters"]
 sizes, weights, seeds = [100, 300], ["W_K", "W_V"], [0, 1, 2]
@@ -150,6 +153,9 @@ chosen
 
 # %% [markdown]
 # ## Concepts
+#
+# The table has the mean average precision over the concepts of a family, one row a method. The supervised probe is the
+# ceiling.
 
 # %%
 scored = pd.DataFrame([
@@ -252,7 +258,7 @@ for size, x in sizes_at.items():
 report.figure("concepts", figure)
 
 # %% [markdown]
-# With only the two largest of a token counted, as an autoencoder's code has few on, the order is another.
+# With only the two largest units of a token counted, since an autoencoder's code has few on, the order is another.
 
 # %%
 two = scored[scored["on"] == "two"].groupby(["weight", "size", "family", "method"])["precision"].mean()
@@ -260,7 +266,7 @@ report.record(two_on={w: {s: {f: two.loc[w, s, f].to_dict() for f in families} f
 two.unstack(["weight", "size", "family"]).round(3).sort_values(("W_V", sizes[-1], "prediction"))
 
 # %% [markdown]
-# The fit of one row again, here: directions of $W_V$, and whether it gives what the file has.
+# One fit of the file again, here (directions of $W_V$, seed 0): does it give what the file has?
 
 # %%
 setting, way = chosen.loc[(live_size, "directions")]
@@ -378,9 +384,10 @@ report.figure("behaviours", figure)
 # %% [markdown]
 # ## Up to a thousand units, fresh stories, larger shares
 #
-# What stands above was scored on test stories on which earlier forms of this notebook had been scored too. Once more at
-# $W_V$, with up to 1,000 units and up to 32 of an autoencoder's on, on *fresh* stories: windows of other test stories,
-# which nothing had been scored on. Settings, readings and units are chosen on validation stories as before.
+# The scores above are from test stories on which earlier forms of this notebook had been scored too. Here $W_V$ is
+# scored once more on *fresh* stories: windows of other test stories, which nothing had been scored on. There are 1,000
+# units, and up to 32 of an autoencoder's are on. Settings, readings and units are chosen on validation stories as
+# before.
 
 # %%
 fresh: Any = pd.read_csv(runs / "stories_fresh.csv")
@@ -411,9 +418,10 @@ table.pivot_table(index="method", columns=["size", "family"], values="precision"
 
 # %% [markdown]
 # How much of a behaviour's gradient do more rows hold, up to all of a dictionary's? *Half* is the number of rows, added
-# one at a time, the most aligned first, of which a dictionary holds half of the gradient, read off between the numbers
-# tried; there is none where all rows hold less. That random rows hold something is their number: any 1,000 span a
-# quarter of the 4,096 dimensions.
+# one at a time, the most aligned first, at which a dictionary holds half of the gradient, read off between the numbers
+# tried; it is empty where all rows together hold less. Random rows hold something because there are many of them: any
+# 1,000 span a quarter of the 4,096 dimensions. Principal components are slow at first and hold most once nearly all are
+# used.
 
 # %%
 more_rows: Any = pd.read_csv(runs / "stories_fresh_behaviours.csv")
@@ -465,9 +473,11 @@ report.figure("shares", figure)
 # ## In which heads a behaviour lies, checked by ablation
 #
 # Each behaviour's gradient in all attention weights of all blocks is split by head. The check: a head's output is
-# replaced by its mean, and the behaviour's mean log mass falls by so much, on test tokens where the model is about to
-# show it. Five heads that hold most of its gradient, beside the five that hold most of all behaviours' together, and
-# five of any: if the gradient knows *which* heads, its own five cost more than those of all.
+# replaced by its mean, and the behaviour's mean log mass falls, on test tokens where the model is about to show it.
+# Averaged are the falls of five heads, each ablated alone: the *own five* hold most of the behaviour's gradient, the
+# *general five* most of all behaviours' together, and *any five* stands for the mean over all heads. If the gradient
+# knows *which* heads, its own five cost more than the general five. *Rank correlation* is that of gradient and fall
+# over heads; *specific* divides the gradient by the mean over behaviours first.
 
 # %%
 energy = story_heads.energy(story, "test")  # (behaviours, blocks · heads), shares
@@ -509,8 +519,8 @@ report.figure("ablation", figure)
 # %% [markdown]
 # ## Does a direction keep to a head?
 #
-# The largest share of a direction's squared norm in one head, beside single uses and random directions; with rank one
-# of the matrix, so that nothing asks for it.
+# The largest share of a direction's squared norm in one head, beside single uses and random directions. Directions here
+# have rank one as a matrix over all heads, so nothing in the fit asks them to keep to one.
 
 # %%
 rows = []
@@ -537,7 +547,7 @@ table.pivot(index="of", columns="weight", values="median").round(2)
 #
 # The draft's table: the tokens at which a direction of $W_V$ reads most on test stories, and the next tokens that a
 # push promotes and suppresses there. Shown are the ten with the best concepts by their precision on these same stories,
-# so they are the best face of one fit; all are in `figures/tinystories_directions.csv`.
+# so this is the best side of one fit; all are in `figures/tinystories_directions.csv`.
 
 # %%
 layer = int(rivals.SITES[live_weight].split(".")[1])
@@ -616,9 +626,10 @@ reached.median().round(2)
 # %% [markdown]
 # ## The draft's own setting: outputs as samples
 #
-# As in the draft: $W_K$ of a middle block, KL divergence, an output for a sample, 10 and 100 directions of rank one by
-# head, a tenth of the coefficients kept. Beside it principal components of 1,024 training gradients and random
-# directions with as many coefficients, refitted by least squares, which ours are not.
+# As in the draft: $W_K$ of a middle block, KL divergence, one output as a sample, 10 and 100 directions of rank one by
+# head, a tenth of the coefficients kept. The table has the error, beside principal components of 1,024 training
+# gradients and random directions with as many coefficients, refitted by least squares, which ours are not. With ten
+# directions principal components are ahead.
 
 # %%
 name_k = f"{rivals.SITES['W_K']}.attn.W_K"
@@ -647,7 +658,7 @@ pd.DataFrame(errors).T.rename_axis("directions").round(3)
 # %% [markdown]
 # ## A page to look at
 #
-# `figures/tinystories_browse.html` shows the live directions on test stories.
+# `figures/tinystories_browse.html` shows the directions fitted here on test stories: contexts, promoted tokens, heads.
 
 # %%
 page = results.folder() / "tinystories_browse.html"
@@ -658,6 +669,11 @@ f"{page.stat().st_size / 1e6:.1f} MB"
 
 # %% [markdown]
 # ## What holds
+#
+# Each claim that directions are ahead, against each opponent. *Fails* means that the opponent is level or ahead.
+#
+# Where to go next: `smollm` asks the same of a model made by others, `edits` what a direction is worth as an edit, and
+# `cost` what gradients take.
 
 # %%
 for weight in weights:
