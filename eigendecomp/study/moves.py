@@ -19,7 +19,7 @@ from eigendecomp.curvature import push_forward
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
 from eigendecomp.support.examples import Inputs, as_examples
-from eigendecomp.support.models import standard
+from eigendecomp.support.models import moved, standard
 from eigendecomp.target import Target
 
 Move = Callable[[float], AbstractContextManager[nn.Module]]
@@ -49,16 +49,8 @@ def displaced(model: nn.Module, change: Mapping[str, Tensor]) -> Move:
 
     @contextmanager
     def move(delta: float) -> Iterator[nn.Module]:
-        kept = {name: named[name].detach().clone() for name in change}
-        try:
-            with torch.no_grad():
-                for name, value in change.items():
-                    named[name].add_(delta * value.view_as(named[name]))
+        with moved({name: named[name] for name in change}, {name: delta * value for name, value in change.items()}):
             yield model
-        finally:
-            with torch.no_grad():
-                for name, value in kept.items():
-                    named[name].copy_(value)
 
     return move
 
@@ -244,13 +236,11 @@ def push(
 
     None where no step found by :func:`matched` does; the sign of ``first`` is that of the step.
     """
-    found = matched(
-        lambda step: on.moved(move, step), lambda change: variation(change).mean(), level,
-        first=first, tolerance=tolerance, largest=largest,
-    )  # fmt: skip
-    if found is None:
+    size = lambda change: variation(change).mean()  # noqa: E731
+    reached = matched(lambda step: on.moved(move, step), size, level, first=first, tolerance=tolerance, largest=largest)
+    if reached is None:
         return None
-    step, change = found
+    step, change = reached
     elsewhere = {name: total_variation(probe, move, step).mean().item() for name, probe in off.items()}
     return Push(step, variation(change).mean().item(), elsewhere, change.mean(0))
 
