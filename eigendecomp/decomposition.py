@@ -18,7 +18,6 @@ from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.factored.guard import Mistaken
 from eigendecomp.factored.samples import SAMPLES, Samples
 from eigendecomp.factored.source import CapturedSource
-from eigendecomp.factored.uses import UseSource
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.objective import squared_error
@@ -126,17 +125,14 @@ class Decomposition(Shown, Doors):
         for some in chunks(inputs, CHUNK):
             shape = len(some[0]), self.target.outputs(first(some, 1)).shape[1]
             s = self.settings
-            yield self.source(some)(some, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
+            yield self._prepared(some).source(some, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
 
     def captured(self, examples: Examples) -> CapturedSource:
         """Where gradients of whole outputs come from."""
         return self._prepared(examples).outputs
 
-    def source(self, examples: Examples) -> CapturedSource | UseSource:
-        """Where the samples' gradients come from, prepared on the first examples that are asked about."""
-        return self._prepared(examples).source
-
     def _prepared(self, examples: Examples) -> Samples:
+        """Where gradients come from, prepared on the first examples that are asked about."""
         if self._samples is None or self.target.renewed():
             self._samples = SAMPLES[self.settings.samples](self.target, examples, self.settings)
         return self._samples

@@ -29,8 +29,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Int
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from eigendecomp.support import files
 from eigendecomp.support.extras import need
 
 if TYPE_CHECKING:
@@ -58,8 +61,6 @@ def load_model(folder: Path | None = None, device: str = "cpu") -> HookedTransfo
     instead of the repository's ``data/stories``. Raises ``FileNotFoundError`` if a file is missing and
     ``ValueError`` if the weights are not the ones recorded in ``training.json``.
     """
-    from safetensors import safe_open
-
     path = _checked("model.safetensors", folder)
     with safe_open(path, "pt") as file:
         config: dict[str, Any] = json.loads((file.metadata() or {})["config"])
@@ -95,12 +96,8 @@ def build_model(config: dict[str, Any], seed: int = 0) -> HookedTransformer:
 
 def save_model(model: HookedTransformer, config: dict[str, Any], path: Path) -> None:
     """Write the parameters to a safetensors file with ``config`` in its metadata, all or nothing."""
-    from safetensors.torch import save
-
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    part = path.with_suffix(".part")
-    part.write_bytes(save(tensors, {"config": json.dumps(config)}))
-    part.replace(path)
+    files.replace(path, save(tensors, {"config": json.dumps(config)}))
 
 
 def read_stories(path: Path) -> list[str]:
@@ -343,9 +340,9 @@ def load_hub_stories(n: int, split: Literal["train", "validation"] = "validation
     if split not in ("train", "validation"):
         raise ValueError(f"split is {split!r}; TinyStories has train and validation")
     datasets = need("language", "datasets")
-    with hub(HUB_STORIES, "dataset", [f"data/{split}-*.parquet"]) as files:
-        if files:  # load_dataset with the name does not look into the hub's cache
-            names = [str(file) for file in files]
+    with hub(HUB_STORIES, "dataset", [f"data/{split}-*.parquet"]) as cached:
+        if cached:  # load_dataset with the name does not look into the hub's cache
+            names = [str(file) for file in cached]
             source = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
         else:
             source = datasets.load_dataset(HUB_STORIES, split=split, streaming=True)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendecomp.targets.toys.training import minimise
+from eigendecomp.targets.toys.training import explained, minimise
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -94,4 +94,4 @@ def train(
     minimise(loss, optimizer, steps, keep_wiring)
     with torch.no_grad():
         x, y = data(20_000, features, pairs, generator, sums=sums)
-        return model.eval(), 1 - ((model(x) - y).square().sum() / (y - y.mean(0)).square().sum()).item()
+        return model.eval(), explained(model(x), y)
