@@ -142,8 +142,8 @@ class Shards:
         order = shard.argsort(stable=True)
         starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
         local, back = (numbers - starts[shard])[order], order.argsort()
-        found, counts = shard[order].unique_consecutive(return_counts=True)
-        pieces = list(zip(found.tolist(), local.split(counts.tolist()), strict=True))
+        shards, counts = shard[order].unique_consecutive(return_counts=True)
+        pieces = list(zip(shards.tolist(), local.split(counts.tolist()), strict=True))
         rows = {}
         for key, each in self.layout.each().items():
             parts = [self.tensors[place][key][some // each] for place, some in pieces]

@@ -31,7 +31,7 @@ Move = Callable[[float], AbstractContextManager[nn.Module]]
 def along(d: Decomposition, steps: int | Mapping[int, float]) -> Move:
     """δ ↦ the model with its parameters moved by δ along one direction, or by δ times these steps along several."""
     share = {steps: 1.0} if isinstance(steps, int) else dict(steps)
-    return lambda delta: d.perturbed({number: delta * part for number, part in share.items()})
+    return lambda delta: d.perturbed({number: delta * weight for number, weight in share.items()})
 
 
 def displaced(model: nn.Module, change: Mapping[str, Tensor]) -> Move:
@@ -140,10 +140,10 @@ class Probe:
         Raises:
             ValueError: if no such step is found.
         """
-        found = matched(lambda s: self.effect(move, s), lambda effect: effect[on].mean(), level, tolerance=1e-4)
-        if found is None:
+        reached = matched(lambda s: self.effect(move, s), lambda effect: effect[on].mean(), level, tolerance=1e-4)
+        if reached is None:
             raise ValueError(f"no step was found that moves the samples by {level:g} standard deviations")
-        return found
+        return reached
 
     def step_for(self, move: Move, on: Bool[Tensor, " n"], level: float) -> float:
         """The step of :meth:`matched` alone."""
@@ -174,13 +174,13 @@ def matched(
     low, high, step, slope = 0.0, math.inf, abs(first), 1.0  # steps known to fall short and to go too far
     last: tuple[float, float] | None = None
     for _ in range(tries):
-        found = measure(math.copysign(step, first))
-        reached = size(found).item()
-        if abs(reached - level) <= tolerance * level:
-            return math.copysign(step, first), found
-        short = reached < level
+        measured = measure(math.copysign(step, first))
+        now = size(measured).item()
+        if abs(now - level) <= tolerance * level:
+            return math.copysign(step, first), measured
+        short = now < level
         low, high = (step, high) if short else (low, step)
-        here = math.log(step), math.log(max(reached, 1e-30))
+        here = math.log(step), math.log(max(now, 1e-30))
         if last is not None:
             slope = (here[1] - last[1]) / (here[0] - last[0])
         last = here

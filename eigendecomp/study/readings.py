@@ -41,10 +41,10 @@ def contributions(d: Decomposition, inputs: Inputs, seed: int = 0) -> dict[str, 
     source.axes()  # refuses what has no positions
     pieces: dict[str, list[Tensor]] = {name: [] for name in d.encoder.shapes}
     with torch.no_grad():
-        for part in chunks(examples, CHUNK):
-            shape = len(part[0]), source.outputs[0]
+        for some in chunks(examples, CHUNK):
+            shape = len(some[0]), source.outputs[0]
             draws = Draws.of(settings.reference, settings.divergence, d.pool, shape, 1, noise)
-            for factored in source.gradients(part, draws).parts:
+            for factored in source.gradients(some, draws).parts:
                 assert isinstance(factored, Factored)
                 pieces[factored.names[0]].append(_placed(factored.inner_by_row(d.encoder), source.outputs[0]))
     return {name: torch.cat(rows) for name, rows in pieces.items()}
@@ -89,10 +89,10 @@ def factors(
     if several := [name for name, uses in source.axes.items() if len(uses) != 1]:
         raise ValueError(f"{several[0]!r} multiplies more than once at a position; leave it out")
     pieces: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in source.axes}
-    for part in chunks(as_examples(inputs), CHUNK):
-        draws = data.draws.again((len(part[0]), source.captured.outputs[0]), 1, noise)
-        for name, ((x, asked),) in source.factors(part, draws).items():
-            pieces[name].append((x.flatten(0, 1), asked[0].flatten(0, 1)))
+    for some in chunks(as_examples(inputs), CHUNK):
+        draws = data.draws.again((len(some[0]), source.captured.outputs[0]), 1, noise)
+        for name, ((x, delta),) in source.factors(some, draws).items():
+            pieces[name].append((x.flatten(0, 1), delta[0].flatten(0, 1)))
     return {name: (torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
             for name, pairs in pieces.items()}  # fmt: skip
 
@@ -124,13 +124,13 @@ def read(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, F
     source = _source(d, examples)
     axes = source.axes()
     pieces: dict[str, list[Tensor]] = {name: [] for name in axes}
-    for part in chunks(examples, CHUNK):
-        found: dict[str, Tensor] = {}
-        for name, sides in source.inputs(part).items():
+    for some in chunks(examples, CHUNK):
+        products: dict[str, Tensor] = {}
+        for name, sides in source.inputs(some).items():
             for data, use in zip(sides, axes[name], strict=True):
                 reader = _pair(rows, name, use)[0]
-                found[name] = found.get(name, 0) + data.dot(reader)[0].unflatten(-1, reader.shape[:2])
-        for name, values in found.items():
+                products[name] = products.get(name, 0) + data.dot(reader)[0].unflatten(-1, reader.shape[:2])
+        for name, values in products.items():
             pieces[name].append((values.squeeze(-1) if values.shape[-1] == 1 else values.norm(dim=-1)).detach())
     return {name: torch.cat(parts) for name, parts in pieces.items()}
 

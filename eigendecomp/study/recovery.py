@@ -81,8 +81,8 @@ def recovery(d: Decomposition, target: Known | Truth, *, references: int = 16) -
     """The scores of a decomposition's directions against a target's truth, or a truth itself."""
     truth = target if isinstance(target, Truth) else target.truth()
     impact = strength(d, truth, references)
-    found = recovered(impact, d.directions(), truth)
-    return found if truth.acted is None else replace(found, acted=moved(d, owners(impact)[0], truth.acted))
+    scores = recovered(impact, d.directions(), truth)
+    return scores if truth.acted is None else replace(scores, acted=moved(d, owners(impact)[0], truth.acted))
 
 
 def strength(d: Decomposition, truth: Truth, references: int = 16) -> Float[Tensor, "features v"]:
@@ -99,11 +99,11 @@ def moved(
     d: Decomposition, owner: Int[Tensor, " features"], acted: Callable[[Move, int], dict[str, float]]
 ) -> dict[str, float]:
     """The mean over features of each score of the network moved along what the feature owns; not at all if nothing."""
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for feature, v in enumerate(owner.tolist()):
         for name, value in acted(along(d, v if v >= 0 else {0: 0.0}), feature).items():
-            found.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+            scores.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
 def recovered(strength: Float[Tensor, "features v"], rows: Parts, truth: Truth) -> Recovery:
@@ -164,12 +164,12 @@ def leading(parts: Float[Tensor, "n out in"]) -> Float[Tensor, "n in"]:
     return (vector.mT @ matrices)[:, 0]
 
 
-def agreement(found: Float[Tensor, "n neurons"], truth: Float[Tensor, "n neurons"]) -> Float[Tensor, " n"]:
-    """Squared correlation over neurons of each feature's contributions; 0 where those found are all alike.
+def agreement(learned: Float[Tensor, "n neurons"], truth: Float[Tensor, "n neurons"]) -> Float[Tensor, " n"]:
+    """Squared correlation over neurons of each feature's contributions; 0 where those learned are all alike.
 
     Directions have no length of their own, so that contributions are known up to a factor.
     """
-    a, b = (x - x.mean(1, keepdim=True) for x in (found, truth))
+    a, b = (x - x.mean(1, keepdim=True) for x in (learned, truth))
     return torch.cosine_similarity(a, b, dim=1).square()
 
 

@@ -64,9 +64,9 @@ def matching(ci: Float[Tensor, "n c"]) -> Int[Tensor, " n"]:
     ``ci`` holds the importances of features on alone.
     """
     rows, columns = need("study", "scipy.optimize").linear_sum_assignment(-ci.detach().numpy())
-    found = torch.full((len(ci),), -1)
-    found[torch.as_tensor(rows)] = torch.as_tensor(columns)
-    return found
+    component = torch.full((len(ci),), -1)
+    component[torch.as_tensor(rows)] = torch.as_tensor(columns)
+    return component
 
 
 def identity_error(ci: Float[Tensor, "n c"], tolerance: float = 0.1) -> int:

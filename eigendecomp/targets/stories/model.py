@@ -127,9 +127,9 @@ def _checked(name: str, folder: Path | None) -> Path:
             f"again with `{COMMAND} --out {folder}`"
         )
     wanted = json.loads(record.read_text()).get("sha256", {}).get(name) if record.exists() else None
-    if wanted is not None and (found := sha256(path)) != wanted:
+    if wanted is not None and (actual := sha256(path)) != wanted:
         raise ValueError(
-            f"{path} has sha256 {found}, but training.json records {wanted}: it is damaged or comes from "
+            f"{path} has sha256 {actual}, but training.json records {wanted}: it is damaged or comes from "
             f"another training. `git checkout -- data/stories` restores it, `{COMMAND} --out {folder}` makes "
             "both again"
         )
@@ -184,7 +184,7 @@ def standardised(model: HookedTransformer, layers: Sequence[int], tokens: Int[Te
 @torch.no_grad()
 def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: Sequence[str]) -> dict[str, Tensor]:
     """What some modules give at every position: {module: (n · t, …)}, window by window; of several calls the last."""
-    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     met: dict[str, Tensor] = {}
 
     def remember(name: str, _module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
@@ -192,14 +192,14 @@ def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: S
 
     hooks = [model.get_submodule(name).register_forward_hook(partial(remember, name)) for name in modules]
     try:
-        for part in tokens.split(256):
-            model(part, return_type=None)
-            for name, rows in found.items():
-                rows.append(met[name])
+        for windows in tokens.split(256):
+            model(windows, return_type=None)
+            for name, pieces in outputs.items():
+                pieces.append(met[name])
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(rows) for name, rows in found.items()}
+    return {name: torch.cat(pieces) for name, pieces in outputs.items()}
 
 
 @torch.no_grad()
@@ -362,8 +362,8 @@ def hub(repository: str, kind: Literal["model", "dataset"], needed: Sequence[str
     home = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
     main = home / "refs" / "main"
     snapshot = home / "snapshots" / (main.read_text().strip() if main.exists() else "none")
-    found = [sorted(snapshot.glob(pattern)) for pattern in needed]
-    cached = [path for paths in found for path in paths] if all(map(_complete, found)) else []
+    matches = [sorted(snapshot.glob(pattern)) for pattern in needed]
+    cached = [path for paths in matches for path in paths] if all(map(_complete, matches)) else []
     if not cached and (constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)):
         raise ConnectionError(
             f"{kind} {repository} is not in this machine's hub cache, and {constants.ENDPOINT} is out of "
