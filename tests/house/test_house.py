@@ -81,6 +81,23 @@ def test_the_package_knows_no_room_of_a_notebook() -> None:
     assert {(module, name) for module, name in imported if name in outside} == set()
 
 
+ROOMS = ("edits", "cost"), ("smollm",)  # the upper floors of notebooks/rooms; none of the other folders knows another
+
+
+def test_a_room_imports_only_from_floors_below_its_own() -> None:
+    folder = ROOT / "notebooks" / "rooms"
+    names = {path.name for path in folder.iterdir() if (path / "__init__.py").exists()}
+    assert names > {name for floor in ROOMS for name in floor}
+    height = {name: len(ROOMS) - n for n, floor in enumerate(ROOMS) for name in floor}
+    wrong = set()
+    for path in folder.rglob("*.py"):
+        own = path.parent.name if path.parent != folder else ""
+        for other in re.findall(r"^ *(?:from|import) rooms\.(\w+)", path.read_text(), re.M):
+            if other in names - {own} and (not own or height.get(other, 0) >= height.get(own, 0)):
+                wrong.add((path.relative_to(folder).as_posix(), other))
+    assert wrong == set()
+
+
 def test_functions_and_classes_stay_small() -> None:
     large = {}
     for module, tree in modules().items():
