@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -198,6 +199,14 @@ def test_the_evenings_reading_and_the_folders_are_those_of_the_readme() -> None:
     assert set(re.findall(r"`(\w+)`", text)) == {*EVENING, "factored"}
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders == set(re.findall(r"^  (\w+)/ ", README, re.M))
+
+
+def test_the_floors_are_those_of_the_readme() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    told = re.search(r"From the top they are\s+(.*?)\.", README, re.S)
+    assert told is not None
+    floors = [floor.strip().replace(", ", " | ") for floor in re.sub(r"\s+", " ", told[1]).split(">")]
+    assert floors == contract["layers"]
 
 
 class Small(nn.Module):
