@@ -202,19 +202,6 @@ def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: S
     return {name: torch.cat(pieces) for name, pieces in outputs.items()}
 
 
-@torch.no_grad()
-def continued(model: HookedTransformer, prompt: str, n: int, seed: int = 0) -> str:
-    """The prompt, at the start of a story, and up to ``n`` tokens that the model draws after it."""
-    tokenizer, draw = _shipped_tokenizer(), torch.Generator().manual_seed(seed)
-    ids = [END_ID, *tokenizer.encode(prompt)]
-    for _ in range(n):
-        p = (model(torch.tensor([ids]))[0, -1] / 0.7).softmax(-1)
-        ids.append(int(torch.multinomial(p, 1, generator=draw)))
-        if ids[-1] == END_ID:
-            return str(tokenizer.decode(ids[1:-1]))
-    return str(tokenizer.decode(ids[1:]))
-
-
 def _rescale(w: Tensor, b: Tensor, mean: Tensor, scale: Tensor) -> None:
     w.div_(scale)
     b.sub_(mean).div_(scale)
@@ -270,40 +257,6 @@ def readable(token: int, tokenizer: PreTrainedTokenizerFast | None = None) -> st
     tokenizer = tokenizer or _shipped_tokenizer()
     text = str(tokenizer.decode([token])).replace("\n", "¶")
     return "[start]" if token in tokenizer.all_special_ids else text
-
-
-def token_context(
-    tokens: Int[Tensor, " positions"],
-    position: int,
-    before: int = 6,
-    after: int = 3,
-    tokenizer: PreTrainedTokenizerFast | None = None,
-) -> tuple[str, str, str]:
-    """What a table shows of one position: up to ``before`` words, the token itself, up to ``after`` words.
-
-    The three strings joined are a readable piece of the window, spaces included; ``…`` stands for what is
-    cut off within the window. Raises ``ValueError`` if the window has no such position.
-    """
-    ids = [int(token) for token in tokens]
-    if not -len(ids) <= position < len(ids):
-        raise ValueError(f"position is {position}; the window has {len(ids)} positions")
-    position %= len(ids)
-    tokenizer = tokenizer or _shipped_tokenizer()
-    left, right = _text(ids[:position], tokenizer), _text(ids[position + 1 :], tokenizer)
-    words = re.findall(r"\s*\S+\s*$|\s*\S+", left)
-    if len(words) > before:
-        left = "…" + "".join(words[len(words) - before :])
-    words = re.findall(r"^\S+|\s+\S+", right)
-    if len(words) > after:
-        right = "".join(words[:after]) + " …"
-    return left, readable(ids[position], tokenizer), right
-
-
-def _text(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
-    """Tokens as ``readable`` shows them, but decoded together, so that split characters come out whole."""
-    if ids and ids[0] in tokenizer.all_special_ids:
-        return "[start] " + _text(ids[1:], tokenizer)
-    return str(tokenizer.decode(ids)).replace("\n", "¶")
 
 
 # ---------------------------------------------------------------------------------------------- from the hub
