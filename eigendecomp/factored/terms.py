@@ -345,19 +345,6 @@ class Factored(Part):
         """How many cotangents an example has."""
         return max(side.shape[0] for term in self.terms for side in term)
 
-    def inner_by_row(self, directions: Directions) -> Float[Tensor, "n t v"]:
-        """The terms of eq. 10, one for every row of the sides: summed over rows they are :meth:`inner`.
-
-        Raises:
-            ValueError: if the factors were given up, or uses of the parameter have different numbers of rows.
-        """
-        left, right = directions.pair(self.names[0], self.rows)
-        counts = {max(a.shape[2], b.shape[2]) for a, b in self.terms}
-        if self.formed is not None or len(counts) != 1:
-            raise ValueError(f"the gradients of {self.names[0]!r} cannot be told apart by position")
-        product = sum_of([a.dot(left) * b.dot(right) for a, b in self.terms]).unflatten(-1, left.shape[:2]).sum(-1)
-        return product.transpose(0, 1).flatten(0, 1)
-
     def square_norms(self) -> Float[Tensor, " n"]:
         """Eq. 11: Σ_{t,s} (left_t · left_s)(right_t · right_s), over all pairs of uses."""
         if self.formed is not None:
