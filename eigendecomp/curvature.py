@@ -42,13 +42,10 @@ def hessian_root(
 
 def jacobian(target: Target, examples: Sequence[Tensor]) -> Float[Tensor, "n k w"]:
     """J = ∂f/∂w of every sample, formed; small models only."""
-
-    def formed(few: Sequence[Tensor], loop: bool) -> Float[Tensor, "nk w"]:
-        return FunctionalSource(target, loop=loop)(few, EachOutput()).flat()
-
-    alone, j = formed([tensor[:1] for tensor in examples], True), formed(examples, False)
+    batched, looped = FunctionalSource(target), FunctionalSource(target, loop=True)
+    alone, j = looped([tensor[:1] for tensor in examples], EachOutput()).flat(), batched(examples, EachOutput()).flat()
     if (j[: len(alone)] - alone).norm() > 1e-3 * alone.norm():  # torch batches some layers (cdist) wrongly
-        j = formed(examples, True)
+        j = looped(examples, EachOutput()).flat()
     return rearrange(j, "(n k) w -> n k w", k=target.outputs(examples).shape[-1])
 
 

@@ -18,7 +18,6 @@ from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.factored.guard import Mistaken
 from eigendecomp.factored.samples import SAMPLES, Samples
 from eigendecomp.factored.source import CapturedSource
-from eigendecomp.factored.uses import UseSource
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.objective import squared_error
@@ -62,9 +61,7 @@ class Decomposition(Shown, Doors):
         """All but the source, which belongs to this process and is prepared again when it is needed."""
         return self.__dict__ | {"_samples": None}
 
-    def summary(self) -> list[tuple[str, str]]:
-        """The shapes, what the fit was asked for, and what became of it."""
-        return of_decomposition(self)
+    summary = of_decomposition
 
     # ---- reading
 
@@ -88,9 +85,7 @@ class Decomposition(Shown, Doors):
         """Mean |z| over ``references`` drawn references."""
         return torch.cat(list(self._impacts(inputs, references, seed)))
 
-    def top(
-        self, inputs: Inputs, k: int = 20, by: str = "impact", *, references: int = 16, seed: int = 0
-    ) -> tuple[Float[Tensor, "v k"], Int[Tensor, "v k"]]:
+    def top(self, inputs: Inputs, k: int = 20, by: str = "impact") -> tuple[Float[Tensor, "v k"], Int[Tensor, "v k"]]:
         """The k samples that use each direction most, by ``"impact"`` or ``"activation"``: strengths and indices.
 
         Inputs are read a few at a time and only the best are held, so a dataset may be larger than memory. With fewer
@@ -98,14 +93,13 @@ class Decomposition(Shown, Doors):
         """
         choice("by", by, "impact", "activation")
         whole("k", k)
-        each = self._impacts(inputs, references, seed) if by == "impact" else self._activations(inputs)
-        return strongest(each, k)
+        return strongest(self._impacts(inputs) if by == "impact" else self._activations(inputs), k)
 
     def _activations(self, inputs: Inputs) -> Iterator[Float[Tensor, "n v"]]:
         for some in chunks(inputs, CHUNK):
             yield curvatures(self.target, self.settings.divergence, self.decoder, some, self.captured(some)).sqrt()
 
-    def _impacts(self, inputs: Inputs, references: int, seed: int) -> Iterator[Float[Tensor, "n v"]]:
+    def _impacts(self, inputs: Inputs, references: int = 16, seed: int = 0) -> Iterator[Float[Tensor, "n v"]]:
         whole("references", references)
         draws = 1 if self.settings.reference.fixed else references
         for g in self.gradients(inputs, draws, seed):
@@ -131,17 +125,14 @@ class Decomposition(Shown, Doors):
         for some in chunks(inputs, CHUNK):
             shape = len(some[0]), self.target.outputs(first(some, 1)).shape[1]
             s = self.settings
-            yield self.source(some)(some, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
+            yield self._prepared(some).source(some, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))
 
     def captured(self, examples: Examples) -> CapturedSource:
         """Where gradients of whole outputs come from."""
         return self._prepared(examples).outputs
 
-    def source(self, examples: Examples) -> CapturedSource | UseSource:
-        """Where the samples' gradients come from, prepared on the first examples that are asked about."""
-        return self._prepared(examples).source
-
     def _prepared(self, examples: Examples) -> Samples:
+        """Where gradients come from, prepared on the first examples that are asked about."""
         if self._samples is None or self.target.renewed():
             self._samples = SAMPLES[self.settings.samples](self.target, examples, self.settings)
         return self._samples
@@ -151,13 +142,17 @@ class Decomposition(Shown, Doors):
     @contextmanager
     def perturbed(self, steps: Mapping[int, float]) -> Iterator[nn.Module]:
         """Inside, the model runs with w + Σ δ u; afterwards it is bit for bit what it was, whatever happened."""
+        few, sizes = self.moving(steps)
+        with moved(self.target.chosen, {name: torch.tensordot(sizes, few.dense(name), 1) for name in few.shapes}):
+            yield self.target.model
+
+    def moving(self, steps: Mapping[int, float]) -> tuple[Directions, Float[Tensor, " few"]]:
+        """The directions that steps are taken along, and the steps; ValueError for one that cannot be taken."""
         for number, delta in steps.items():
             whole("direction", number, 0, self.decoder.n - 1)
             real(f"the step along direction {number}", delta)
-        few = self.decoder.select([int(number) for number in steps])
         sizes = torch.tensor(list(steps.values()), dtype=self.target.dtype, device=self.target.device)
-        with moved(self.target.chosen, {name: torch.tensordot(sizes, few.dense(name), 1) for name in few.shapes}):
-            yield self.target.model
+        return self.decoder.select(list(steps)), sizes
 
 
 def decompose(
@@ -253,14 +248,14 @@ def fitted(
 
 
 @torch.no_grad()
-def interactions(d: Decomposition, inputs: Inputs, *, chunk: int = 64) -> Float[Tensor, "v v"]:
+def interactions(d: Decomposition, inputs: Inputs) -> Float[Tensor, "v v"]:
     """The normalised cross-curvature of every pair, E[u_aᵀ H u_b] / √(E[u_aᵀ H u_a] E[u_bᵀ H u_b]), in [−1, 1].
 
     E is the mean over samples, so the diagonal is one: the cosine, over all samples together, between what two
     directions do to the output. Directions that never move the output have zero rows.
     """
     total = torch.zeros(d.decoder.n, d.decoder.n, dtype=d.target.dtype, device=d.target.device)
-    for some in chunks(as_examples(inputs), chunk):
+    for some in chunks(as_examples(inputs), CHUNK):
         y = push_forward(d.target, d.settings.divergence, d.decoder, some)
         total += torch.einsum("nvk,nwk->vw", y, y)
     scale = total.diagonal().sqrt()

@@ -81,23 +81,20 @@ def decompose_curvature(
     )  # fmt: skip
     target = Target(model, settings.parameters)
     f = Outputs.of(target, first(inputs, 3))
-    data, history = feed(inputs, generator(seed, "data")), History()
-    u = climb(target, data, max(1, batch_size // f.shape[1]), settings, interference, history, progress)
+    u, history = climb(target, feed(inputs, generator(seed, "data")), f.shape[1], settings, progress)
     return Decomposition(target, settings, u, u, None, settings.pool(f), history)
 
 
-def climb(
-    target: Target, data: Feed, count: int, settings: Settings, interference: float, history: History, progress: bool
-) -> Directions:
-    """The directions after all steps, each on ``count`` examples; the loss of some is added to the history."""
-    u, steps, scale = settings.start(target).map(nn.Parameter), settings.steps, 0.0
+def climb(target: Target, data: Feed, positions: int, settings: Settings, progress: bool) -> tuple[Directions, History]:
+    """The directions after all steps, and the loss at some of them."""
+    u, steps, scale, history = settings.start(target).map(nn.Parameter), settings.steps, 0.0, History()
     # A short memory: a direction that was pushed off a peak has small gradients, and must not be given small steps.
     optimizer = torch.optim.Adam(list(u.tensors()), lr=settings.learning_rate, betas=(0.9, 0.9))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step / steps))
     bar = tqdm(range(steps), disable=not progress, desc="direct", mininterval=0.5)
     for step in bar:
-        examples, loss = data.take(count), torch.zeros(())
-        for weight in (0.0, interference):
+        examples, loss = data.take(max(1, settings.batch_size // positions)), torch.zeros(())
+        for weight in (0.0, settings.interference or 0.0):
             moved = push_forward(target, settings.divergence, u, examples)
             steep, overlap = losses(moved, u.gram())
             loss = steep + weight * overlap
@@ -117,4 +114,4 @@ def climb(
             history.step.append(step)
             history.loss.append(loss.item())
             bar.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
-    return u.map(Tensor.detach)
+    return u.map(Tensor.detach), history

@@ -93,10 +93,9 @@ class LowRank:
 
 
 class Directions:
-    """``n`` directions over named tensors.
+    """``n`` directions over named tensors, ``factors[name]`` being those of a :class:`LowRank`.
 
-    ``factors[name]`` holds the factors of :class:`CP` or :class:`Tucker`. Vectors have rank one, and no tensor gets
-    more rank than it can use.
+    Vectors have rank one, and no tensor gets more rank than it can use.
     """
 
     def __init__(self, shapes: Shapes, factorization: Factorization, factors: dict[str, list[Tensor]]) -> None:
@@ -176,17 +175,9 @@ class Directions:
         rest = iter(other.tensors())
         return self.map(lambda factor: torch.cat([factor, next(rest)]))
 
-    def splits(self, name: str, axes: Sequence[int]) -> bool:
-        """:meth:`LowRank.splits` of one tensor."""
-        return self.tensor[name].splits(axes)
-
-    def first(self, name: str) -> list[int]:
-        """The axes of a tensor's first factor, in order."""
-        return self.tensor[name].first
-
     def pair(self, name: str, axes: Sequence[int]) -> tuple[Float[Tensor, "v k r"], Float[Tensor, "v k c"]]:
         """L (v, k, r) and R (v, k, c) of one tensor; ValueError if axes that share a factor are on both sides."""
-        if not self.splits(name, axes):
+        if not self.tensor[name].splits(axes):
             raise ValueError(f"axes of {name!r} that are grouped stand on two sides of its use; group others")
         return self.tensor[name].pair(axes)
 

@@ -37,7 +37,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def value(self, f: Float[Tensor, "... k"], r: Float[Tensor, "... k"]) -> Float[Tensor, "..."]:
-        """D(f, r)."""
+        """D(f, r) (eq. 1)."""
 
     @abstractmethod
     def cotangent(self, f: Float[Tensor, "... k"], r: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:

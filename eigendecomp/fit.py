@@ -15,7 +15,7 @@ from eigendecomp.batches import ZERO, Batches
 from eigendecomp.directions import Directions
 from eigendecomp.factored.kept import coefficients
 from eigendecomp.gradients import Gradients, Products
-from eigendecomp.objective import Everything, Objective, squared_error
+from eigendecomp.objective import Everything, loss_and_error, squared_error
 from eigendecomp.settings import Settings
 from eigendecomp.support import parallel
 from eigendecomp.support.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, under
@@ -46,7 +46,7 @@ class State:
     """
 
     def __init__(self, target: Target, settings: Settings, batches: Batches) -> None:
-        self.settings, self.batches, self.objective = settings, batches, Objective(settings.sparsity, coefficients)
+        self.settings, self.batches = settings, batches
         n = settings.n_directions
         self.blocks = [slice(i * n, (i + 1) * n) for i in range(settings.restarts)]
         roles = [f"directions {i}" if i else "directions" for i in range(settings.restarts)]
@@ -70,13 +70,15 @@ class State:
         """Loss and error of every restart, and the sparse coefficients of all."""
         done, dead, rule = self.step / self.settings.steps, self.dead(), self.settings.sparsity
         if len(self.blocks) == 1:
-            loss, error, s = self.objective(gradients, self.encoder, self.decoder, dead, done)
-            return loss[None], error[None], s
+            batch = coefficients(rule, gradients, self.encoder, self.decoder, done)
+            loss, error = loss_and_error(rule, batch, self.decoder, dead)
+            return loss[None], error[None], batch.kept.detach()
         (z, y, gram, squares), results = gradients.products(self.encoder, self.decoder), []
         for b in self.blocks:
             own = self.decoder.map(lambda factor, b=b: factor[b])
             products = Products(z[:, b], y[:, b], gram[b, b], squares)
-            results.append(self.objective.of(Everything(products, rule.keep_batch(z[:, b], done), own), own, dead[b]))
+            batch = Everything(products, rule.keep_batch(z[:, b], done), own)
+            results.append((*loss_and_error(rule, batch, own, dead[b]), batch.kept.detach()))
         losses, errors, s = zip(*results)
         return torch.stack(losses), torch.stack(errors), torch.cat(s, 1)
 

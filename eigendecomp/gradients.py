@@ -99,7 +99,7 @@ class Formed(Part):
     def inner_own(self, own: Directions) -> Tensor:
         products, n = [], len(self.values)
         for name, g in self.dense().items():
-            axes = own.first(name)
+            axes = own.tensor[name].first
             left, right = (rearrange(side, "(n m) k d -> n (m k) d", n=n) for side in own.pair(name, axes))
             rest = [axis for axis in range(g.ndim - 1) if axis not in axes]
             g = rearrange(g, f"n {named(range(g.ndim - 1))} -> n ({named(axes)}) ({named(rest)})")
@@ -124,7 +124,7 @@ class Formed(Part):
 
     def operations_own(self, directions: Directions, m: float) -> float:
         each = (
-            terms_of(directions, name) * (2 * OWN * math.prod(shape) + 2 * OPS_PER_ELEMENT * sum(shape))
+            directions.tensor[name].terms * (2 * OWN * math.prod(shape) + 2 * OPS_PER_ELEMENT * sum(shape))
             for name, shape in self.shapes.items()
         )
         return len(self.values) * m * sum(each)
@@ -195,11 +195,6 @@ class Source(Protocol):
     target: Target
 
     def __call__(self, examples: Sequence[Tensor], cotangents: Cotangents) -> Gradients: ...
-
-
-def terms_of(directions: Directions, name: str) -> int:
-    """How many terms k the two sides of :meth:`Directions.pair` have in a matrix, or at least in another tensor."""
-    return directions.tensor[name].terms
 
 
 class FunctionalSource:

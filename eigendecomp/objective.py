@@ -1,7 +1,5 @@
 """The objective: how well a batch's gradients are rebuilt from few directions (eq. 7)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -74,43 +72,31 @@ def everything(
     return Everything(products, rule.keep_batch(products.z, progress), decoder)
 
 
-@dataclass
-class Objective:
-    """The loss of a batch (eq. 7), and what else the loop wants to know."""
+def loss_and_error(
+    rule: Sparsity, batch: Coefficients, decoder: Directions, dead: Bool[Tensor, " v"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The loss of a batch, and its normalised error Σ‖g − ĝ‖² / Σ‖g‖² (eq. 7).
 
-    sparsity: Sparsity
-    coefficients: Callable[[Sparsity, Gradients, Directions, Directions, float], Coefficients] = everything
+    With several processes both are this one's terms: over all processes they add up to the batch's.
+    """
+    sums = parallel.sums(batch.squares.sum())
+    left, n = squared_error(batch.squares, batch.s, batch.y, batch.gram), len(batch.z) * parallel.processes()
+    total = sums()[0]
+    # If every gradient in the batch is zero, the error is zero too, with zero derivative.
+    total = total.where(total >= torch.finfo(total.dtype).tiny, 1)
+    error = left / total
+    loss = error + rule.penalty(batch.z, n, (total / n).sqrt())
+    if rule.auxiliary and dead.any():
+        loss = loss + rule.auxiliary * revival(rule, batch, dead, error) / total
+    if decoder.sums_terms:
+        # A best CP fit need not exist: terms can grow without bound against each other (de Silva and Lim, 2008).
+        excess = (decoder.cancellation() - 2).clamp_min(0).mean()
+        loss = loss + CANCELLATION * excess / parallel.processes()
+    return loss, error
 
-    def __call__(
-        self, gradients: Gradients, encoder: Directions, decoder: Directions, dead: Tensor, progress: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`of` the batch's coefficients, which ``coefficients`` computes from the gradients."""
-        return self.of(self.coefficients(self.sparsity, gradients, encoder, decoder, progress), decoder, dead)
 
-    def of(
-        self, batch: Coefficients, decoder: Directions, dead: Bool[Tensor, " v"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "n v"]]:
-        """Loss, normalised error of the batch, and the sparse coefficients.
-
-        With several processes loss and error are this one's terms: over all processes they add up to the batch's.
-        """
-        sums = parallel.sums(batch.squares.sum())
-        left, n = squared_error(batch.squares, batch.s, batch.y, batch.gram), len(batch.z) * parallel.processes()
-        total = sums()[0]
-        # If every gradient in the batch is zero, the error is zero too, with zero derivative.
-        total = total.where(total >= torch.finfo(total.dtype).tiny, 1)
-        error = left / total
-        loss = error + self.sparsity.penalty(batch.z, n, (total / n).sqrt())
-        if self.sparsity.auxiliary and dead.any():
-            loss = loss + self.sparsity.auxiliary * self.revival(batch, dead, error) / total
-        if decoder.sums_terms:
-            # A best CP fit need not exist: terms can grow without bound against each other (de Silva and Lim, 2008).
-            excess = (decoder.cancellation() - 2).clamp_min(0).mean()
-            loss = loss + CANCELLATION * excess / parallel.processes()
-        return loss, error, batch.kept.detach()
-
-    def revival(self, batch: Coefficients, dead: Bool[Tensor, " v"], error: Tensor) -> Float[Tensor, ""]:
-        """Σ‖e − ê‖² − Σ‖e‖² of the residual e = g − ĝ that dead directions rebuild, over its share of Σ‖g‖²."""
-        residual = parallel.sums(error)
-        left = squared_error(torch.zeros_like(error), *batch.of_residual(self.sparsity, dead))
-        return left / residual()[0].clamp_min(1e-6)
+def revival(rule: Sparsity, batch: Coefficients, dead: Bool[Tensor, " v"], error: Tensor) -> Float[Tensor, ""]:
+    """Σ‖e − ê‖² − Σ‖e‖² of the residual e = g − ĝ that dead directions rebuild, over its share of Σ‖g‖²."""
+    residual = parallel.sums(error)
+    left = squared_error(torch.zeros_like(error), *batch.of_residual(rule, dead))
+    return left / residual()[0].clamp_min(1e-6)

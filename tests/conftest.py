@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from torch import Tensor
+
+from eigendecomp.targets.fashion import images, network
 
 # Importing a machine learning library must not reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +24,24 @@ settings.register_profile(
 )
 settings.load_profile("stable")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def fashion_subset() -> tuple[Tensor, Tensor]:
+    """The shipped images of the test split, and their labels."""
+    return images.load("test", subset=True)
+
+
+@pytest.fixture(scope="module")
+def fashion_network() -> network.FashionCNN:
+    return network.load_model()
+
+
+@pytest.fixture
+def whole_fashion() -> None:
+    """Skips a test that needs the whole of Fashion-MNIST, where it is not there."""
+    if not images.available():
+        pytest.skip("needs the whole Fashion-MNIST: python -m eigendecomp.targets.fashion.images fetch")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eigendecomp.directions import OPS_PER_ELEMENT, Directions
-from eigendecomp.gradients import Gradients, sum_of, terms_of
+from eigendecomp.gradients import Gradients, sum_of
 from eigendecomp.objective import Coefficients, Everything, everything
 from eigendecomp.sparsity import Sparsity
 
@@ -83,7 +83,7 @@ def saves(gradients: Gradients, encoder: Directions, decoder: Directions, m: flo
 def gram_operations(directions: Directions) -> float:
     """Operations that one inner product of two directions takes."""
     return sum(
-        terms_of(directions, name) ** 2 * sum(2 * d + OPS_PER_ELEMENT for d in shape)
+        directions.tensor[name].terms ** 2 * sum(2 * d + OPS_PER_ELEMENT for d in shape)
         for name, shape in directions.shapes.items()
     )
 
@@ -98,7 +98,8 @@ def gram_within(mine: Directions, others: Directions, n: int) -> Float[Tensor, "
     """Inner products between the directions of each of n samples, which are given sample by sample."""
     grams = []
     for name in mine.shapes:
-        sides = list(zip(mine.pair(name, mine.first(name)), others.pair(name, mine.first(name)), strict=True))
+        axes = mine.tensor[name].first
+        sides = list(zip(mine.pair(name, axes), others.pair(name, axes), strict=True))
         left, right = (a.reshape(n, -1, a.shape[2]) @ b.reshape(n, -1, b.shape[2]).mT for a, b in sides)
         a, b = sides[0]
         grams.append((left * right).unflatten(2, (-1, b.shape[1])).unflatten(1, (-1, a.shape[1])).sum((2, 4)))

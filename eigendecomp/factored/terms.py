@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eigendecomp.directions import OPS_PER_ELEMENT, Directions
-from eigendecomp.gradients import OWN, Formed, Part, sum_of, terms_of
+from eigendecomp.gradients import OWN, Formed, Part, sum_of
 
 PASSES = 4  # encoder and decoder, each forward and backward, to one squared norm
 WRITE = 10  # what adding a number to another costs beside products of large matrices, in operations: measured
@@ -310,8 +310,8 @@ class Factored(Part):
     def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
         """Eq. 10."""
         if self.formed is None and (
-            not directions.splits(self.names[0], self.rows)
-            or self.better_formed(directions.n, terms_of(directions, self.names[0]))
+            not directions.tensor[self.names[0]].splits(self.rows)
+            or self.better_formed(directions.n, directions.tensor[self.names[0]].terms)
         ):
             self.form()
         if self.formed is not None:
@@ -321,7 +321,7 @@ class Factored(Part):
 
     def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
         """Eq. 10 with directions that each sample has to itself."""
-        if self.formed is None and not own.splits(self.names[0], self.rows):
+        if self.formed is None and not own.tensor[self.names[0]].splits(self.rows):
             self.form()
         if self.formed is not None:
             return self.formed.inner_own(own)
@@ -332,31 +332,18 @@ class Factored(Part):
     def operations(self, directions: Directions, v: float) -> float:
         if self.formed is not None:
             return self.formed.operations(directions, v)
-        k = terms_of(directions, self.names[0])
+        k = directions.tensor[self.names[0]].terms
         return sum(min(rows_cost(term, v, k), folding_cost(term, v, k)) for term in self.terms)
 
     def operations_own(self, directions: Directions, m: float) -> float:
         if self.formed is not None:
             return self.formed.operations_own(directions, m)
-        return sum(own_cost(term, m, terms_of(directions, self.names[0])) for term in self.terms)
+        return sum(own_cost(term, m, directions.tensor[self.names[0]].terms) for term in self.terms)
 
     @property
     def draws(self) -> int:
         """How many cotangents an example has."""
         return max(side.shape[0] for term in self.terms for side in term)
-
-    def inner_by_row(self, directions: Directions) -> Float[Tensor, "n t v"]:
-        """The terms of eq. 10, one for every row of the sides: summed over rows they are :meth:`inner`.
-
-        Raises:
-            ValueError: if the factors were given up, or uses of the parameter have different numbers of rows.
-        """
-        left, right = directions.pair(self.names[0], self.rows)
-        counts = {max(a.shape[2], b.shape[2]) for a, b in self.terms}
-        if self.formed is not None or len(counts) != 1:
-            raise ValueError(f"the gradients of {self.names[0]!r} cannot be told apart by position")
-        product = sum_of([a.dot(left) * b.dot(right) for a, b in self.terms]).unflatten(-1, left.shape[:2]).sum(-1)
-        return product.transpose(0, 1).flatten(0, 1)
 
     def square_norms(self) -> Float[Tensor, " n"]:
         """Eq. 11: Σ_{t,s} (left_t · left_s)(right_t · right_s), over all pairs of uses."""

@@ -1,1 +1,1 @@
-"""Directions handed on: as edited models, adapters, folders of the hub, words and files for labelling."""
+"""Directions handed on: as files, adapters, folders of the hub, words and lines to label."""

@@ -1,7 +1,7 @@
 """A file from which directions can be labelled, and labels tested, by people or by models; nothing is called."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from eigendecomp.decomposition import Decomposition
+from eigendecomp.share.readout import Names
 from eigendecomp.support import files
 from eigendecomp.support.checks import whole
 from eigendecomp.support.examples import Examples, Inputs, count, fetch, first
 from eigendecomp.support.random import generator
-
-Names = Sequence[str] | Callable[[int], str]
 
 
 def explain(
@@ -44,7 +43,7 @@ def explain(
     n = count(inputs)
     if n is None:
         raise ValueError("inputs of unknown number cannot be looked up again; give tensors or a map-style dataset")
-    shown = Shown(inputs, d.target.outputs(first(inputs, 1)).shape[1], names, window)
+    shown = Contexts(inputs, d.target.outputs(first(inputs, 1)).shape[1], names, window)
     if n * shown.positions < 4 * k:
         raise ValueError(f"{n * shown.positions} samples are too few for k={k}; give at least {4 * k}, or a smaller k")
     impact = d.impact(inputs, references, seed).T.cpu()
@@ -53,14 +52,14 @@ def explain(
     return path
 
 
-class Shown:
+class Contexts:
     """How samples are written down."""
 
     def __init__(self, inputs: Inputs, positions: int, names: Names | None, window: int) -> None:
         self.inputs, self.positions, self.window = inputs, positions, window
-        part = first(inputs, 1)
-        length = part[0].shape[1] if part[0].ndim == 2 else 0
-        self.tokens = len(part) == 1 and not part[0].is_floating_point() and positions in (1, length)
+        example = first(inputs, 1)
+        length = example[0].shape[1] if example[0].ndim == 2 else 0
+        self.tokens = len(example) == 1 and not example[0].is_floating_point() and positions in (1, length)
         if names is not None and not self.tokens:
             raise ValueError("names say what tokens are called, but inputs are not tokens (examples, length)")
         self.call = names if callable(names) or names is None else names.__getitem__
@@ -71,8 +70,8 @@ class Shown:
         """A sample's example and position, and what is seen of it."""
         e, p = divmod(sample, self.positions)
         place = {"example": e, "position": p}
-        part = tuple(tensor[0] for tensor in fetch(self.inputs, [e]))
-        return place | (self._read(part[0], p) if self.tokens else {"values": values(part)})
+        example = tuple(tensor[0] for tensor in fetch(self.inputs, [e]))
+        return place | (self._read(example[0], p) if self.tokens else {"values": values(example)})
 
     def _read(self, row: Int[Tensor, " length"], p: int) -> dict[str, Any]:
         stop = len(row) if self.positions == 1 else p + 1
@@ -86,12 +85,12 @@ class Shown:
             raise ValueError(f"names has no string for token {token}; give one for every token of inputs") from None
 
 
-def values(part: Examples) -> Any:
+def values(example: Examples) -> Any:
     """An example's numbers: a list, or a list of them where the model takes several tensors."""
-    return part[0].tolist() if len(part) == 1 else [tensor.tolist() for tensor in part]
+    return example[0].tolist() if len(example) == 1 else [tensor.tolist() for tensor in example]
 
 
-def line(v: int, impact: Tensor, shown: Shown, k: int, noise: torch.Generator) -> dict[str, Any]:
+def line(v: int, impact: Tensor, shown: Contexts, k: int, noise: torch.Generator) -> dict[str, Any]:
     """What is written for one direction."""
     order = impact.argsort(descending=True, stable=True).tolist()
     n = len(order)
@@ -101,12 +100,12 @@ def line(v: int, impact: Tensor, shown: Shown, k: int, noise: torch.Generator) -
     def told(samples: Sequence[int]) -> list[dict[str, Any]]:
         return [shown.context(sample) | {"impact": float(impact[sample])} for sample in samples]
 
-    found = intruder([shown.context(sample) for sample in order[:k]], least, shown, noise)
-    return {"direction": v, "top": told(order[:k]), "middling": told(middle), "intruder": found}
+    test = intruder([shown.context(sample) for sample in order[:k]], least, shown, noise)
+    return {"direction": v, "top": told(order[:k]), "middling": told(middle), "intruder": test}
 
 
 def intruder(
-    top: Sequence[dict[str, Any]], least: Sequence[int], shown: Shown, noise: torch.Generator
+    top: Sequence[dict[str, Any]], least: Sequence[int], shown: Contexts, noise: torch.Generator
 ) -> dict[str, Any] | None:
     """The top contexts and one drawn from the least, shuffled, and where it came to lie; None if all read alike."""
     seen = [content(one) for one in top]

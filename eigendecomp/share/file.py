@@ -12,12 +12,14 @@ from eigendecomp import divergence as divergences
 from eigendecomp import reference as references
 from eigendecomp import sparsity as sparsities
 from eigendecomp.decomposition import Decomposition
+from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence
 from eigendecomp.reference import Reference
 from eigendecomp.settings import Settings
 from eigendecomp.sparsity import Sparsity
-from eigendecomp.storage import fingerprint, pack, unpack
+from eigendecomp.storage import fingerprint
 from eigendecomp.support import files
+from eigendecomp.support.axes import factor_sizes
 from eigendecomp.support.checks import real
 from eigendecomp.support.examples import Examples, Named
 from eigendecomp.support.history import History
@@ -66,6 +68,29 @@ def load(cls: type[Decomposition], path: str | Path, model: nn.Module) -> Decomp
         return cls(target, settings, encoder, decoder, metadata["threshold"], pool, history, seen)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} holds other metadata than a decomposition's ({error!r})") from None
+
+
+def pack(prefix: str, directions: Directions) -> dict[str, Tensor]:
+    """The factors under names that say what they are."""
+    return {
+        f"{prefix}/{name}/{number}": factor
+        for name, factors in directions.factors.items()
+        for number, factor in enumerate(factors)
+    }
+
+
+def unpack(prefix: str, tensors: Mapping[str, Tensor], target: Target, settings: Settings, n: int) -> Directions:
+    """The n directions that :func:`pack` took apart; ValueError if a factor has another shape than theirs."""
+    factors: dict[str, list[Tensor]] = {}
+    for name, shape in target.shapes.items():
+        sizes = factor_sizes(shape, settings.rank, settings.factorization)
+        factors[name] = [tensors[f"{prefix}/{name}/{number}"].to(target.device) for number in range(len(sizes))]
+        for factor, size in zip(factors[name], sizes, strict=True):
+            if factor.shape != (n, *size):
+                raise ValueError(
+                    f"the factors of {name!r} have shape {tuple(factor.shape)}, which fits no direction of it"
+                )
+    return Directions(target.shapes, settings.factorization, factors)
 
 
 def pack_pool(pool: Float[Tensor, "m k"], seen: Examples) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from eigendecomp.decomposition import Decomposition
-from eigendecomp.share.folders import folder_at
 from eigendecomp.support import files
 from eigendecomp.support.extras import need
 
@@ -21,7 +20,7 @@ def save_pretrained(d: Decomposition, folder: str | Path) -> Path:
     Raises:
         ValueError: if there is a file in its place, or no folder to make it in.
     """
-    folder = folder_at(folder)
+    folder = files.folder(folder)
     folder.mkdir(exist_ok=True)
     d.save(folder / FILE)
     files.replace(folder / "README.md", card(d).encode())

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
-from eigendecomp.share.folders import folder_at
 from eigendecomp.support import files
-from eigendecomp.support.checks import real, whole
 
 Layer = nn.Linear | nn.Conv2d | nn.Embedding | nn.Module  # the last one is transformers' Conv1D, which may be missing
 
@@ -48,13 +45,10 @@ def to_lora(d: Decomposition, steps: Mapping[int, float], path: str | Path) -> P
     """
     if not steps:
         raise ValueError(f"steps={dict(steps)!r} moves nothing; give {{direction: step}}")
-    for number, delta in steps.items():
-        whole("direction", number, 0, d.decoder.n - 1)
-        real(f"the step along direction {number}", delta)
-    folder = folder_at(path)
+    few, sizes = d.moving(steps)
+    folder = files.folder(path)
     layers = {name: layer_of(d.target.model, name) for name in d.decoder.shapes}
-    few, sizes = d.decoder.select(list(steps)), torch.tensor(list(steps.values()), dtype=d.target.dtype)
-    changes = [change(few, name, layer, sizes.to(d.target.device)) for name, layer in layers.items()]
+    changes = [change(few, name, layer, sizes) for name, layer in layers.items()]
     held = {name: tensor for one in changes for name, tensor in one.tensors().items()}
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in held.items()}, {"format": "pt"})
     folder.mkdir(exist_ok=True)

@@ -119,11 +119,11 @@ class Collection:
         e, positions = len(examples[0]), self.data.outputs.shape[1]
         noise = generator(self.settings.seed, f"store {number}")
         draws = self.data.draws.again((e, positions), self.draws, noise)
-        found: dict[str, list[Tensor]] = {}
+        captured: dict[str, list[Tensor]] = {}
         for start in range(0, e, CHUNK):
             some = slice(start, start + CHUNK)
-            part = alike(examples, (tensor[some] for tensor in examples))
-            for gradients in self._pieces(part, draws[some]):
+            piece = alike(examples, (tensor[some] for tensor in examples))
+            for gradients in self._pieces(piece, draws[some]):
                 own, tensors, _ = Layout.of(gradients)
                 if own != layout:
                     raise Changed
@@ -133,8 +133,8 @@ class Collection:
                             f"a gradient is NaN or infinite among the examples {start} to {start + CHUNK} of shard "
                             f"{number}; remove those examples, or smooth the model where it has no slope"
                         )
-                    found.setdefault(key, []).append(tensor.detach().cpu())
-        return {key: torch.cat(parts) for key, parts in found.items()}
+                    captured.setdefault(key, []).append(tensor.detach().cpu())
+        return {key: torch.cat(parts) for key, parts in captured.items()}
 
     @torch.no_grad()
     def _pieces(self, examples: Examples, draws: Draws) -> Iterator[Gradients]:

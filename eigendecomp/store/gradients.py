@@ -140,10 +140,10 @@ class GradientStore(Shown):
         Raises:
             IndexError: for a number that there is not.
         """
-        asked = torch.as_tensor(numbers, dtype=torch.long)
-        if len(asked) == 0 or asked.min() < 0 or asked.max() >= len(self):
+        index = torch.as_tensor(numbers, dtype=torch.long)
+        if len(index) == 0 or index.min() < 0 or index.max() >= len(self):
             raise IndexError(f"the store holds the gradients 0 to {len(self) - 1}; give one or more of them")
-        return self.shards.gradients(asked)
+        return self.shards.gradients(index)
 
     def decompose(
         self,
@@ -185,11 +185,11 @@ class GradientStore(Shown):
         told = {"settings": settings.as_json(), "store": dict(self.identity)}
         keeper = None if path is None else Checkpoint(path, told, checkpoint_seconds)
         batches = StoredBatches(self.shards, generator(seed, "data"))
-        found = fit(self.target, batches, settings, progress=progress, checkpoint=keeper)
+        fitted = fit(self.target, batches, settings, progress=progress, checkpoint=keeper)
         # A saved file makes a large pool again from inputs and the fit's seed; the store's pool is of the store's seed.
         seen = self.seen if seed == self.settings.seed else ()
         return Decomposition(
-            self.target, settings, found.encoder, found.decoder, found.threshold, self.pool, found.history, seen
+            self.target, settings, fitted.encoder, fitted.decoder, fitted.threshold, self.pool, fitted.history, seen
         )
 
 

@@ -58,12 +58,12 @@ class Stored:
         if isinstance(part, Factored) and part.formed is None:
             terms, tensors, constants = [], {}, {}
             for number, term in enumerate(part.terms):
-                found = [Rows.of(side, len(part)) for side in term]
-                for name, side, (_, rows) in zip(SIDES, term, found, strict=True):
+                sides = [Rows.of(side, len(part)) for side in term]
+                for name, side, (_, rows) in zip(SIDES, term, sides, strict=True):
                     tensors[f"{place}/{number}/{name}"] = rows
                     if side.index is not None:
                         constants[f"{place}/{number}/{name}"] = side.index
-                terms.append((found[0][0], found[1][0]))
+                terms.append((sides[0][0], sides[1][0]))
             if not fewer(part, tensors):
                 return cls(own, list(part.rows), terms), tensors, constants
         values = torch.cat([value.flatten(1) for value in part.dense().values()], 1)

@@ -21,7 +21,7 @@ from eigendecomp.directions import Shapes
 from eigendecomp.gradients import Gradients
 from eigendecomp.store.layout import Layout
 from eigendecomp.support import files, parallel
-from eigendecomp.support.checkpoint import flatten
+from eigendecomp.support.checkpoint import differences
 from eigendecomp.support.examples import Feed, Shuffled
 
 FORMAT = 1
@@ -37,9 +37,7 @@ class Folder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        if not isinstance(path, (str, Path)) or not str(path):
-            raise ValueError(f"path={path!r} is not the path of a folder")
-        self.path = Path(path)
+        self.path = files.folder(path)
         self.manifest = self.path / MANIFEST
 
     def shard(self, number: int) -> Path:
@@ -51,20 +49,14 @@ class Folder:
         Raises:
             ValueError: if it holds anything else.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{str(self.path)!r} is a file; give the path of a folder")
         if self.manifest.exists():
-            theirs, ours = (flatten(read(self.path, self.manifest)[1]["identity"]), flatten(metadata["identity"]))
-            if wrong := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
-                told = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in wrong)
+            if told := differences(read(self.path, self.manifest)[1]["identity"], metadata["identity"]):
                 raise ValueError(
                     f"{str(self.path)!r} is a store of other gradients ({told}); delete it or choose another path"
                 )
             return
         if self.path.exists() and any(self.path.iterdir()):
             raise ValueError(f"{str(self.path)!r} is a folder of something else; give one that is empty, or a new one")
-        if not self.path.parent.is_dir():
-            raise ValueError(f"the folder {str(self.path.parent)!r} does not exist; make it first")
         self.path.mkdir(exist_ok=True)
         files.write(self.manifest, tensors, metadata)
 
@@ -150,8 +142,8 @@ class Shards:
         order = shard.argsort(stable=True)
         starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
         local, back = (numbers - starts[shard])[order], order.argsort()
-        found, counts = shard[order].unique_consecutive(return_counts=True)
-        pieces = list(zip(found.tolist(), local.split(counts.tolist()), strict=True))
+        shards, counts = shard[order].unique_consecutive(return_counts=True)
+        pieces = list(zip(shards.tolist(), local.split(counts.tolist()), strict=True))
         rows = {}
         for key, each in self.layout.each().items():
             parts = [self.tensors[place][key][some // each] for place, some in pieces]

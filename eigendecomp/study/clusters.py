@@ -22,13 +22,13 @@ def inputs(
     """
     if not 0 < count <= len(x):
         raise ValueError(f"count={count} must be positive and at most the {len(x)} rows")
-    x, draw, found = normalize(x, dim=1), generator(seed, "clusters"), []
+    x, draw, restarted = normalize(x, dim=1), generator(seed, "clusters"), []
     for _ in range(restarts):
         some = x[torch.randperm(len(x), generator=draw)[: max(SEEN, count)]]
         centres = some[distant_starts(some, torch.ones(len(some), 1), count, draw)]
         centres, nearest, close = settled(x, centres, steps, refill=True)
-        found.append((close.mean().item(), centres, nearest))
-    return max(found, key=lambda one: one[0])[1:]
+        restarted.append((close.mean().item(), centres, nearest))
+    return max(restarted, key=lambda one: one[0])[1:]
 
 
 def settled(
@@ -53,7 +53,7 @@ def settled(
 
 def gradients(
     x: Float[Tensor, "n i"],
-    asked: Float[Tensor, "n o"],
+    delta: Float[Tensor, "n o"],
     count: int,
     *,
     seed: int,
@@ -62,7 +62,7 @@ def gradients(
     restarts: int = 3,
     steps: int = 20,
 ) -> tuple[Float[Tensor, "v i"], Float[Tensor, "v o"]]:
-    """k-means of the unit gradients x ⊗ asked with centres a ⊗ b of rank one: the unit factors of every centre.
+    """k-means of the unit gradients x ⊗ delta with centres a ⊗ b of rank one: the unit factors of every centre.
 
     A gradient belongs to the centre with the largest cosine, or if not ``signed``, |cosine|. Starts are found by
     k-means++ among gradients, or ``by_input`` by clustering the inputs alone. Each step moves a centre's two factors
@@ -73,48 +73,48 @@ def gradients(
     """
     if not 0 < count <= len(x):
         raise ValueError(f"count={count} must be positive and at most the {len(x)} gradients")
-    x, asked = normalize(x, dim=1), normalize(asked, dim=1)
-    draw, found = generator(seed, "clusters of gradients"), []
+    x, delta = normalize(x, dim=1), normalize(delta, dim=1)
+    draw, restarted = generator(seed, "clusters of gradients"), []
     for restart in range(restarts):
         if by_input:
             a, nearest = inputs(x, count, seed=restarts * seed + restart, restarts=1)
-            b = normalize(torch.zeros(count, asked.shape[1]).index_add_(0, nearest, asked), dim=1)
+            b = normalize(torch.zeros(count, delta.shape[1]).index_add_(0, nearest, delta), dim=1)
         else:
             some = torch.randperm(len(x), generator=draw)[: max(SEEN, count)]
-            start = some[distant_starts(x[some], asked[some], count, draw, signed)]
-            a, b = x[start].clone(), asked[start].clone()
-        found.append(settled_products(x, asked, a, b, signed, steps))
-    return max(found, key=lambda one: one[0])[1:]
+            start = some[distant_starts(x[some], delta[some], count, draw, signed)]
+            a, b = x[start].clone(), delta[start].clone()
+        restarted.append(settled_products(x, delta, a, b, signed, steps))
+    return max(restarted, key=lambda one: one[0])[1:]
 
 
 def settled_products(
     x: Float[Tensor, "n i"],
-    asked: Float[Tensor, "n o"],
+    delta: Float[Tensor, "n o"],
     a: Float[Tensor, "v i"],
     b: Float[Tensor, "v o"],
     signed: bool,
     steps: int,
 ) -> tuple[float, Float[Tensor, "v i"], Float[Tensor, "v o"]]:
-    """The mean cosine of unit gradients x ⊗ asked with their centres a ⊗ b, and the centres, after so many steps."""
+    """The mean cosine of unit gradients x ⊗ delta with their centres a ⊗ b, and the centres, after so many steps."""
     close = x.new_zeros(len(x), 1)
     for step in range(steps + 1):
-        met, wanted = x @ a.T, asked @ b.T
+        met, wanted = x @ a.T, delta @ b.T
         along = met * wanted
         close, nearest = (along if signed else along.abs()).max(1, keepdim=True)
         if step == steps:
             break
         one = nearest[:, 0]
         new_a = torch.zeros_like(a).index_add_(0, one, x * wanted.gather(1, nearest))
-        new_b = torch.zeros_like(b).index_add_(0, one, asked * met.gather(1, nearest))
+        new_b = torch.zeros_like(b).index_add_(0, one, delta * met.gather(1, nearest))
         a = torch.where(new_a.norm(dim=1, keepdim=True) > 0, normalize(new_a, dim=1), a)
         b = torch.where(new_b.norm(dim=1, keepdim=True) > 0, normalize(new_b, dim=1), b)
     return close.mean().item(), a, b
 
 
 def distant_starts(
-    x: Float[Tensor, "n i"], asked: Float[Tensor, "n o"], count: int, draw: torch.Generator, signed: bool = True
+    x: Float[Tensor, "n i"], delta: Float[Tensor, "n o"], count: int, draw: torch.Generator, signed: bool = True
 ) -> Int[Tensor, " v"]:
-    """Rows x ⊗ asked that lie apart: each is drawn in proportion to its squared distance from those before it."""
+    """Rows x ⊗ delta that lie apart: each is drawn in proportion to its squared distance from those before it."""
     chosen = [int(torch.randint(len(x), (1,), generator=draw))]
     far = torch.full((len(x),), torch.inf)
     for _ in range(count - 1):
@@ -133,7 +133,7 @@ def rebuilt(
     """
     gram, along = (rows @ rows.T).double(), (g @ rows.T).double()
     total, chosen = g.double().square().sum(1), torch.zeros(len(g), 0, dtype=torch.long)
-    found: dict[int, Tensor] = {}
+    shares: dict[int, Tensor] = {}
     left, held = along, torch.zeros_like(total)
     for count in range(1, max(counts) + 1):
         if count <= len(rows):
@@ -145,5 +145,5 @@ def rebuilt(
             left = along - (gram[chosen].mT @ weights).squeeze(2)
             held = (weights.squeeze(2) * y).sum(1) / total
         if count in counts:
-            found[count] = held
-    return found
+            shares[count] = held
+    return shares

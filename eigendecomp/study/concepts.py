@@ -37,12 +37,12 @@ def average_precision(scores: Float[Tensor, "n v"], concepts: Bool[Tensor, "n m"
 def _precision(rank: Int[Tensor, "v p"]) -> Float[Tensor, " v"]:
     """Mean over a concept's samples: of all that score as much or more, the share that the concept is true of."""
     rank = rank.sort(1).values
-    found = torch.arange(1, rank.shape[1] + 1, device=rank.device).expand_as(rank)
+    correct = torch.arange(1, rank.shape[1] + 1, device=rank.device).expand_as(rank)
     tied = rank[:, 1:] == rank[:, :-1]
     if tied.any():  # precision is read where a run of equal scores ends
         ends = F.pad(~tied, (0, 1), value=True)
-        found = found.where(ends, rank.shape[1]).flip(1).cummin(1).values.flip(1)
-    return (found / rank).mean(1)
+        correct = correct.where(ends, rank.shape[1]).flip(1).cummin(1).values.flip(1)
+    return (correct / rank).mean(1)
 
 
 def oriented(scores: Float[Tensor, "n v"], on: Float[Tensor, "k v"] | None = None) -> Float[Tensor, "n v"]:
@@ -122,11 +122,11 @@ def _team(gram: Float[Tensor, "c c"], along: Float[Tensor, " c"], size: int) -> 
 
 def _diagonal(scores: Float[Tensor, "n m"], concepts: Bool[Tensor, "n m"]) -> Float[Tensor, " m"]:
     """Each score's precision for its own concept."""
-    found = []
+    precisions = []
     for row, concept in zip(scores.T.contiguous(), concepts.T, strict=True):
         rank = len(row) - torch.searchsorted(row.sort().values, row[concept])
-        found.append(_precision(rank.unsqueeze(0)))
-    return torch.cat(found)
+        precisions.append(_precision(rank.unsqueeze(0)))
+    return torch.cat(precisions)
 
 
 @dataclass
@@ -149,9 +149,9 @@ def paired(mine: Float[Tensor, "s m"], theirs: Float[Tensor, "r m"], *, draws: i
     s, r, m = len(mine), len(theirs), mine.shape[1]
     concepts = torch.randint(m, (draws, m), generator=draw)
     means = []
-    for found, count in ((mine, s), (theirs, r)):
+    for precision, count in ((mine, s), (theirs, r)):
         often = F.one_hot(torch.randint(count, (draws, count), generator=draw), count).sum(1) / count
-        means.append((often.to(found) @ found).gather(1, concepts).mean(1))
+        means.append((often.to(precision) @ precision).gather(1, concepts).mean(1))
     gap = means[0] - means[1]
     low, high = gap.quantile(torch.tensor([0.025, 0.975]).to(gap)).tolist()
     return Paired((mine.mean() - theirs.mean()).item(), low, high, gap.std().item())

@@ -19,7 +19,7 @@ from eigendecomp.curvature import push_forward
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
 from eigendecomp.support.examples import Inputs, as_examples
-from eigendecomp.support.models import standard
+from eigendecomp.support.models import moved, standard
 from eigendecomp.target import Target
 
 Move = Callable[[float], AbstractContextManager[nn.Module]]
@@ -31,7 +31,7 @@ Move = Callable[[float], AbstractContextManager[nn.Module]]
 def along(d: Decomposition, steps: int | Mapping[int, float]) -> Move:
     """δ ↦ the model with its parameters moved by δ along one direction, or by δ times these steps along several."""
     share = {steps: 1.0} if isinstance(steps, int) else dict(steps)
-    return lambda delta: d.perturbed({number: delta * part for number, part in share.items()})
+    return lambda delta: d.perturbed({number: delta * weight for number, weight in share.items()})
 
 
 def displaced(model: nn.Module, change: Mapping[str, Tensor]) -> Move:
@@ -49,16 +49,8 @@ def displaced(model: nn.Module, change: Mapping[str, Tensor]) -> Move:
 
     @contextmanager
     def move(delta: float) -> Iterator[nn.Module]:
-        kept = {name: named[name].detach().clone() for name in change}
-        try:
-            with torch.no_grad():
-                for name, value in change.items():
-                    named[name].add_(delta * value.view_as(named[name]))
+        with moved({name: named[name] for name in change}, {name: delta * value for name, value in change.items()}):
             yield model
-        finally:
-            with torch.no_grad():
-                for name, value in kept.items():
-                    named[name].copy_(value)
 
     return move
 
@@ -148,10 +140,10 @@ class Probe:
         Raises:
             ValueError: if no such step is found.
         """
-        found = matched(lambda s: self.effect(move, s), lambda effect: effect[on].mean(), level, tolerance=1e-4)
-        if found is None:
+        reached = matched(lambda s: self.effect(move, s), lambda effect: effect[on].mean(), level, tolerance=1e-4)
+        if reached is None:
             raise ValueError(f"no step was found that moves the samples by {level:g} standard deviations")
-        return found
+        return reached
 
     def step_for(self, move: Move, on: Bool[Tensor, " n"], level: float) -> float:
         """The step of :meth:`matched` alone."""
@@ -182,13 +174,13 @@ def matched(
     low, high, step, slope = 0.0, math.inf, abs(first), 1.0  # steps known to fall short and to go too far
     last: tuple[float, float] | None = None
     for _ in range(tries):
-        found = measure(math.copysign(step, first))
-        reached = size(found).item()
-        if abs(reached - level) <= tolerance * level:
-            return math.copysign(step, first), found
-        short = reached < level
+        measured = measure(math.copysign(step, first))
+        now = size(measured).item()
+        if abs(now - level) <= tolerance * level:
+            return math.copysign(step, first), measured
+        short = now < level
         low, high = (step, high) if short else (low, step)
-        here = math.log(step), math.log(max(reached, 1e-30))
+        here = math.log(step), math.log(max(now, 1e-30))
         if last is not None:
             slope = (here[1] - last[1]) / (here[0] - last[0])
         last = here
@@ -244,13 +236,11 @@ def push(
 
     None where no step found by :func:`matched` does; the sign of ``first`` is that of the step.
     """
-    found = matched(
-        lambda step: on.moved(move, step), lambda change: variation(change).mean(), level,
-        first=first, tolerance=tolerance, largest=largest,
-    )  # fmt: skip
-    if found is None:
+    size = lambda change: variation(change).mean()  # noqa: E731
+    reached = matched(lambda step: on.moved(move, step), size, level, first=first, tolerance=tolerance, largest=largest)
+    if reached is None:
         return None
-    step, change = found
+    step, change = reached
     elsewhere = {name: total_variation(probe, move, step).mean().item() for name, probe in off.items()}
     return Push(step, variation(change).mean().item(), elsewhere, change.mean(0))
 

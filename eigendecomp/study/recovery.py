@@ -1,6 +1,6 @@
 """How much of a known truth directions recover: one score for every target that has ``truth()``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eigendecomp.decomposition import Decomposition
-from eigendecomp.directions import Directions
+from eigendecomp.directions import Directions, Shapes
+from eigendecomp.gradients import Formed, Gradients
 from eigendecomp.study.moves import Move, along
 from eigendecomp.study.scores import ownership
 
@@ -80,8 +81,8 @@ def recovery(d: Decomposition, target: Known | Truth, *, references: int = 16) -
     """The scores of a decomposition's directions against a target's truth, or a truth itself."""
     truth = target if isinstance(target, Truth) else target.truth()
     impact = strength(d, truth, references)
-    found = recovered(impact, d.directions(), truth)
-    return found if truth.acted is None else replace(found, acted=moved(d, owners(impact)[0], truth.acted))
+    scores = recovered(impact, d.directions(), truth)
+    return scores if truth.acted is None else replace(scores, acted=moved(d, owners(impact)[0], truth.acted))
 
 
 def strength(d: Decomposition, truth: Truth, references: int = 16) -> Float[Tensor, "features v"]:
@@ -98,11 +99,11 @@ def moved(
     d: Decomposition, owner: Int[Tensor, " features"], acted: Callable[[Move, int], dict[str, float]]
 ) -> dict[str, float]:
     """The mean over features of each score of the network moved along what the feature owns; not at all if nothing."""
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for feature, v in enumerate(owner.tolist()):
         for name, value in acted(along(d, v if v >= 0 else {0: 0.0}), feature).items():
-            found.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+            scores.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
 def recovered(strength: Float[Tensor, "features v"], rows: Parts, truth: Truth) -> Recovery:
@@ -163,12 +164,12 @@ def leading(parts: Float[Tensor, "n out in"]) -> Float[Tensor, "n in"]:
     return (vector.mT @ matrices)[:, 0]
 
 
-def agreement(found: Float[Tensor, "n neurons"], truth: Float[Tensor, "n neurons"]) -> Float[Tensor, " n"]:
-    """Squared correlation over neurons of each feature's contributions; 0 where those found are all alike.
+def agreement(learned: Float[Tensor, "n neurons"], truth: Float[Tensor, "n neurons"]) -> Float[Tensor, " n"]:
+    """Squared correlation over neurons of each feature's contributions; 0 where those learned are all alike.
 
     Directions have no length of their own, so that contributions are known up to a factor.
     """
-    a, b = (x - x.mean(1, keepdim=True) for x in (found, truth))
+    a, b = (x - x.mean(1, keepdim=True) for x in (learned, truth))
     return torch.cosine_similarity(a, b, dim=1).square()
 
 
@@ -180,23 +181,23 @@ def each(scores: Mapping[str, Float[Tensor, " features"]], kind: str) -> dict[st
 # ---- floors
 
 
-def random_strength(d: Decomposition, rows: Directions, truth: Truth, references: int = 16) -> Tensor:
+def random_strength(d: Decomposition, rows: Directions, truth: Truth) -> Tensor:
     """Impacts that other low-rank rows would have as encoders of this decomposition's gradients."""
-    parts = [g.inner(rows).abs() for g in d.gradients(truth.inputs, references, 0)]
-    return by_feature(torch.cat(parts).unflatten(0, (-1, references)).mean(1), truth)
+    return _strength(d, lambda g: g.inner(rows), truth, 16)
 
 
 def dense_strength(d: Decomposition, rows: Parts, truth: Truth, references: int = 16) -> Tensor:
     """The same for rows held as numbers."""
     flat = torch.cat([rows[name].flatten(1) for name in d.target.shapes], 1)
-    parts = [(g.flat() @ flat.T).abs() for g in d.gradients(truth.inputs, references, 0)]
-    return by_feature(torch.cat(parts).unflatten(0, (-1, references)).mean(1), truth)
+    return _strength(d, lambda g: g.flat() @ flat.T, truth, references)
 
 
-def principal_parts(g: Float[Tensor, "n w"], n: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def _strength(d: Decomposition, read: Callable[[Gradients], Tensor], truth: Truth, references: int) -> Tensor:
+    impact = torch.cat([read(g).abs() for g in d.gradients(truth.inputs, references, 0)])
+    return by_feature(impact.unflatten(0, (-1, references)).mean(1), truth)
+
+
+def principal_parts(g: Float[Tensor, "n w"], n: int, shapes: Shapes) -> dict[str, Tensor]:
     """The leading principal components of gradients held as rows, by parameter; from their Gram matrix."""
     _, vectors = torch.linalg.eigh(g @ g.T)
-    rows = torch.nn.functional.normalize(vectors[:, -n:].flip(1).T @ g, dim=1)
-    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
-    parts = rows.split(sizes, 1)
-    return {name: part.unflatten(1, tuple(shape)) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    return Formed(shapes, torch.nn.functional.normalize(vectors[:, -n:].flip(1).T @ g, dim=1)).dense()

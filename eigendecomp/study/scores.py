@@ -48,9 +48,9 @@ def ownership(strength: Float[Tensor, "features v"]) -> Ownership:
     )
 
 
-def max_cosine(found: Float[Tensor, "v d"], truth: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-    """For every true vector the largest |cosine| with a found one."""
-    return cosines(found, truth).abs().amax(0)
+def max_cosine(learned: Float[Tensor, "v d"], truth: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
+    """For every true vector the largest |cosine| with a learned one."""
+    return cosines(learned, truth).abs().amax(0)
 
 
 def matched_cosine(a: Float[Tensor, "v d"], b: Float[Tensor, "w d"]) -> Float[Tensor, " m"]:

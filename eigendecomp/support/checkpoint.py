@@ -61,11 +61,7 @@ class Checkpoint:
         if not self.path.exists():
             return
         tensors, numbers = files.read(self.path)
-        identity = numbers.get("identity")
-        theirs, ours = flatten(identity if isinstance(identity, dict) else {}), flatten(self.identity)
-        differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-        if differing:
-            told = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
+        if told := differences(numbers.get("identity"), self.identity):
             raise ValueError(
                 f"checkpoint {str(self.path)!r} is of another fit ({told}); delete it or choose another path"
             )
@@ -75,6 +71,13 @@ class Checkpoint:
             raise ValueError(
                 f"checkpoint {str(self.path)!r} does not hold a fit's state ({error}); delete it or choose another path"
             ) from None
+
+
+def differences(theirs: object, ours: Mapping[str, Any]) -> str:
+    """Where two nested mappings of plain values differ, in words; empty where they do not."""
+    a, b = flatten(theirs if isinstance(theirs, Mapping) else {}), flatten(ours)
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return "; ".join(f"{key}: {a.get(key)!r} there, {b.get(key)!r} here" for key in keys)
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What other floors do with a decomposition: each is imported when it is called, and needs an extra of its own."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast
@@ -40,10 +41,15 @@ class Doors:
         return browse(self, inputs, path, **options)
 
     def edit(self: Any, steps: Mapping[int, float]) -> nn.Module:
-        """A copy of the model with w + Σ δ u, to keep; see :mod:`eigendecomp.share.edits`."""
-        from eigendecomp.share.edits import edited
+        """A deep copy of the model with w + Σ δ u, to keep; the model itself stays as it is, and tied weights tied.
 
-        return edited(self, steps)
+        In the copy the row of a padded token moves as well, which :meth:`Decomposition.perturbed` keeps still.
+
+        Raises:
+            ValueError: if a direction does not exist, or a step is not finite.
+        """
+        with self.perturbed(steps) as model:
+            return copy.deepcopy(model)
 
     def to_lora(self: Any, steps: Mapping[int, float], path: str | Path) -> Path:
         """Write the edit as an adapter that peft reads; see :mod:`eigendecomp.share.lora`."""

@@ -50,11 +50,11 @@ def replace(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
+        parent = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(parent)
         finally:
-            os.close(folder)
+            os.close(parent)
 
 
 def writable(path: str | Path) -> Path:
@@ -70,6 +70,18 @@ def writable(path: str | Path) -> Path:
         raise ValueError(f"{str(path)!r} is a device or a pipe; give the path of a regular file")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"{str(path)!r} is a link into a folder that does not exist; make it first")
+    return path
+
+
+def folder(path: str | Path) -> Path:
+    """The path, if there is a folder or one can be made there; ValueError otherwise."""
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise ValueError(f"{path!r} is not the path of a folder")
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(path)!r} is a file; give the path of a folder")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"the folder {str(path.parent)!r} does not exist; make it first")
     return path
 
 

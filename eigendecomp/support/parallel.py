@@ -88,8 +88,8 @@ def sums(*tensors: Tensor) -> Callable[[], list[Tensor]]:
 
     def wait() -> list[Tensor]:
         _await(handle, flat)
-        parts = flat.split([tensor.numel() for tensor in given])
-        return [part.view_as(tensor) for part, tensor in zip(parts, given, strict=True)]
+        totals = flat.split([tensor.numel() for tensor in given])
+        return [total.view_as(tensor) for total, tensor in zip(totals, given, strict=True)]
 
     return wait
 

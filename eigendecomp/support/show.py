@@ -26,6 +26,6 @@ class Shown:
 def of_decomposition(d: Any) -> list[tuple[str, str]]:
     """The shapes, what the fit was asked for, and what became of it."""
     s, shapes = d.settings, ", ".join(f"{name} {shape}" for name, shape in d.decoder.shapes.items())
-    asked = f"{s.divergence}, {s.reference}, samples={s.samples!r}, {s.sparsity}"
+    settings = f"{s.divergence}, {s.reference}, samples={s.samples!r}, {s.sparsity}"
     kind = f"{d.decoder.n} of rank {s.rank} ({s.factorization}{', tied' if s.tied else ''})"
-    return [("directions", kind), ("parameters", shapes), ("rebuilding", asked), *d.history.summary()]
+    return [("directions", kind), ("parameters", shapes), ("rebuilding", settings), *d.history.summary()]

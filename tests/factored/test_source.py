@@ -25,7 +25,7 @@ from eigendecomp.factored import terms
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.fit import fit
 from eigendecomp.gradients import FunctionalSource, Gradients, Source
-from eigendecomp.objective import Objective
+from eigendecomp.objective import everything, loss_and_error
 from eigendecomp.reference import Draws
 from eigendecomp.settings import Settings
 from eigendecomp.sparsity import Sparsity
@@ -993,8 +993,9 @@ def test_the_fitted_loss_is_that_of_the_oracle_in_float32() -> None:
         assert len(slow) == 15 and slow[-1] < slow[0]
         if isinstance(sparsity, ed.L1):
             torch.testing.assert_close(fast, slow, rtol=1e-5, atol=0)
-        objective, dead = Objective(sparsity), torch.zeros(6, dtype=torch.bool)
-        fast, slow = (objective(s(inputs, draws), fits[0].encoder, fits[0].decoder, dead)[0] for s in sources)
+        batches = [everything(sparsity, s(inputs, draws), fits[0].encoder, fits[0].decoder, 1.0) for s in sources]
+        alive = torch.zeros(6, dtype=torch.bool)
+        fast, slow = (loss_and_error(sparsity, batch, fits[0].decoder, alive)[0] for batch in batches)
         torch.testing.assert_close(fast, slow, rtol=1e-5, atol=0)
 
 

@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -79,6 +80,23 @@ def test_the_package_knows_no_room_of_a_notebook() -> None:
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names])
     }
     assert {(module, name) for module, name in imported if name in outside} == set()
+
+
+ROOMS = ("edits", "cost"), ("smollm",)  # the upper floors of notebooks/rooms; none of the other folders knows another
+
+
+def test_a_room_imports_only_from_floors_below_its_own() -> None:
+    folder = ROOT / "notebooks" / "rooms"
+    names = {path.name for path in folder.iterdir() if (path / "__init__.py").exists()}
+    assert names > {name for floor in ROOMS for name in floor}
+    height = {name: len(ROOMS) - n for n, floor in enumerate(ROOMS) for name in floor}
+    wrong = set()
+    for path in folder.rglob("*.py"):
+        own = path.parent.name if path.parent != folder else ""
+        for other in re.findall(r"^ *(?:from|import) rooms\.(\w+)", path.read_text(), re.M):
+            if other in names - {own} and (not own or height.get(other, 0) >= height.get(own, 0)):
+                wrong.add((path.relative_to(folder).as_posix(), other))
+    assert wrong == set()
 
 
 def test_functions_and_classes_stay_small() -> None:
@@ -181,6 +199,14 @@ def test_the_evenings_reading_and_the_folders_are_those_of_the_readme() -> None:
     assert set(re.findall(r"`(\w+)`", text)) == {*EVENING, "factored"}
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders == set(re.findall(r"^  (\w+)/ ", README, re.M))
+
+
+def test_the_floors_are_those_of_the_readme() -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    told = re.search(r"From the top they are\s+(.*?)\.", README, re.S)
+    assert told is not None
+    floors = [floor.strip().replace(", ", " | ") for floor in re.sub(r"\s+", " ", told[1]).split(">")]
+    assert floors == contract["layers"]
 
 
 class Small(nn.Module):

@@ -17,7 +17,7 @@ from eigendecomp.batches import CachedBatches, LiveBatches
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
 from eigendecomp.gradients import Formed, FunctionalSource, Gradients
-from eigendecomp.objective import CANCELLATION, Objective
+from eigendecomp.objective import CANCELLATION, everything, loss_and_error
 from eigendecomp.reference import Draws, Reference
 from eigendecomp.sparsity import Sparsity
 from eigendecomp.study.scores import max_cosine
@@ -209,14 +209,15 @@ def test_the_objective_is_the_one_written_out(
     )
     encoder = decoder if tied else encoder
     g = normal(n, 8, seed=seed, dtype=torch.float64)
-    loss, error, s = Objective(sparsity)(Gradients(shapes, [Formed(shapes, g)]), encoder, decoder, dead, progress)
+    batch = everything(sparsity, Gradients(shapes, [Formed(shapes, g)]), encoder, decoder, progress)
+    loss, error = loss_and_error(sparsity, batch, decoder, dead)
     expected, expected_error = objective_by_hand(sparsity, g, encoder.flat(), decoder.flat(), dead, progress)
     (a, b), (c,) = decoder.factors["a"], decoder.factors["b"]  # matrices are sums of two terms, vectors are one
     terms = torch.einsum("vki,vkj->vkij", a, b).square().flatten(1).sum(1) + c[:, 0].square().sum(1)
     expected = expected + CANCELLATION * (terms - 2).clamp_min(0).mean()
     torch.testing.assert_close(error, expected_error.detach())
     torch.testing.assert_close(loss.detach(), expected.detach())
-    assert s.shape == (n, v)
+    assert batch.kept.shape == (n, v)
 
 
 def test_only_the_dead_learn_from_what_the_others_leave() -> None:
@@ -226,7 +227,8 @@ def test_only_the_dead_learn_from_what_the_others_leave() -> None:
         decoder, encoder = (Directions.random(shapes, 2, 1, dtype=torch.float64) for _ in range(2))
         decoder.map(lambda f: f.requires_grad_())
         g = Gradients(shapes, [Formed(shapes, normal(9, 6, dtype=torch.float64))])
-        loss, *_ = Objective(ed.BatchTopK(0.5, warmup=0.0, auxiliary=auxiliary))(g, encoder, decoder, dead, 1.0)
+        rule = ed.BatchTopK(0.5, warmup=0.0, auxiliary=auxiliary)
+        loss, _ = loss_and_error(rule, everything(rule, g, encoder, decoder, 1.0), decoder, dead)
         learned.append(torch.autograd.grad(loss, list(decoder.tensors()))[0])
     torch.testing.assert_close(learned[0][1], learned[1][1])
     assert not torch.allclose(learned[0][0], learned[1][0])

@@ -75,7 +75,7 @@ def test_inner_products_of_grouped_directions(factorization: Factorization) -> N
     left, right = a.pair("w", (0, 2))
     formed = torch.einsum("vkr,vkc->vrc", left, right).unflatten(1, (3, 2)).movedim(2, 3)
     torch.testing.assert_close(formed, a.dense("w"))
-    assert a.splits("w", (1,)) and not a.splits("w", (0, 1))
+    assert a.tensor["w"].splits((1,)) and not a.tensor["w"].splits((0, 1))
     with pytest.raises(ValueError, match="two sides"):
         a.pair("w", (0, 1))
 

@@ -15,7 +15,7 @@ from eigendecomp.factored.pieces import Recomputed
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.terms import Factored, Side
 from eigendecomp.gradients import Formed, FunctionalSource, Gradients
-from eigendecomp.objective import Objective, squared_error
+from eigendecomp.objective import everything, loss_and_error, squared_error
 from eigendecomp.target import Target
 from tests.cases import Chosen, assert_same
 
@@ -59,9 +59,15 @@ def results(
         for _ in range(2)
     )
     encoder = decoder if tied else encoder
-    loss, error, s = Objective(rule, coefficients)(gradients, encoder, decoder, dead, 1.0)
+    batch = coefficients(rule, gradients, encoder, decoder, 1.0)
+    loss, error = loss_and_error(rule, batch, decoder, dead)
     leaves = [*decoder.tensors(), *([] if tied else encoder.tensors())]
-    return [loss.detach(), error.detach(), s, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+    return [
+        loss.detach(),
+        error.detach(),
+        batch.kept.detach(),
+        *torch.autograd.grad(loss, leaves, materialize_grads=True),
+    ]
 
 
 @pytest.fixture
@@ -106,7 +112,8 @@ def test_without_gradients_there_is_no_error_and_nothing_to_learn() -> None:
     shapes = {"a": (3, 2)}
     u = Directions.random(shapes, 4, 1).map(lambda factor: factor.requires_grad_())
     gradients = Gradients(shapes, [Formed(shapes, torch.zeros(5, 6))])
-    loss, error, _ = Objective(ed.BatchTopK(0.5))(gradients, u, u, torch.tensor([True, False, False, False]), 1.0)
+    rule, dead = ed.BatchTopK(0.5), torch.tensor([True, False, False, False])
+    loss, error = loss_and_error(rule, everything(rule, gradients, u, u, 1.0), u, dead)
     assert loss == error == 0
     assert not any(g.any() for g in torch.autograd.grad(loss, list(u.tensors())))
 

@@ -15,21 +15,6 @@ from rooms.fashion import block as cnn_block
 from rooms.fashion import concepts as fashion_concepts
 from rooms.fashion import jacobians
 
-needs_data = pytest.mark.skipif(
-    not fashion.available(),
-    reason="needs the whole Fashion-MNIST: python -m eigendecomp.targets.fashion.images fetch",
-)
-
-
-@pytest.fixture(scope="module")
-def test_subset() -> tuple[Tensor, Tensor]:
-    return fashion.load("test", subset=True)
-
-
-@pytest.fixture(scope="module")
-def model() -> cnn.FashionCNN:
-    return cnn.load_model()
-
 
 def picture(*lit: tuple[slice, slice], value: float = 0.5) -> Tensor:
     image = torch.zeros(1, 1, 28, 28)
@@ -41,15 +26,15 @@ def picture(*lit: tuple[slice, slice], value: float = 0.5) -> Tensor:
 # --------------------------------------------------------------------------------------------------- concepts
 
 
-def test_concepts_are_neither_rare_nor_everywhere(test_subset: tuple[Tensor, Tensor]) -> None:
-    found = fashion_concepts.concepts(*test_subset)
+def test_concepts_are_neither_rare_nor_everywhere(fashion_subset: tuple[Tensor, Tensor]) -> None:
+    found = fashion_concepts.concepts(*fashion_subset)
     assert len(found) >= 12 and not set(found) & set(fashion.CLASSES)
     for name, holds in found.items():
         assert holds.dtype == torch.bool and holds.shape == (2500,)
         assert 0.05 <= holds.float().mean() <= 0.6, name
 
 
-@needs_data
+@pytest.mark.usefixtures("whole_fashion")
 @pytest.mark.slow
 def test_thresholds_are_those_of_the_training_split_and_hold_on_the_test_split() -> None:
     images, labels = fashion.load("train")
@@ -120,18 +105,20 @@ def test_bad_input_to_concepts_is_named() -> None:
 
 
 @pytest.fixture(scope="module")
-def middle(model: cnn.FashionCNN, test_subset: tuple[Tensor, Tensor]) -> tuple[cnn_block.FromMiddle, Tensor]:
+def middle(
+    fashion_network: cnn.FashionCNN, fashion_subset: tuple[Tensor, Tensor]
+) -> tuple[cnn_block.FromMiddle, Tensor]:
     with torch.no_grad():
-        return cnn_block.FromMiddle(model), model.enter(test_subset[0][:8])
+        return cnn_block.FromMiddle(fashion_network), fashion_network.enter(fashion_subset[0][:8])
 
 
-def test_the_network_goes_on_from_its_middle_block(model, middle, test_subset) -> None:
+def test_the_network_goes_on_from_its_middle_block(fashion_network, middle, fashion_subset) -> None:
     tail, entering = middle
-    assert torch.equal(cnn.predict(tail, entering), cnn.predict(model, test_subset[0][:8]))
+    assert torch.equal(cnn.predict(tail, entering), cnn.predict(fashion_network, fashion_subset[0][:8]))
     with torch.no_grad():
         assert torch.equal(tail.after(tail.block2(entering)), cnn.predict(tail, entering))
     names = {name.removeprefix("after.") for name, _ in tail.named_parameters()}
-    assert names < {name for name, _ in model.named_parameters()}
+    assert names < {name for name, _ in fashion_network.named_parameters()}
 
 
 def test_contribution_maps_add_up_to_the_coefficient(middle) -> None:

@@ -18,6 +18,19 @@ def test_strongest_and_found_again() -> None:
     assert story_units.found_again(a, -2 * a[:2]) == pytest.approx(2 / 3)
 
 
+def test_context_shows_words_around_a_token() -> None:
+    ids = [0, *stories.load_tokenizer().encode('Once upon a time, there was a "dog".\nHe was big and happy.')]
+    tokens = torch.tensor(ids)
+    at = ids.index(stories.load_tokenizer().encode(" was")[0])
+    shown = story_units.token_context(tokens, at, before=2, after=2)
+    assert shown == ("… time, there", " was", ' a "dog".¶He …')
+    assert story_units.token_context(tokens, 0, after=1) == ("", "[start]", "Once …")
+    assert story_units.token_context(tokens, 1, after=1) == ("[start] ", "Once", " upon …")
+    assert "".join(story_units.token_context(tokens, -1, before=99)).endswith("big and happy.")
+    with pytest.raises(ValueError, match="position is 99"):
+        story_units.token_context(tokens, 99)
+
+
 def test_contexts_show_the_strongest_token_in_bold() -> None:
     ids = [0, *stories.load_tokenizer().encode("Once upon a time, there was a cat.")]
     tokens = torch.tensor([ids, ids])

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from eigendecomp.study.moves import displaced
-from rooms.sequences import switches
-from rooms.sequences.switches import Effect, Switch
+from rooms import switches
+from rooms.switches import Effect, Switch
 
 
 class Own(nn.Module):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from eigendecomp.targets.toys import resid_mlp
-from rooms.layers import fitting, switching
+from rooms import fitting
+from rooms.layers import switching
 from rooms.layers.switching import Off
 
 

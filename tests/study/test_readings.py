@@ -1,4 +1,4 @@
-"""Contributions sum to the coefficients; readers and writers rebuild the directions."""
+"""Readers and writers rebuild the directions; factors are those of single uses."""
 
 import pytest
 import torch
@@ -27,26 +27,6 @@ def small(model: nn.Module, x: torch.Tensor, **options) -> ed.Decomposition:
 
 
 pytestmark = pytest.mark.usefixtures("in_float64")
-
-CASES = [(Heads, (70, 6, 5), 6), (Patches, (70, 2, 6, 6), 16)]
-
-
-@pytest.mark.parametrize(("make", "shape", "positions"), CASES)
-@pytest.mark.parametrize("rank", [1, 2])
-def test_contributions_sum_to_coefficients(make, shape, positions, rank) -> None:
-    x = torch.randn(shape)
-    d = small(make(), x, rank=rank)
-    found = readings.contributions(d, x, seed=3)
-    assert all(part.shape[1] == positions for part in found.values())
-    total = torch.stack([part.sum(1) for part in found.values()]).sum(0)
-    torch.testing.assert_close(total, d.encode(x, seed=3))
-
-
-def test_later_tokens_contribute_nothing() -> None:
-    x = torch.randn(10, 6, 5)
-    found = readings.contributions(small(Heads(), x), x)["W_V"].unflatten(0, (10, 6))
-    later = torch.ones(6, 6).triu(1).bool()
-    assert found[:, later].abs().max() == 0 and found[:, ~later].abs().min() > 0
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
@@ -83,7 +63,7 @@ def test_a_bias_has_no_positions() -> None:
     x = torch.randn(8, 3)
     d = small(nn.Sequential(nn.Linear(3, 4)), x, parameters=["*"])
     with pytest.raises(ValueError, match=r"0\.bias.*weights alone"):
-        readings.contributions(d, x)
+        readings.read(d, x)
     with pytest.raises(ValueError, match="side='left'"):
         readings.read(d, x, "left")
 

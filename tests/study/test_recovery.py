@@ -9,7 +9,7 @@ from eigendecomp.study.moves import Move
 from eigendecomp.study.recovery import Truth, recovered
 from eigendecomp.targets.toys import circuits, groups, resid_mlp, squares, tms
 from eigendecomp.targets.toys.resid_mlp import ResidMLP
-from rooms.layers import fitting
+from rooms import fitting
 from rooms.peers.networks import NETWORKS, weights
 
 

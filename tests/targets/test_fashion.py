@@ -13,21 +13,6 @@ from torch.func import functional_call, grad, vmap
 from eigendecomp.targets.fashion import images as fashion
 from eigendecomp.targets.fashion import network as cnn
 
-needs_data = pytest.mark.skipif(
-    not fashion.available(),
-    reason="needs the whole Fashion-MNIST: python -m eigendecomp.targets.fashion.images fetch",
-)
-
-
-@pytest.fixture(scope="module")
-def test_subset() -> tuple[Tensor, Tensor]:
-    return fashion.load("test", subset=True)
-
-
-@pytest.fixture(scope="module")
-def model() -> cnn.FashionCNN:
-    return cnn.load_model()
-
 
 def idx(shape: tuple[int, ...], values: bytes) -> bytes:
     return bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape) + values
@@ -127,54 +112,56 @@ def test_fetch_takes_the_next_route_and_reports_every_failure(tmp_path: Path, mo
         fashion.ensure(tmp_path / "other")
 
 
-def test_the_subset_is_small_and_holds_as_many_of_every_class(test_subset: tuple[Tensor, Tensor]) -> None:
+def test_the_subset_is_small_and_holds_as_many_of_every_class(fashion_subset: tuple[Tensor, Tensor]) -> None:
     assert fashion.SUBSET.stat().st_size < 4_000_000
-    for images, labels in (test_subset, fashion.load("train", subset=True)):
+    for images, labels in (fashion_subset, fashion.load("train", subset=True)):
         assert images.shape == (2500, 1, 28, 28) and 0 == images.min() < images.max() == 1
         assert labels.bincount().tolist() == [250] * 10
 
 
-@needs_data
-def test_the_subset_is_part_of_the_data(test_subset: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.usefixtures("whole_fashion")
+def test_the_subset_is_part_of_the_data(fashion_subset: tuple[Tensor, Tensor]) -> None:
     images, labels = fashion.load("test")
     index = fashion.load_file(fashion.SUBSET)["test_index"].long()
-    assert torch.equal(images[index], test_subset[0]) and torch.equal(labels[index], test_subset[1])
+    assert torch.equal(images[index], fashion_subset[0]) and torch.equal(labels[index], fashion_subset[1])
 
 
 # ---------------------------------------------------------------------------------------------------- network
 
 
 def test_the_shipped_network_is_accurate_and_its_record_is_its_own(
-    model: cnn.FashionCNN, test_subset: tuple[Tensor, Tensor]
+    fashion_network: cnn.FashionCNN, fashion_subset: tuple[Tensor, Tensor]
 ) -> None:
-    assert not model.training and cnn.CHECKPOINT.stat().st_size < 1_000_000
-    assert cnn.predict(model, test_subset[0][:7], batch_size=3).shape == (7, 10)
-    assert cnn.accuracy(model, *test_subset) >= 0.92
+    assert not fashion_network.training and cnn.CHECKPOINT.stat().st_size < 1_000_000
+    assert cnn.predict(fashion_network, fashion_subset[0][:7], batch_size=3).shape == (7, 10)
+    assert cnn.accuracy(fashion_network, *fashion_subset) >= 0.92
     record = json.loads(cnn.CHECKPOINT.with_name("training.json").read_text())
     assert record["test_accuracy"] >= 0.925 and len(record["test_accuracy_by_class"]) == 10
     assert record["checkpoint_sha256"] == fashion.hashlib.sha256(cnn.CHECKPOINT.read_bytes()).hexdigest()
-    assert record["parameters"] == sum(p.numel() for p in model.parameters()) <= 150_000
+    assert record["parameters"] == sum(p.numel() for p in fashion_network.parameters()) <= 150_000
 
 
-@needs_data
-def test_the_recorded_accuracy_is_that_of_the_checkpoint(model: cnn.FashionCNN) -> None:
+@pytest.mark.usefixtures("whole_fashion")
+def test_the_recorded_accuracy_is_that_of_the_checkpoint(fashion_network: cnn.FashionCNN) -> None:
     recorded = json.loads(cnn.CHECKPOINT.with_name("training.json").read_text())["test_accuracy"]
-    assert cnn.accuracy(model, *fashion.load("test")) == pytest.approx(recorded, abs=3e-4)
+    assert cnn.accuracy(fashion_network, *fashion.load("test")) == pytest.approx(recorded, abs=3e-4)
 
 
-def test_the_middle_block_has_the_parts_that_its_pattern_selects(model: cnn.FashionCNN) -> None:
-    names = {name for name, _ in model.named_parameters() if name.startswith("block2.")}
+def test_the_middle_block_has_the_parts_that_its_pattern_selects(fashion_network: cnn.FashionCNN) -> None:
+    names = {name for name, _ in fashion_network.named_parameters() if name.startswith("block2.")}
     parts = ("conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias")
     assert names == {f"block2.{part}" for part in parts}
-    assert not any(getattr(module, "inplace", False) for module in model.modules())
+    assert not any(getattr(module, "inplace", False) for module in fashion_network.modules())
 
 
-def test_per_sample_gradients_of_the_network(model: cnn.FashionCNN, test_subset: tuple[Tensor, Tensor]) -> None:
-    images, labels = test_subset[0][:4], test_subset[1][:4]
-    chosen = {n: p.detach() for n, p in model.named_parameters() if n.startswith("block2.")}
+def test_per_sample_gradients_of_the_network(
+    fashion_network: cnn.FashionCNN, fashion_subset: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = fashion_subset[0][:4], fashion_subset[1][:4]
+    chosen = {n: p.detach() for n, p in fashion_network.named_parameters() if n.startswith("block2.")}
 
     def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        logits = functional_call(model, parameters, (image[None],))
+        logits = functional_call(fashion_network, parameters, (image[None],))
         return torch.nn.functional.cross_entropy(logits, label[None])
 
     together = vmap(grad(loss), in_dims=(None, 0, 0))(chosen, images, labels)

@@ -148,11 +148,6 @@ def test_activations_are_those_of_the_run(model: Any) -> None:
     assert not model.get_submodule("blocks.4.ln1")._forward_hooks
 
 
-def test_a_story_goes_on_the_same_way_from_the_same_seed(model: Any) -> None:
-    told = [stories.continued(model, "Once upon a time", 12, seed) for seed in (0, 0, 1)]
-    assert told[0] == told[1] != told[2] and told[0].startswith("Once upon a time,")
-
-
 def test_a_missing_or_changed_file_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing.*train.py"):
         stories.load_model(tmp_path)
@@ -164,7 +159,7 @@ def test_a_missing_or_changed_file_is_named_with_the_remedy(tmp_path: Path) -> N
         stories.load_tokenizer(tmp_path)
 
 
-# --------------------------------------------------------------------------------------- windows and context
+# --------------------------------------------------------------------------------------- windows of tokens
 
 
 def test_windows_lie_within_stories_and_are_determined() -> None:
@@ -197,19 +192,6 @@ def test_windows_use_every_story_before_any_again() -> None:
 def test_windows_refuse_what_they_cannot_give(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stories.token_windows(*arguments)
-
-
-def test_context_shows_words_around_a_token() -> None:
-    ids = [0, *stories.load_tokenizer().encode('Once upon a time, there was a "dog".\nHe was big and happy.')]
-    tokens = torch.tensor(ids)
-    at = ids.index(stories.load_tokenizer().encode(" was")[0])
-    shown = stories.token_context(tokens, at, before=2, after=2)
-    assert shown == ("… time, there", " was", ' a "dog".¶He …')
-    assert stories.token_context(tokens, 0, after=1) == ("", "[start]", "Once …")
-    assert stories.token_context(tokens, 1, after=1) == ("[start] ", "Once", " upon …")
-    assert "".join(stories.token_context(tokens, -1, before=99)).endswith("big and happy.")
-    with pytest.raises(ValueError, match="position is 99"):
-        stories.token_context(tokens, 99)
 
 
 # --------------------------------------------------------------------------------------------------- the hub

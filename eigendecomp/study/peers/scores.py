@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Shapes
+from eigendecomp.gradients import Formed
 from eigendecomp.study.floors import sparse_error
 from eigendecomp.study.scores import Ownership, gradient_rows, matched_cosine, ownership
 from eigendecomp.support.examples import Inputs
@@ -63,9 +64,9 @@ def matching(ci: Float[Tensor, "n c"]) -> Int[Tensor, " n"]:
     ``ci`` holds the importances of features on alone.
     """
     rows, columns = need("study", "scipy.optimize").linear_sum_assignment(-ci.detach().numpy())
-    found = torch.full((len(ci),), -1)
-    found[torch.as_tensor(rows)] = torch.as_tensor(columns)
-    return found
+    component = torch.full((len(ci),), -1)
+    component[torch.as_tensor(rows)] = torch.as_tensor(columns)
+    return component
 
 
 def identity_error(ci: Float[Tensor, "n c"], tolerance: float = 0.1) -> int:
@@ -129,9 +130,7 @@ def joined(components: Parts, ci: Mapping[str, Float[Tensor, "n c"]], shapes: Sh
 
 def parts_of(rows: Float[Tensor, "v w"], shapes: Shapes) -> dict[str, Float[Tensor, "v *shape"]]:
     """Rows taken apart into the weights."""
-    sizes = [int(torch.tensor(shape).prod()) for shape in shapes.values()]
-    pieces = rows.split(sizes, 1)
-    return {name: piece.unflatten(1, shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+    return Formed(shapes, rows).dense()
 
 
 def dual(rows: Float[Tensor, "v w"]) -> Float[Tensor, "v w"]:
@@ -154,9 +153,9 @@ def rebuilt(gradients: Float[Tensor, "n w"], rows: Float[Tensor, "v w"], kept: f
     return sparse_error(gradients, torch.nn.functional.normalize(rows, dim=1), kept)
 
 
-def alive(coefficients: Float[Tensor, "n v"], share: float = 1e-3) -> int:
-    """Directions (or components) that more than ``share`` of the samples use."""
-    return int(((coefficients.abs() > 0).double().mean(0) > share).sum())
+def alive(coefficients: Float[Tensor, "n v"]) -> int:
+    """Directions (or components) that more than a thousandth of the samples use."""
+    return int(((coefficients.abs() > 0).double().mean(0) > 1e-3).sum())
 
 
 def stability(sets: Sequence[Float[Tensor, "v w"]]) -> float:

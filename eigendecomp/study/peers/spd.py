@@ -105,16 +105,16 @@ class SPD(nn.Module):
 
     def of(self, name: str) -> Components:
         """The components of one weight."""
-        found = self.parts[name]
-        assert isinstance(found, Components)
-        return found
+        components = self.parts[name]
+        assert isinstance(components, Components)
+        return components
 
     def run(self, x: Float[Tensor, "n i"], masks: Masks) -> Float[Tensor, "n o"]:
         """The output with masked components in the place of the weights that ``masks`` names."""
         for name, weight, bias, act in self.stages:
             if name in masks:
-                part = self.of(name)
-                x = ((x @ part.V) * masks[name]) @ part.U
+                components = self.of(name)
+                x = ((x @ components.V) * masks[name]) @ components.U
             else:
                 x = x @ weight
             x = x if bias is None else x + bias
@@ -123,12 +123,12 @@ class SPD(nn.Module):
 
     def gates(self, x: Float[Tensor, "n i"]) -> dict[str, Float[Tensor, "n c"]]:
         """What every weight's gates say of the inputs that it meets in the target itself."""
-        found = {}
+        gates = {}
         for name, weight, bias, act in self.stages:
-            found[name] = self.of(name).gates(x)
+            gates[name] = self.of(name).gates(x)
             x = x @ weight if bias is None else x @ weight + bias
             x = x if act is None else act(x)
-        return found
+        return gates
 
     @torch.no_grad()
     def importance(self, x: Float[Tensor, "n i"]) -> dict[str, Float[Tensor, "n c"]]:

@@ -76,10 +76,10 @@ def verified(path: Path) -> bytes:
     Raises ValueError that names the file and both sums.
     """
     raw = path.read_bytes()
-    expected, found = SHA256[path.name], hashlib.sha256(raw).hexdigest()
-    if found != expected:
+    expected, actual = SHA256[path.name], hashlib.sha256(raw).hexdigest()
+    if actual != expected:
         raise ValueError(
-            f"{path} is damaged or another file: its sha256 is {found}, expected {expected}; "
+            f"{path} is damaged or another file: its sha256 is {actual}, expected {expected}; "
             "delete it and run: python -m eigendecomp.targets.fashion.images fetch"
         )
     return raw

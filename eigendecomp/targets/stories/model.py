@@ -29,8 +29,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Int
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from eigendecomp.support import files
 from eigendecomp.support.extras import need
 
 if TYPE_CHECKING:
@@ -58,8 +61,6 @@ def load_model(folder: Path | None = None, device: str = "cpu") -> HookedTransfo
     instead of the repository's ``data/stories``. Raises ``FileNotFoundError`` if a file is missing and
     ``ValueError`` if the weights are not the ones recorded in ``training.json``.
     """
-    from safetensors import safe_open
-
     path = _checked("model.safetensors", folder)
     with safe_open(path, "pt") as file:
         config: dict[str, Any] = json.loads((file.metadata() or {})["config"])
@@ -95,12 +96,8 @@ def build_model(config: dict[str, Any], seed: int = 0) -> HookedTransformer:
 
 def save_model(model: HookedTransformer, config: dict[str, Any], path: Path) -> None:
     """Write the parameters to a safetensors file with ``config`` in its metadata, all or nothing."""
-    from safetensors.torch import save
-
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    part = path.with_suffix(".part")
-    part.write_bytes(save(tensors, {"config": json.dumps(config)}))
-    part.replace(path)
+    files.replace(path, save(tensors, {"config": json.dumps(config)}))
 
 
 def read_stories(path: Path) -> list[str]:
@@ -130,9 +127,9 @@ def _checked(name: str, folder: Path | None) -> Path:
             f"again with `{COMMAND} --out {folder}`"
         )
     wanted = json.loads(record.read_text()).get("sha256", {}).get(name) if record.exists() else None
-    if wanted is not None and (found := sha256(path)) != wanted:
+    if wanted is not None and (actual := sha256(path)) != wanted:
         raise ValueError(
-            f"{path} has sha256 {found}, but training.json records {wanted}: it is damaged or comes from "
+            f"{path} has sha256 {actual}, but training.json records {wanted}: it is damaged or comes from "
             f"another training. `git checkout -- data/stories` restores it, `{COMMAND} --out {folder}` makes "
             "both again"
         )
@@ -187,7 +184,7 @@ def standardised(model: HookedTransformer, layers: Sequence[int], tokens: Int[Te
 @torch.no_grad()
 def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: Sequence[str]) -> dict[str, Tensor]:
     """What some modules give at every position: {module: (n · t, …)}, window by window; of several calls the last."""
-    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     met: dict[str, Tensor] = {}
 
     def remember(name: str, _module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
@@ -195,27 +192,14 @@ def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: S
 
     hooks = [model.get_submodule(name).register_forward_hook(partial(remember, name)) for name in modules]
     try:
-        for part in tokens.split(256):
-            model(part, return_type=None)
-            for name, rows in found.items():
-                rows.append(met[name])
+        for windows in tokens.split(256):
+            model(windows, return_type=None)
+            for name, pieces in outputs.items():
+                pieces.append(met[name])
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(rows) for name, rows in found.items()}
-
-
-@torch.no_grad()
-def continued(model: HookedTransformer, prompt: str, n: int, seed: int = 0) -> str:
-    """The prompt, at the start of a story, and up to ``n`` tokens that the model draws after it."""
-    tokenizer, draw = _shipped_tokenizer(), torch.Generator().manual_seed(seed)
-    ids = [END_ID, *tokenizer.encode(prompt)]
-    for _ in range(n):
-        p = (model(torch.tensor([ids]))[0, -1] / 0.7).softmax(-1)
-        ids.append(int(torch.multinomial(p, 1, generator=draw)))
-        if ids[-1] == END_ID:
-            return str(tokenizer.decode(ids[1:-1]))
-    return str(tokenizer.decode(ids[1:]))
+    return {name: torch.cat(pieces) for name, pieces in outputs.items()}
 
 
 def _rescale(w: Tensor, b: Tensor, mean: Tensor, scale: Tensor) -> None:
@@ -275,40 +259,6 @@ def readable(token: int, tokenizer: PreTrainedTokenizerFast | None = None) -> st
     return "[start]" if token in tokenizer.all_special_ids else text
 
 
-def token_context(
-    tokens: Int[Tensor, " positions"],
-    position: int,
-    before: int = 6,
-    after: int = 3,
-    tokenizer: PreTrainedTokenizerFast | None = None,
-) -> tuple[str, str, str]:
-    """What a table shows of one position: up to ``before`` words, the token itself, up to ``after`` words.
-
-    The three strings joined are a readable piece of the window, spaces included; ``…`` stands for what is
-    cut off within the window. Raises ``ValueError`` if the window has no such position.
-    """
-    ids = [int(token) for token in tokens]
-    if not -len(ids) <= position < len(ids):
-        raise ValueError(f"position is {position}; the window has {len(ids)} positions")
-    position %= len(ids)
-    tokenizer = tokenizer or _shipped_tokenizer()
-    left, right = _text(ids[:position], tokenizer), _text(ids[position + 1 :], tokenizer)
-    words = re.findall(r"\s*\S+\s*$|\s*\S+", left)
-    if len(words) > before:
-        left = "…" + "".join(words[len(words) - before :])
-    words = re.findall(r"^\S+|\s+\S+", right)
-    if len(words) > after:
-        right = "".join(words[:after]) + " …"
-    return left, readable(ids[position], tokenizer), right
-
-
-def _text(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
-    """Tokens as ``readable`` shows them, but decoded together, so that split characters come out whole."""
-    if ids and ids[0] in tokenizer.all_special_ids:
-        return "[start] " + _text(ids[1:], tokenizer)
-    return str(tokenizer.decode(ids)).replace("\n", "¶")
-
-
 # ---------------------------------------------------------------------------------------------- from the hub
 
 
@@ -343,9 +293,9 @@ def load_hub_stories(n: int, split: Literal["train", "validation"] = "validation
     if split not in ("train", "validation"):
         raise ValueError(f"split is {split!r}; TinyStories has train and validation")
     datasets = need("language", "datasets")
-    with hub(HUB_STORIES, "dataset", [f"data/{split}-*.parquet"]) as files:
-        if files:  # load_dataset with the name does not look into the hub's cache
-            names = [str(file) for file in files]
+    with hub(HUB_STORIES, "dataset", [f"data/{split}-*.parquet"]) as cached:
+        if cached:  # load_dataset with the name does not look into the hub's cache
+            names = [str(file) for file in cached]
             source = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
         else:
             source = datasets.load_dataset(HUB_STORIES, split=split, streaming=True)
@@ -365,8 +315,8 @@ def hub(repository: str, kind: Literal["model", "dataset"], needed: Sequence[str
     home = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
     main = home / "refs" / "main"
     snapshot = home / "snapshots" / (main.read_text().strip() if main.exists() else "none")
-    found = [sorted(snapshot.glob(pattern)) for pattern in needed]
-    cached = [path for paths in found for path in paths] if all(map(_complete, found)) else []
+    matches = [sorted(snapshot.glob(pattern)) for pattern in needed]
+    cached = [path for paths in matches for path in paths] if all(map(_complete, matches)) else []
     if not cached and (constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)):
         raise ConnectionError(
             f"{kind} {repository} is not in this machine's hub cache, and {constants.ENDPOINT} is out of "

@@ -13,7 +13,7 @@ from torch import Tensor
 from eigendecomp.study.recovery import Truth
 from eigendecomp.targets.toys import tms
 from eigendecomp.targets.toys.stages import own_truth
-from eigendecomp.targets.toys.training import minimise
+from eigendecomp.targets.toys.training import explained, minimise
 
 
 def coefficients(inputs: int, seed: int, largest: float = 3.0) -> Float[Tensor, "inputs inputs"]:
@@ -59,8 +59,7 @@ def taught(
     minimise(loss, optimizer, steps)
     with torch.no_grad():
         x = draw(20_000, generator)
-        y = x @ a
-        return model.eval(), 1 - ((model(x) - y).square().sum() / (y - y.mean(0)).square().sum()).item()
+        return model.eval(), explained(model(x), x @ a)
 
 
 def reach(model: tms.TMS) -> Float[Tensor, "inputs outputs"]:

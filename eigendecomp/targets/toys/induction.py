@@ -60,12 +60,12 @@ class Induction(nn.Module):
     @torch.no_grad()
     def patterns(self, tokens: Int[Tensor, "n t"]) -> list[Float[Tensor, "n t t"]]:
         """The attention pattern of each head."""
-        r, found = self.W_E(tokens) + self.W_P[: tokens.shape[1]], []
+        r, patterns = self.W_E(tokens) + self.W_P[: tokens.shape[1]], []
         for head in self.heads:
             assert isinstance(head, Head)
-            found.append(head.pattern(r))
+            patterns.append(head.pattern(r))
             r = head(r)
-        return found
+        return patterns
 
 
 class Sequences(NamedTuple):

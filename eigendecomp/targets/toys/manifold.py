@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from eigendecomp.divergence import Divergence
 from eigendecomp.reference import ModelSample
-from eigendecomp.targets.toys.training import minimise
+from eigendecomp.targets.toys.training import explained, minimise
 
 
 class Circles(nn.Module):
@@ -138,8 +138,8 @@ def train(
     minimise(loss, optimizer, steps, lambda: weights[0].copy_(same_length(weights[0], planes)))
     with torch.no_grad():
         x, y = data(20_000, planes, generator, task=task)
-        left = (model(x) - y).square().sum()
-        return model.eval(), left.item() / len(x), 1 - (left / (y - y.mean(0)).square().sum()).item()
+        f = model(x)
+        return model.eval(), (f - y).square().sum().item() / len(x), explained(f, y)
 
 
 def same_length(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendecomp.targets.toys.training import minimise
+from eigendecomp.targets.toys.training import explained, minimise
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -52,8 +52,8 @@ def data(
     x = torch.rand(size, features, generator=generator) * (torch.rand(size, features, generator=generator) < active)
     x = x[x.any(1)][:n]
     parts = [x[:, list(needed)] for needed in circuits(features, pairs + sums)]
-    products = [2 * part.prod(1) if i < len(pairs) else 0 for i, part in enumerate(parts)]
-    return x, torch.stack([part.sum(1) + product for part, product in zip(parts, products, strict=True)], 1)
+    products = [2 * own.prod(1) if i < len(pairs) else 0 for i, own in enumerate(parts)]
+    return x, torch.stack([own.sum(1) + product for own, product in zip(parts, products, strict=True)], 1)
 
 
 def wiring(
@@ -94,4 +94,4 @@ def train(
     minimise(loss, optimizer, steps, keep_wiring)
     with torch.no_grad():
         x, y = data(20_000, features, pairs, generator, sums=sums)
-        return model.eval(), 1 - ((model(x) - y).square().sum() / (y - y.mean(0)).square().sum()).item()
+        return model.eval(), explained(model(x), y)

@@ -30,14 +30,14 @@ class FlipFlop(nn.Module):
 
     def states(self, x: Float[Tensor, "n t bits"]) -> Float[Tensor, "n t units"]:
         """The state after every step; it starts at zero."""
-        h, found = x.new_zeros(len(x), self.units), []
+        h, states = x.new_zeros(len(x), self.units), []
         for t in range(x.shape[1]):
             z = torch.sigmoid(self.write_z(x[:, t]) + self.state_z(h))
             r = torch.sigmoid(self.write_r(x[:, t]) + self.state_r(h))
             n = torch.tanh(self.write_n(x[:, t]) + r * self.state_n(h))
             h = (1 - z) * h + z * n
-            found.append(h)
-        return torch.stack(found, 1)
+            states.append(h)
+        return torch.stack(states, 1)
 
     def forward(self, x: Float[Tensor, "n t bits"]) -> Float[Tensor, "n t bits"]:
         return self.read(self.states(x))
@@ -53,11 +53,11 @@ def data(
 
 def memory(x: Float[Tensor, "n t bits"]) -> Float[Tensor, "n t bits"]:
     """The value written last to each bit; zero before the first."""
-    kept, found = torch.zeros_like(x[:, 0]), []
+    kept, values = torch.zeros_like(x[:, 0]), []
     for t in range(x.shape[1]):
         kept = torch.where(x[:, t] != 0, x[:, t], kept)
-        found.append(kept)
-    return torch.stack(found, 1)
+        values.append(kept)
+    return torch.stack(values, 1)
 
 
 def alone(bits: int = BITS, length: int = LENGTH) -> Float[Tensor, "bits 2 t bits"]:

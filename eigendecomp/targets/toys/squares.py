@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from eigendecomp.study.recovery import Truth
 from eigendecomp.targets.toys import tms
 from eigendecomp.targets.toys.stages import Stage, own_truth, run
-from eigendecomp.targets.toys.training import minimise
+from eigendecomp.targets.toys.training import explained, minimise
 
 
 class Squares(nn.Module):
@@ -69,8 +69,7 @@ def train(
     minimise(loss, optimizer, steps)
     with torch.no_grad():
         x = data(20_000, features, generator)
-        y = x.square()
-        return model.eval(), 1 - ((model(x) - y).square().sum() / (y - y.mean(0)).square().sum()).item()
+        return model.eval(), explained(model(x), x.square())
 
 
 def truth(model: Squares, value: float = 0.75) -> Truth:

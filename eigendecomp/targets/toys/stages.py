@@ -51,5 +51,5 @@ def own_gradients(
 
         return torch.func.grad(weighed)(weights)
 
-    found = torch.func.vmap(one)(x, cotangents)
-    return {name: g.unflatten(0, (-1, count)).sum(1) for name, g in found.items()}
+    gradients = torch.func.vmap(one)(x, cotangents)
+    return {name: g.unflatten(0, (-1, count)).sum(1) for name, g in gradients.items()}

@@ -78,14 +78,14 @@ def hidden_vectors(directions: dict[str, Tensor]) -> dict[str, Float[Tensor, "v 
 
     Its sign is that of the largest entry on the features' side.
     """
-    found = {}
+    vectors = {}
     for name in ("W_in", "W_out"):
         if name in directions:
-            part = directions[name].detach() if name == "W_in" else directions[name].detach().mT
-            u, s, vh = torch.linalg.svd(part, full_matrices=False)
+            matrix = directions[name].detach() if name == "W_in" else directions[name].detach().mT
+            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
             sign = u[:, :, 0].gather(1, u[:, :, 0].abs().argmax(1, keepdim=True)).sign()
-            found[name] = sign * s[:, :1] * vh[:, 0]
-    return found
+            vectors[name] = sign * s[:, :1] * vh[:, 0]
+    return vectors
 
 
 def data(

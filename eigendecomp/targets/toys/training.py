@@ -1,8 +1,9 @@
-"""The loop that trains every toy: a step of the optimiser, a step of a cosine schedule."""
+"""The loop that trains every toy, a step of the optimiser and a step of a cosine schedule, and how well it did."""
 
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -22,3 +23,8 @@ def minimise(
         if after is not None:
             with torch.no_grad():
                 after()
+
+
+def explained(y: Float[Tensor, "n k"], wanted: Float[Tensor, "n k"]) -> float:
+    """The share of the wanted outputs' variance that a network's outputs explain."""
+    return 1 - ((y - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()).item()

@@ -30,7 +30,7 @@ from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.terms import Factored, Patches, Side, contract
 from eigendecomp.fit import State, fit
 from eigendecomp.gradients import Cotangents, Formed, FunctionalSource, Gradients, Source, at_own_position, sum_of
-from eigendecomp.objective import Coefficients, Objective
+from eigendecomp.objective import Coefficients, loss_and_error
 from eigendecomp.reference import Draws, OtherSample
 from eigendecomp.settings import Settings
 from eigendecomp.share.file import pack_pool
@@ -113,13 +113,15 @@ class Step:
         self.encoder = made.map(lambda factor: torch.nn.Parameter(factor.clone()))
         weights = [*self.decoder.tensors(), *self.encoder.tensors()]
         self.optimizer = torch.optim.Adam(weights, lr=1e-3, fused=True)
-        self.objective, self.dead = Objective(BatchTopK(0.1), coefficients), torch.zeros(n_directions, dtype=torch.bool)
+        self.rule, self.dead = BatchTopK(0.1), torch.zeros(n_directions, dtype=torch.bool)
 
     def gradients(self) -> Gradients:
         return self.source(self.examples, self.draws)
 
     def __call__(self) -> float:
-        loss, _, _ = self.objective(self.gradients(), self.encoder, self.decoder, self.dead)
+        batch = coefficients(self.rule, self.gradients(), self.encoder, self.decoder, 1.0)
+        loss, _ = loss_and_error(self.rule, batch, self.decoder, self.dead)
+        del batch  # as in a fit, nothing but the graph holds the gradients
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()  # nothing is left over for the next time, so that all its memory is seen
@@ -152,11 +154,11 @@ def objective_step(
     """The objective on given gradients and its derivatives, with ``kept`` coefficients a sample of rank one."""
     d = Directions.random({"w": part.shape}, n_directions, 1).map(torch.nn.Parameter)
     e = d.map(lambda factor: torch.nn.Parameter(factor.detach().clone()))
-    objective = Objective(BatchTopK(min(1.0, kept / n_directions), auxiliary=0.0), way)
+    rule = BatchTopK(min(1.0, kept / n_directions), auxiliary=0.0)
     alive = torch.zeros(n_directions, dtype=torch.bool)
 
     def work() -> None:
-        loss, _, _ = objective(Gradients({"w": part.shape}, [part]), e, d, alive)
+        loss, _ = loss_and_error(rule, way(rule, Gradients({"w": part.shape}, [part]), e, d, 1.0), d, alive)
         torch.autograd.grad(loss, [*e.tensors(), *d.tensors()])
 
     return work

@@ -23,9 +23,8 @@ from eigendecomp.study import autoencoders, moves
 from eigendecomp.study.moves import Move, displaced
 from eigendecomp.target import Target
 from eigendecomp.targets.toys import resid_mlp
+from rooms import fitting, switches
 from rooms.edits import editors
-from rooms.layers import fitting
-from rooms.sequences import switches
 
 Change = dict[str, Tensor]
 CHOICES = 2  # units or rows of a kind that are tried on validation samples

@@ -14,7 +14,7 @@ from eigendecomp.study.autoencoders import Autoencoder
 from eigendecomp.study.moves import Move, along
 from eigendecomp.targets.toys import resid_mlp
 from eigendecomp.targets.toys.resid_mlp import ResidMLP
-from rooms.sequences import switches
+from rooms import switches
 
 Site = tuple[Autoencoder, Float[Tensor, "features units"]]  # and how active its units are on each feature alone
 Try = tuple[Move, float, bool]  # a move, its largest step, and whether steps go both ways

@@ -13,7 +13,7 @@ from eigendecomp.study.moves import Move, matched
 from eigendecomp.study.recovery import Truth
 from eigendecomp.targets.toys import recurrent
 from eigendecomp.targets.toys.recurrent import BITS, FlipFlop, data
-from rooms.sequences.switches import Effect, search
+from rooms.switches import Effect, search
 
 LARGEST = 6.0  # the longest step along a unit direction that is tried
 

@@ -15,7 +15,7 @@ from eigendecomp.study.moves import Move
 from eigendecomp.study.recovery import Truth
 from eigendecomp.targets.toys import induction
 from eigendecomp.targets.toys.induction import FEATURES, Induction, Sequences, data, successor
-from rooms.sequences.switches import Effect, search
+from rooms.switches import Effect, search
 
 LARGEST = 12.0  # the longest step along a unit direction that is tried
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from eigendecomp.targets.stories import model as stories
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass
@@ -85,12 +87,45 @@ def found_again(a: Float[Tensor, "v d"], b: Float[Tensor, "w d"]) -> float:
     return (cosines(a, b).abs().amax(1) >= 0.8).double().mean().item()
 
 
+def token_context(
+    tokens: Int[Tensor, " positions"], position: int, before: int = 6, after: int = 3
+) -> tuple[str, str, str]:
+    """What a table shows of one position: up to ``before`` words, the token itself, up to ``after`` words.
+
+    The three strings joined are a readable piece of the window, spaces included; ``…`` stands for what is left out
+    within the window.
+
+    Raises:
+        ValueError: if the window has no such position.
+    """
+    ids = tokens.tolist()
+    if not -len(ids) <= position < len(ids):
+        raise ValueError(f"position is {position}; the window has {len(ids)} positions")
+    position %= len(ids)
+    tokenizer = stories.load_tokenizer()
+    left, right = text(ids[:position], tokenizer), text(ids[position + 1 :], tokenizer)
+    words = re.findall(r"\s*\S+\s*$|\s*\S+", left)
+    if len(words) > before:
+        left = "…" + "".join(words[len(words) - before :])
+    words = re.findall(r"^\S+|\s+\S+", right)
+    if len(words) > after:
+        right = "".join(words[:after]) + " …"
+    return left, stories.readable(ids[position], tokenizer), right
+
+
+def text(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
+    """Tokens as ``readable`` shows them, but decoded together, so that split characters come out whole."""
+    if ids and ids[0] in tokenizer.all_special_ids:
+        return "[start] " + text(ids[1:], tokenizer)
+    return str(tokenizer.decode(ids)).replace("\n", "¶")
+
+
 def contexts(tokens: Int[Tensor, "n t"], scores: Float[Tensor, " n·t"], k: int) -> list[tuple[str, str, str, float]]:
     """The k strongest positions, of different windows: words before, the token, words after, the score."""
     best, where = scores.view(tokens.shape).max(1)
     value, window = best.topk(k)
     rows = zip(window.tolist(), value.tolist(), strict=True)
-    return [(*stories.token_context(tokens[n], int(where[n]), before=5, after=2), float(score)) for n, score in rows]
+    return [(*token_context(tokens[n], int(where[n]), before=5, after=2), float(score)) for n, score in rows]
 
 
 def bold(context: tuple[str, str, str, float]) -> str:

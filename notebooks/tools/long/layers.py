@@ -23,8 +23,7 @@ from eigendecomp.report.results import plain
 from eigendecomp.study import floors, recovery
 from eigendecomp.targets.toys import resid_mlp
 from eigendecomp.targets.toys.resid_mlp import ResidMLP
-from rooms import kept_rows
-from rooms.layers import fitting
+from rooms import fitting, kept_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS: dict[str, Any] = {

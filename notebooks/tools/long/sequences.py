@@ -25,9 +25,9 @@ from eigendecomp.study import floors, recovery
 from eigendecomp.study.moves import Move, displaced
 from eigendecomp.study.recovery import Truth
 from eigendecomp.targets.toys import induction, recurrent
-from rooms import kept_rows
-from rooms.sequences import forgetting, removal, switches
-from rooms.sequences.switches import Effect
+from rooms import kept_rows, switches
+from rooms.sequences import forgetting, removal
+from rooms.switches import Effect
 
 ROOT = Path(__file__).resolve().parents[3]
 Parts = Mapping[str, Tensor]  # by parameter, (directions, *shape)

@@ -8,7 +8,8 @@ from eigendecomp.study import recovery
 from eigendecomp.study.moves import displaced
 from eigendecomp.targets.toys import induction
 from eigendecomp.targets.toys.induction import Induction, Sequences
-from rooms.sequences import removal, switches
+from rooms import switches
+from rooms.sequences import removal
 
 V, T = induction.VOCABULARY, induction.LENGTH
 
