@@ -85,7 +85,8 @@ if smoke:
     n_directions, seeds, steps, sae_kept, sae_steps = 20, seeds[:1], 20, sae_kept[:1], 30
     fit_images, choose_images, test_images, pushed = 256, 200, 200, 2
 report = results.Results(
-    "cnn", n_directions=n_directions, more=more, least=least, margin=margin, counts=counts, mean_steps=mean_steps, span=span,
+    "cnn", n_directions=n_directions, more=more, least=least, margin=margin, counts=counts, span=span,
+    mean_steps=mean_steps,
     paired=paired, rank=rank, kept=kept, seeds=seeds, fit_images=fit_images,
     choose_images=choose_images, test_images=test_images, steps=steps, batch_size=batch_size,
     learning_rate=learning_rate, warmup=warmup, auxiliary=auxiliary, sae_kept=sae_kept, sae_rate=sae_rate,

@@ -118,7 +118,7 @@ def distant_starts(
     chosen = [int(torch.randint(len(x), (1,), generator=draw))]
     far = torch.full((len(x),), torch.inf)
     for _ in range(count - 1):
-        cosine = (x @ x[chosen[-1]]) * (asked @ asked[chosen[-1]])
+        cosine = (x @ x[chosen[-1]]) * (delta @ delta[chosen[-1]])
         far = torch.minimum(far, (1 - (cosine if signed else cosine.abs())).clamp_min(0))
         chosen.append(int(torch.multinomial(far + 1e-12, 1, generator=draw)))
     return torch.tensor(chosen)

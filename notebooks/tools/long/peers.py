@@ -37,7 +37,8 @@ VECTORS = (*KNOWN, "circuits")  # where each row of W_in is a feature's vector
 BASE = spd.Settings(steps=6000, batch_size=256, learning_rate=1e-2)
 SPD = {
     "tms": BASE, "identity": BASE, "squares": BASE,
-    "large": replace(BASE, count=80, minimality=1e-4, p=2.0, steps=12_000),  # minimality as published for it
+    # Components and minimality as published for it, steps as in its repository, as large a batch as an hour allows.
+    "large": spd.Settings(count=200, minimality=1e-4, p=2.0, steps=20_000, batch_size=1024, learning_rate=3e-3),
     "circuits": replace(BASE, minimality=3e-2),
     "groups": replace(BASE, minimality=3e-2, count=25),
 }  # fmt: skip
