@@ -79,7 +79,11 @@ def execute(name: str) -> None:
             kernel_name="python3",
             language="python",
             progress_bar=False,
-            config=Config(KernelManager={"transport_encryption": encryption}),
+            # A kernel that has run its cells is interrupted before it is shut down, and says so as an error.
+            config=Config(
+                KernelManager={"transport_encryption": encryption},
+                NotebookClient={"extra_arguments": ["--log-level=CRITICAL"]},
+            ),
         )
     except Exception as error:
         if running.exists():
