@@ -105,10 +105,10 @@ def settings(d: Decomposition) -> Iterator[tuple[str, str]]:
         yield key, json.dumps(value, ensure_ascii=False)
 
 
-def history(d: Decomposition, most: int = 10) -> Iterator[tuple[str, ...]]:
-    """Some steps, evenly spaced, the last one among them."""
+def history(d: Decomposition) -> Iterator[tuple[str, ...]]:
+    """At most ten steps, evenly spaced, the last one among them."""
     rows = list(zip(*d.history.by_step().values()))
-    every = max(1, -(-len(rows) // most))
+    every = max(1, -(-len(rows) // 10))
     for row in rows[::-1][::every][::-1]:
         yield tuple(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row)
 

@@ -7,11 +7,12 @@ from torch.nn.functional import normalize
 
 from eigendecomp.support.random import generator
 
+RESTARTS = 3  # of which the best is kept
 SEEN = 16384  # rows, drawn at random, among which starts are sought
 
 
 def inputs(
-    x: Float[Tensor, "n d"], count: int, *, seed: int, restarts: int = 3, steps: int = 30
+    x: Float[Tensor, "n d"], count: int, *, seed: int, restarts: int = RESTARTS
 ) -> tuple[Float[Tensor, "v d"], Int[Tensor, " n"]]:
     """Spherical k-means: unit centres, and each row's centre, of the restart whose rows are closest to their centres.
 
@@ -26,7 +27,7 @@ def inputs(
     for _ in range(restarts):
         some = x[torch.randperm(len(x), generator=draw)[: max(SEEN, count)]]
         centres = some[distant_starts(some, torch.ones(len(some), 1), count, draw)]
-        centres, nearest, close = settled(x, centres, steps, refill=True)
+        centres, nearest, close = settled(x, centres, 30, refill=True)
         restarted.append((close.mean().item(), centres, nearest))
     return max(restarted, key=lambda one: one[0])[1:]
 
@@ -59,8 +60,6 @@ def gradients(
     seed: int,
     signed: bool = True,
     by_input: bool = False,
-    restarts: int = 3,
-    steps: int = 20,
 ) -> tuple[Float[Tensor, "v i"], Float[Tensor, "v o"]]:
     """k-means of the unit gradients x ⊗ delta with centres a ⊗ b of rank one: the unit factors of every centre.
 
@@ -75,15 +74,15 @@ def gradients(
         raise ValueError(f"count={count} must be positive and at most the {len(x)} gradients")
     x, delta = normalize(x, dim=1), normalize(delta, dim=1)
     draw, restarted = generator(seed, "clusters of gradients"), []
-    for restart in range(restarts):
+    for restart in range(RESTARTS):
         if by_input:
-            a, nearest = inputs(x, count, seed=restarts * seed + restart, restarts=1)
+            a, nearest = inputs(x, count, seed=RESTARTS * seed + restart, restarts=1)
             b = normalize(torch.zeros(count, delta.shape[1]).index_add_(0, nearest, delta), dim=1)
         else:
             some = torch.randperm(len(x), generator=draw)[: max(SEEN, count)]
             start = some[distant_starts(x[some], delta[some], count, draw, signed)]
             a, b = x[start].clone(), delta[start].clone()
-        restarted.append(settled_products(x, delta, a, b, signed, steps))
+        restarted.append(settled_products(x, delta, a, b, signed, 20))
     return max(restarted, key=lambda one: one[0])[1:]
 
 

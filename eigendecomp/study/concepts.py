@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from eigendecomp.support.random import generator
 
+DRAWS = 4000  # of the bootstrap
 CANDIDATES = 10  # units among which a concept's team is sought
 
 
@@ -139,18 +140,18 @@ class Paired:
     error: float
 
 
-def paired(mine: Float[Tensor, "s m"], theirs: Float[Tensor, "r m"], *, draws: int = 4000, seed: int = 0) -> Paired:
+def paired(mine: Float[Tensor, "s m"], theirs: Float[Tensor, "r m"]) -> Paired:
     """How much better one kind of units does than another on the same concepts, from a precision by seed and concept.
 
     The interval is a bootstrap's: concepts are drawn again, the same for both, and the seeds of either. So it tells how
     far the difference would move with other concepts of the kind and other fits.
     """
-    draw = generator(seed, "bootstrap")
+    draw = generator(0, "bootstrap")
     s, r, m = len(mine), len(theirs), mine.shape[1]
-    concepts = torch.randint(m, (draws, m), generator=draw)
+    concepts = torch.randint(m, (DRAWS, m), generator=draw)
     means = []
     for precision, count in ((mine, s), (theirs, r)):
-        often = F.one_hot(torch.randint(count, (draws, count), generator=draw), count).sum(1) / count
+        often = F.one_hot(torch.randint(count, (DRAWS, count), generator=draw), count).sum(1) / count
         means.append((often.to(precision) @ precision).gather(1, concepts).mean(1))
     gap = means[0] - means[1]
     low, high = gap.quantile(torch.tensor([0.025, 0.975]).to(gap)).tolist()

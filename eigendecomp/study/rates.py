@@ -7,24 +7,26 @@ from torch import Tensor
 
 from eigendecomp.study.scores import fewest, largest_share
 
+Z = 1.96  # standard errors from a mean to either end of its 95% interval
 
-def wilson(successes: int, fits: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a rate that ``successes`` of ``fits`` leave open at ``z`` standard errors (Wilson, 1927).
+
+def wilson(successes: int, fits: int) -> tuple[float, float]:
+    """The 95% interval of a rate that ``successes`` of ``fits`` leave open (Wilson, 1927).
 
     Raises:
         ValueError: if there are no fits, or more successes than fits.
     """
     if not 0 <= successes <= fits or fits < 1:
         raise ValueError(f"{successes} successes of {fits} fits are no rate")
-    rate, weight = successes / fits, z * z / fits
-    middle, half = rate + weight / 2, z * math.sqrt(rate * (1 - rate) / fits + weight / (4 * fits))
+    rate, weight = successes / fits, Z * Z / fits
+    middle, half = rate + weight / 2, Z * math.sqrt(rate * (1 - rate) / fits + weight / (4 * fits))
     return (middle - half) / (1 + weight), (middle + half) / (1 + weight)
 
 
 def told(successes: int, fits: int) -> dict[str, float]:
     """A rate as notebooks record it: how many of how many, the ends of its interval, and a standard error from them."""
     least, most = wilson(successes, fits)
-    ends = {"least": least, "most": most, "error": (most - least) / (2 * 1.96)}
+    ends = {"least": least, "most": most, "error": (most - least) / (2 * Z)}
     return {"successes": successes, "fits": fits, "rate": successes / fits, **ends}
 
 

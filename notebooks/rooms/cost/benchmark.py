@@ -58,8 +58,8 @@ class JacobianSource:
         def losses(values: Mapping[str, Tensor]) -> Tensor:
             return (self.target.call(examples, dict(values)).unsqueeze(1) * c).sum((2, 3)).flatten()
 
-        found = torch.func.jacrev(losses, chunk_size=16)(chosen)
-        return Gradients(self.target.shapes, [Formed(self.target.shapes, _rows(found, c.shape[0] * c.shape[1]))])
+        jacobian = torch.func.jacrev(losses, chunk_size=16)(chosen)
+        return Gradients(self.target.shapes, [Formed(self.target.shapes, _rows(jacobian, c.shape[0] * c.shape[1]))])
 
 
 class OpacusSource:
@@ -82,14 +82,14 @@ class OpacusSource:
         f = self.model(*[tensor.repeat_interleave(copies, 0) for tensor in examples])
         f.backward(c.flatten(0, 1).view_as(f))
         named = {name.removeprefix("_module."): p for name, p in self.model.named_parameters()}
-        found = {name: getattr(named[name], "grad_sample") for name in self.target.shapes}  # noqa: B009
-        rows = _rows(found, e * copies)
+        gradients = {name: getattr(named[name], "grad_sample") for name in self.target.shapes}  # noqa: B009
+        rows = _rows(gradients, e * copies)
         self.model.zero_grad()
         return Gradients(self.target.shapes, [Formed(self.target.shapes, rows)])
 
 
-def _rows(found: Mapping[str, Tensor], n: int) -> Tensor:
-    return torch.cat([value.detach().reshape(n, -1) for value in found.values()], 1)
+def _rows(by_name: Mapping[str, Tensor], n: int) -> Tensor:
+    return torch.cat([value.detach().reshape(n, -1) for value in by_name.values()], 1)
 
 
 class Step:
@@ -384,6 +384,6 @@ def checkpoint_writes(model: nn.Module, examples: Sequence[Tensor], n_directions
 WORK: dict[str, Callable[..., dict[str, Any]]] = {"fits": _fits, "pool": _pool}
 
 if __name__ == "__main__":
-    found = WORK[sys.argv[1]](*json.loads(sys.argv[2]))
+    measured = WORK[sys.argv[1]](*json.loads(sys.argv[2]))
     if parallel.leads():
-        print(json.dumps(found))
+        print(json.dumps(measured))

@@ -37,5 +37,5 @@ def captures(
         source.gradients(examples, ones)
 
     took = seconds({way: (lambda way=way: run(way)) for way in ("whole", "prefixes")}, repeats)
-    found = {way: {"seconds": took[way], "bytes": peak_memory(lambda way=way: run(way))} for way in took}
-    return {**found, "ends": prefixes.ends(max(2, len(examples[0])), 1)}
+    measured = {way: {"seconds": took[way], "bytes": peak_memory(lambda way=way: run(way))} for way in took}
+    return {**measured, "ends": prefixes.ends(max(2, len(examples[0])), 1)}

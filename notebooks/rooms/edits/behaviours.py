@@ -25,8 +25,8 @@ TUNING = {"comma": "comma", "to": "to"}  # hyperparameters are chosen on these, 
 
 def behaviours(rules: Rules, logp: Float[Tensor, "n k"], named: dict[str, str] = SCORED) -> list[Behaviour]:
     """Each behaviour with the samples, of these log-probabilities, on which it has half of the mass or more."""
-    found = []
+    shown = []
     for name, words in named.items():
         members = rules.sets[words] if words in rules.sets else rules.words(words)
-        found.append(Behaviour(name, logp[:, members].exp().sum(-1) >= 0.5, members))
-    return found
+        shown.append(Behaviour(name, logp[:, members].exp().sum(-1) >= 0.5, members))
+    return shown

@@ -145,10 +145,10 @@ class Shop:
     @cached_property
     def site(self) -> editors.Site:
         """What arrives at the weight, and what draws of the network's own outputs ask there."""
-        found = readings.factors(
+        factors = readings.factors(
             self.tail, self.fitted, divergence=ed.KLDivergence(), reference=ed.ModelSample(), parameters=[WEIGHT]
         )
-        return editors.Site(*found[WEIGHT])
+        return editors.Site(*factors[WEIGHT])
 
     @cached_property
     def _made(self) -> dict[Any, Any]:
@@ -205,16 +205,16 @@ def behaviours(
     p: Float[Tensor, "n 10"], labels: Tensor, told: Mapping[str, Bool[Tensor, " n"]]
 ) -> dict[str, Behaviour]:
     """All confusions of two classes, and the concepts', by name."""
-    found, classes = {}, fashion.CLASSES
+    behaviours, classes = {}, fashion.CLASSES
     for a, true in enumerate(classes):
         for b, other in enumerate(classes):
             if a != b:
                 name, members = f"{true} as {other}", torch.arange(len(classes)) == b
-                found[name] = Behaviour(name, (labels == a) & (p[:, b] >= LEANS), members)
+                behaviours[name] = Behaviour(name, (labels == a) & (p[:, b] >= LEANS), members)
     for name, (kind, concept) in CONCEPTS.items():
         members = torch.arange(len(classes)) == classes.index(kind)
-        found[name] = Behaviour(name, told[concept] & (p[:, members].sum(1) >= SAYS), members)
-    return found
+        behaviours[name] = Behaviour(name, told[concept] & (p[:, members].sum(1) >= SAYS), members)
+    return behaviours
 
 
 @dataclass
@@ -242,8 +242,8 @@ class Task:
     @cached_property
     def gradient(self) -> Matrix:
         """G of the log mass, at unit norm."""
-        found = moves.gradient(self.shop.tail, self.x.unsqueeze(1), self.loss, [WEIGHT])[WEIGHT]
-        return -found.mT
+        gradient = moves.gradient(self.shop.tail, self.x.unsqueeze(1), self.loss, [WEIGHT])[WEIGHT]
+        return -gradient.mT
 
     def score(self, split: str, move: Move, **search: float) -> Score | None:
         """At the step that halves the mass on the part's images."""
@@ -330,9 +330,9 @@ def one(task: Task, method: str, split: str, **setting: float) -> dict[str, Any]
     inside, out = task.shop.weight.shape
     dense = method in ("span of directions", "gradient step", "K-FAC step")
     size = inside * out if dense else 2 * out + 2 if method == HOOK else inside + out
-    found: dict[str, Any] = {"behaviour": task.name, "method": method, "examples": task.n, "seed": task.shop.seed}
-    found |= {"seconds": seconds, "bytes": 4 * size}
-    return found | (dict.fromkeys(Score.__dataclass_fields__) if score is None else asdict(score))
+    row: dict[str, Any] = {"behaviour": task.name, "method": method, "examples": task.n, "seed": task.shop.seed}
+    row |= {"seconds": seconds, "bytes": 4 * size}
+    return row | (dict.fromkeys(Score.__dataclass_fields__) if score is None else asdict(score))
 
 
 def tuned(shop: Shop, n: int) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:

@@ -184,8 +184,8 @@ def weighed(shop: Workshop, method: str, setting: dict[str, Any], make: Make, tu
     """A setting with its geometric mean damage on validation stories; None where it fails on a tuning behaviour."""
     moves = {name: make(name, setting) for name in tuning}
     scores = [move and scored(shop, move, name, "validation") for name, move in moves.items()]
-    found = [score.damage for score in scores if score is not None]
-    damage = math.exp(mean_log(found)) if len(found) == len(tuning) else None
+    damages = [score.damage for score in scores if score is not None]
+    damage = math.exp(mean_log(damages)) if len(damages) == len(tuning) else None
     return {"method": method, **setting, "damage": damage}
 
 

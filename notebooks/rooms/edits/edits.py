@@ -90,14 +90,14 @@ class Bench:
         """Move until ``level`` of the mass is left, and see what that does; None where no step does it."""
         shown = self.shown(behaviour)
         start = mass(shown.base, behaviour.members)
-        found = matched(
+        reached = matched(
             lambda step: shown.moved(move, step),
             lambda change: 1 - mass(shown.base + change, behaviour.members) / start,
             1 - level, first=first, tolerance=0.02, largest=largest,
         )  # fmt: skip
-        if found is None:
+        if reached is None:
             return None
-        step, change = found
+        step, change = reached
         left = mass(shown.base + change, behaviour.members) / start
         return Score(step, left.item(), *self.damage(move, step, behaviour))
 

@@ -101,10 +101,10 @@ class Overtrained:
 
     def site(self, tokens: Int[Tensor, "n t"]) -> editors.Site:
         """What arrives at the weight and what draws of the model's own outputs ask there."""
-        found = readings.factors(
+        factors = readings.factors(
             self.model, tokens, divergence=ed.KLDivergence(), reference=ed.ModelSample(), parameters=[self.weight]
         )
-        return editors.Site(*found[self.weight])
+        return editors.Site(*factors[self.weight])
 
     @cached_property
     def usual(self) -> editors.Site:
@@ -115,8 +115,8 @@ class Overtrained:
     def gradient(self) -> Matrix:
         """G of minus the labelled windows' loss, at unit norm: what edits are to lower is how well they are known."""
         entering, tokens = self.entering(self.labelled), self.labelled
-        found = moves.gradient(self.tail, entering, lambda f: -next_token_loss(f, tokens), [self.parameter])
-        return -found[self.parameter]
+        gradient = moves.gradient(self.tail, entering, lambda f: -next_token_loss(f, tokens), [self.parameter])
+        return -gradient[self.parameter]
 
     @cached_property
     def _rows(self) -> dict[tuple[str, int], tuple[editors.Rows, Tensor]]:
@@ -293,10 +293,10 @@ class Bench:
             with move(step) as model:
                 return torch.tensor(self.back(model, "labelled"))
 
-        found = moves.matched(forgotten, lambda value: value, 1.0, first=2.0, tolerance=0.02, largest=1e3)
-        if found is None:
+        reached = moves.matched(forgotten, lambda value: value, 1.0, first=2.0, tolerance=0.02, largest=1e3)
+        if reached is None:
             return None
-        with move(found[0]) as model, torch.no_grad():
+        with move(reached[0]) as model, torch.no_grad():
             logp = self.probe.outputs(model)
             other, verbatim = self.back(model, "unlabelled"), spoken(self.shop.model, self.shop.labelled)
         kl = divergence(self.probe.base, logp - self.probe.base)
@@ -305,7 +305,7 @@ class Bench:
         following = self.shop.test[:, 1:].flatten()
         rise = [F.nll_loss(p.unflatten(0, self.shop.test.shape)[:, :-1].flatten(0, 1), following).item()
                 for p in (logp, self.probe.base)]  # fmt: skip
-        return Score(found[0], 1 - found[1].item(), 1 - other, verbatim, kl.mean().item(), worst, rise[0] - rise[1])
+        return Score(reached[0], 1 - reached[1].item(), 1 - other, verbatim, kl.mean().item(), worst, rise[0] - rise[1])
 
 
 @torch.no_grad()
@@ -355,11 +355,13 @@ def tuned(benches: Mapping[int, Bench]) -> tuple[dict[str, dict[str, float]], li
     for method, grid in GRID.items():
         costs: list[float] = []
         for setting in grid if len(grid) > 1 else []:
-            found = [one(bench, method, **setting) for bench in benches.values()]
-            damages = [row["damage"] for row in found]
+            scored = [one(bench, method, **setting) for bench in benches.values()]
+            damages = [row["damage"] for row in scored]
             reached = all(value is not None for value in damages)
             cost = torch.tensor(damages).log().mean().exp().item() if reached else float("inf")
             costs.append(cost)
-            tried.append({"method": method, **setting, "damage": cost if reached else None, "layer": found[0]["layer"]})
+            tried.append(
+                {"method": method, **setting, "damage": cost if reached else None, "layer": scored[0]["layer"]}
+            )
         settings[method] = grid[costs.index(min(costs))] if costs else grid[0]
     return settings, tried

@@ -179,14 +179,14 @@ class Task:
     def score(self, split: str, move: Move, largest: float) -> Score | None:
         """At the first step found that leaves the level; None where none does."""
         switch = self.switch[split]
-        found = moves.matched(
+        reached = moves.matched(
             lambda step: torch.tensor(switch.effect(move, step).left), lambda left: 1 - left, 1 - self.level,
             first=largest / 50, tolerance=0.01, largest=largest, tries=25,
         )  # fmt: skip
-        if found is None:
+        if reached is None:
             return None
-        effect = switch.effect(move, found[0])
-        return Score(effect.step, effect.left, effect.elsewhere, self.worst(move, found[0]), effect.beside)
+        effect = switch.effect(move, reached[0])
+        return Score(effect.step, effect.left, effect.elsewhere, self.worst(move, reached[0]), effect.beside)
 
     @torch.no_grad()
     def worst(self, move: Move, step: float) -> float:
@@ -214,13 +214,13 @@ WEIGHT, HOOK = 30.0, 20.0  # the largest steps: norm of a change of the weights,
 
 def changed(task: Task, changes: Sequence[Mapping[str, Tensor]]) -> Candidates:
     """Changes of the weights, at unit norm."""
-    found = []
+    candidates = []
     for change in changes:
-        norm = torch.stack([part.square().sum() for part in change.values()]).sum().sqrt()
+        norm = torch.stack([block.square().sum() for block in change.values()]).sum().sqrt()
         if norm > 0:
-            unit = {name: part / norm for name, part in change.items()}
-            found.append((displaced(task.network.model, unit), WEIGHT))
-    return found
+            unit = {name: block / norm for name, block in change.items()}
+            candidates.append((displaced(task.network.model, unit), WEIGHT))
+    return candidates
 
 
 def rows_of(task: Task, only: int) -> list[Change]:
@@ -245,13 +245,15 @@ def parts(task: Task) -> list[Change]:
 
 def neurons(task: Task) -> Candidates:
     """The neurons that do most for the feature in the examples, by what they add to its output."""
-    found = []
+    candidates = []
     for layer in range(task.network.layers):
         name = f"layers.{layer}.W_out.weight"
         h = inputs_of(task.network.model, task.examples)[name]
         adds = (h[: task.n] - h[task.n :]).mean(0) * task.network.model.get_parameter(name).detach()[task.feature]
-        found += [(switches.without(task.network.model, name, j), HOOK) for j in adds.abs().topk(3).indices.tolist()]
-    return found
+        candidates += [
+            (switches.without(task.network.model, name, j), HOOK) for j in adds.abs().topk(3).indices.tolist()
+        ]
+    return candidates
 
 
 def strongest(task: Task, layer: int) -> list[int]:
@@ -275,7 +277,7 @@ def hooked(task: Task) -> Candidates:
 def hooked_everywhere(task: Task) -> Candidates:
     """The strongest unit of every layer, all made smaller by the same step."""
     network = task.network
-    units = {layer: found[0] for layer in range(network.layers) if (found := strongest(task, layer))}
+    units = {layer: strong[0] for layer in range(network.layers) if (strong := strongest(task, layer))}
 
     @contextmanager
     def move(delta: float) -> Iterator[nn.Module]:
@@ -291,14 +293,14 @@ def hooked_everywhere(task: Task) -> Candidates:
 
 def folded(task: Task) -> list[Change]:
     """Autoencoders' units as changes of the weight after them: W_out d ⊗ e, in the sense that lowers the loss."""
-    found = []
+    candidates = []
     for layer in range(task.network.layers):
         name, sae = f"layers.{layer}.W_out.weight", task.network.saes[layer]
         weight, encoder = task.network.model.get_parameter(name).detach(), sae.sae.W_enc.detach().mT
         for unit in strongest(task, layer):
             change = torch.outer(weight @ sae.decoder[unit], encoder[unit])
-            found.append({name: change * (change * task.gradient[name]).sum().sign()})
-    return found
+            candidates.append({name: change * (change * task.gradient[name]).sum().sign()})
+    return candidates
 
 
 def rome(task: Task, ridge: float) -> Change:
@@ -335,7 +337,7 @@ def one_layer(task: Task, change: Mapping[str, Tensor]) -> list[Change]:
 
 def one_weight(change: Mapping[str, Tensor]) -> list[Change]:
     """A change's parts in single weights."""
-    return [{name: part} for name, part in change.items()]
+    return [{name: block} for name, block in change.items()]
 
 
 def by_layer(task: Task, **setting: float) -> list[Change]:

@@ -11,8 +11,8 @@ OURS = "one direction"
 
 def geometric(values: Any) -> float:
     """The geometric mean of what is there; NaN where nothing is."""
-    found = pd.Series(values, dtype=float).dropna()
-    return float(np.exp(np.log(found).mean())) if len(found) else float("nan")
+    present = pd.Series(values, dtype=float).dropna()
+    return float(np.exp(np.log(present).mean())) if len(present) else float("nan")
 
 
 def log_ratios(rows: pd.DataFrame, method: str, other: str = OURS, value: str = "damage") -> pd.DataFrame:

@@ -144,11 +144,11 @@ class Workshop:
     @cached_property
     def site(self) -> editors.Site:
         """What arrives at the weight, and what draws of the model's own outputs ask of it."""
-        found = readings.factors(
+        factors = readings.factors(
             self.model, self.tokens["train"], divergence=ed.KLDivergence(), reference=ed.ModelSample(),
             parameters=[self.weight],
         )  # fmt: skip
-        return editors.Site(*found[self.weight])
+        return editors.Site(*factors[self.weight])
 
     @cached_property
     def rows(self) -> Made[str, Made[int, editors.Rows]]:
@@ -235,8 +235,8 @@ def held_out(shop: Workshop, split: str) -> Held:
     tokens = shop.tokens[split]
     probe = TailProbe(shop.tail, shop.entering[split], log_probabilities)
     told = shop.rules(tokens, probe.base.unflatten(0, tokens.shape))
-    found = behaviours.behaviours(shop.rules, probe.base, behaviours.SCORED | behaviours.TUNING)
-    return Held(Bench(probe, tokens.flatten(), told.truth), {one.name: one for one in found})
+    scored = behaviours.behaviours(shop.rules, probe.base, behaviours.SCORED | behaviours.TUNING)
+    return Held(Bench(probe, tokens.flatten(), told.truth), {one.name: one for one in scored})
 
 
 def random_rows(shop: Workshop, n: int) -> editors.Rows:

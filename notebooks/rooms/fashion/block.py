@@ -66,12 +66,12 @@ def contribution_maps(
         second = block.conv2(hidden)
         second_normed = block.bn2(second)
         later = tail.after(block.relu2(x + second_normed))
-        asked = torch.autograd.grad(later, [first, first_normed, second, second_normed], cotangents)
+        gradients = torch.autograd.grad(later, [first, first_normed, second, second_normed], cotangents)
 
     with torch.no_grad():
         inputs = (x, first, hidden, second)
         changes = [run(given) for run, given in zip(changes_along(block, u).values(), inputs, strict=True)]
-        return torch.stack([(g * moved).sum(1) for g, moved in zip(asked, changes, strict=True)]).sum(0)
+        return torch.stack([(g * moved).sum(1) for g, moved in zip(gradients, changes, strict=True)]).sum(0)
 
 
 def changes_along(block: ResidualBlock, u: Mapping[str, Tensor]) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -178,25 +178,25 @@ def concepts(images: Float[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"]) -> d
         raise ValueError(f"{len(images)} images and {len(labels)} labels; give one label for each image")
     _check_labels(labels)
     measured = measures(images)
-    found = {name: torch.isin(labels, torch.tensor(members)) for name, members in LABEL_RULES.items()}
+    truth = {name: torch.isin(labels, torch.tensor(members)) for name, members in LABEL_RULES.items()}
     for name, rule in RULES.items():
         value = measured[rule.measure]
         holds = value >= rule.threshold if rule.side == "high" else value <= rule.threshold
-        found[name] = holds & torch.isin(labels, torch.tensor(rule.classes)) if rule.classes else holds
-    return found
+        truth[name] = holds & torch.isin(labels, torch.tensor(rule.classes)) if rule.classes else holds
+    return truth
 
 
 def thresholds(images: Float[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"]) -> dict[str, float]:
     """Every rule's threshold, computed from its ``share`` on these images, to four significant digits."""
     measured = measures(images)
-    found = {}
+    limits = {}
     for name, rule in RULES.items():
         value = measured[rule.measure]
         if rule.classes:
             value = value[torch.isin(labels, torch.tensor(rule.classes))]
         quantile = value.quantile(1 - rule.share if rule.side == "high" else rule.share).item()
-        found[name] = float(f"{quantile:.4g}")
-    return found
+        limits[name] = float(f"{quantile:.4g}")
+    return limits
 
 
 def main(arguments: list[str] | None = None) -> None:

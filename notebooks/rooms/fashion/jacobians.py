@@ -88,12 +88,12 @@ def read(target: Target, inputs: Inputs, rows: Mapping[str, Float[Tensor, "v w"]
     names, widths = list(rows), [len(row) for row in rows.values()]
     matrix = torch.cat(list(rows.values())).T
     source, outputs, grams, along = None, [], [], []
-    for part in chunks(as_examples(inputs), CHUNK):
-        f = target.outputs(part)
+    for some in chunks(as_examples(inputs), CHUNK):
+        f = target.outputs(some)
         if f.shape[1] != 1:
             raise ValueError(f"the model gives {f.shape[1]} output vectors an example; readings are for one")
-        source = source or CapturedSource(target, part, terms=len(matrix))
-        j = source(part, EachOutput()).flat()
+        source = source or CapturedSource(target, some, terms=len(matrix))
+        j = source(some, EachOutput()).flat()
         outputs.append(f[:, 0])
         along.append((j @ matrix).unflatten(0, (len(f), -1)))
         j = j.unflatten(0, (len(f), -1))

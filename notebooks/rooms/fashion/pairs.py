@@ -28,16 +28,16 @@ def both(
     Raises:
         ValueError: if no pair is kept.
     """
-    found = {part: table[:, :classes, None] & table[:, None, classes:] for part, table in truth.items()}
+    together = {split: table[:, :classes, None] & table[:, None, classes:] for split, table in truth.items()}
     keep = torch.ones(classes, len(names) - classes, dtype=torch.bool)
-    for part, held in found.items():
+    for split, held in together.items():
         halves = torch.stack([half.sum(0) for half in held.tensor_split(2)])
-        of_class = held.double().mean(0) / truth[part][:, :classes].double().mean(0).clamp_min(1e-9).unsqueeze(1)
+        of_class = held.double().mean(0) / truth[split][:, :classes].double().mean(0).clamp_min(1e-9).unsqueeze(1)
         keep &= (halves >= least).all(0) & (of_class >= share[0]) & (of_class <= share[1])
     if not keep.any():
         raise ValueError(f"no pair holds for least={least} samples in each half; give a smaller least, or more samples")
     which = keep.nonzero().tolist()
     return (
         [f"{names[a]} and {names[classes + b]}" for a, b in which],
-        {part: held[:, keep] for part, held in found.items()},
+        {split: held[:, keep] for split, held in together.items()},
     )

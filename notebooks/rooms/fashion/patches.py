@@ -77,7 +77,7 @@ def parts(images: Float[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"]) -> dict
     def of(*members: int) -> Tensor:
         return torch.isin(labels, torch.tensor(members))[:, None, None]
 
-    found = {
+    cells = {
         "sole": of(*FOOTWEAR) & lit & (down > 0.85),
         "toe": of(*FOOTWEAR) & lit & (across < 0.15),
         "heel": of(SNEAKER, ANKLE_BOOT) & lit & (across > 0.88) & (down > 0.5),
@@ -97,18 +97,18 @@ def parts(images: Float[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"]) -> dict
         "inside a bag's handle": of(BAG) & hole & (down < 0.4),
         "bag's corner": of(BAG) & lit & side & (down > 0.85),
     }
-    return {name: held.flatten(1) for name, held in (found | patterns(images, lit)).items()}
+    return {name: held.flatten(1) for name, held in (cells | patterns(images, lit)).items()}
 
 
 def _place(lit: Bool[Tensor, "n h w"]) -> tuple[Float[Tensor, "n 14 14"], Float[Tensor, "n 14 14"]]:
     """How far down and across the garment's box the centre of every patch lies."""
-    found = []
+    places = []
     centre = 2 * torch.arange(CELLS) + 1.0
     for axis in (2, 1):
         line = lit.any(axis).float()
         first, last = line.argmax(1), SIDE - line.flip(1).argmax(1)
-        found.append((centre - first[:, None]) / (last - first)[:, None])
-    down, across = found
+        places.append((centre - first[:, None]) / (last - first)[:, None])
+    down, across = places
     return down[:, :, None].expand(-1, -1, CELLS), across[:, None, :].expand(-1, CELLS, -1)
 
 

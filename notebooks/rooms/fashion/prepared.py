@@ -39,16 +39,16 @@ def prepare(fit: int, choose: int, test: int, *, subset: bool = False) -> Prepar
     x, y = fashion.load("train", subset=subset)
     learned, held_out = cnn.split_indices(len(x), len(x) // 12, seed=0)
     test_x, test_y = fashion.load("test", subset=subset)
-    for part, wanted, there in (("fit", fit, learned), ("choose", choose, held_out), ("test", test, test_x)):
+    for split, wanted, there in (("fit", fit, learned), ("choose", choose, held_out), ("test", test, test_x)):
         if wanted > len(there):
-            raise ValueError(f"{part}={wanted}, but there are only {len(there)} such images")
+            raise ValueError(f"{split}={wanted}, but there are only {len(there)} such images")
     taken = {"fit": learned[:fit], "choose": held_out[:choose]}
-    images = {part: x[index] for part, index in taken.items()} | {"test": test_x[:test]}
-    labels = {part: y[index] for part, index in taken.items()} | {"test": test_y[:test]}
+    images = {split: x[index] for split, index in taken.items()} | {"test": test_x[:test]}
+    labels = {split: y[index] for split, index in taken.items()} | {"test": test_y[:test]}
     network = cnn.load_model()
     tail = FromMiddle(network)
-    entering = {part: torch.cat([network.enter(some) for some in whole.split(250)]) for part, whole in images.items()}
-    logits = {part: cnn.predict(tail, some) for part, some in entering.items()}
+    entering = {split: torch.cat([network.enter(some) for some in whole.split(250)]) for split, whole in images.items()}
+    logits = {split: cnn.predict(tail, some) for split, some in entering.items()}
     return Prepared(network, tail, images, labels, entering, logits)
 
 
@@ -58,8 +58,8 @@ def confusions(
     """{(a, b): the images of class a whose most probable other class is b}, where there are at least so many."""
     other = logits.scatter(1, labels.unsqueeze(1), -torch.inf).argmax(1)
     k = logits.shape[1]
-    found = {(a, b): ((labels == a) & (other == b)).nonzero()[:, 0] for a in range(k) for b in range(k) if a != b}
-    return {pair: index for pair, index in found.items() if len(index) >= least}
+    pairs = {(a, b): ((labels == a) & (other == b)).nonzero()[:, 0] for a in range(k) for b in range(k) if a != b}
+    return {pair: index for pair, index in pairs.items() if len(index) >= least}
 
 
 def raising(moves: Float[Tensor, "v k"], wanted: Float[Tensor, "v k"]) -> Float[Tensor, " v"]:

@@ -37,11 +37,11 @@ def network(ax: Axes, model: ResidMLP, parts: dict[str, Tensor], feature: int) -
     for number, (name, w_in, w_out) in enumerate(model.weights):
         x, neurons = 2.0 * number, heights(len(w_in))
         for at, weight, key in ((x, w_in.T, "W_in"), (x + 1, w_out.T, "W_out")):
-            part = parts[f"{name}.{key}.weight"][feature].T
+            matrix = parts[f"{name}.{key}.weight"][feature].T
             side = (stream, neurons) if key == "W_in" else (neurons, stream)
             only = weight * (lit[:, None] if key == "W_in" else lit)
             edges(ax, (at, at + 1), *side, only, "0.85")
-            edges(ax, (at, at + 1), *side, part * (part * only).sum().sign())
+            edges(ax, (at, at + 1), *side, matrix * (matrix * only).sum().sign())
         ax.plot([x + 1] * len(neurons), neurons, "o", ms=5, mfc="white", mec="0.2", mew=0.7, zorder=3)
         ax.text(x + 1, 1.09, f"neurons {number + 1}", ha="center", size=7)
     for number in range(len(model.layers) + 1):

@@ -67,18 +67,18 @@ class Off:
 
     def moves(self, feature: int) -> dict[str, list[Try]]:
         """By method, the moves that a feature may be switched off by."""
-        mine = {name: part[feature] for name, part in self.parts.items()}
+        mine = {name: block[feature] for name, block in self.parts.items()}
         names = [name for name in mine if "W_in" in name]
         reach = 2 * self._own(feature)
-        found = {
+        moves = {
             "direction": [(along(self.decomposition, int(self.owner[feature])), reach, True)],
             "its readers": [(switches.restricted(self.model, mine, names), 2 * reach, True)],
         }
         if len(self.model.layers) > 1:
             layers = self.model.truth().layers.values()
             few = [*layers, *([name] for name in names)]  # whole, or its readers, as with all layers
-            found["one layer of it"] = [(switches.restricted(self.model, mine, some), 2 * reach, True) for some in few]
-        return found | {"neuron": self._neurons(feature), "autoencoder": self._units(feature)}
+            moves["one layer of it"] = [(switches.restricted(self.model, mine, some), 2 * reach, True) for some in few]
+        return moves | {"neuron": self._neurons(feature), "autoencoder": self._units(feature)}
 
     def _own(self, feature: int) -> float:
         """The length of what of the weights touches the feature's embedding."""

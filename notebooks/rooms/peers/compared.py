@@ -76,8 +76,8 @@ class Entry:
 
 def runs(name: str, method: str) -> dict[int, tuple[dict[str, Tensor], dict[str, Any]]]:
     """By seed, the tensors and what is known of the runs that are there."""
-    found = sorted(networks.FOLDER.glob(f"{name}-{method}-*.safetensors"))
-    return {int(path.stem.rsplit("-", 1)[1]): files.read(path) for path in found}
+    paths = sorted(networks.FOLDER.glob(f"{name}-{method}-*.safetensors"))
+    return {int(path.stem.rsplit("-", 1)[1]): files.read(path) for path in paths}
 
 
 def trained(p: Problem, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> spd.SPD:
@@ -93,11 +93,11 @@ def entries(p: Problem, fits: Mapping[int, Directions]) -> Iterator[Entry]:
     SPD's components of different matrices are joined into one row a feature by their importance when that feature is on
     alone, which takes the features to be known and favours it.
     """
-    for seed, found in fits.items():
-        d = found.decomposition
+    for seed, fit in fits.items():
+        d = fit.decomposition
         learned, reader = d.decoder.flat().detach(), d.encoder.flat().detach()
-        yield Entry(OURS, seed, learned, reader, found.seconds, ours=d)
-        yield Entry(REFITTED, seed, found.refitted, reader, found.seconds, ours=d)
+        yield Entry(OURS, seed, learned, reader, fit.seconds, ours=d)
+        yield Entry(REFITTED, seed, fit.refitted, reader, fit.seconds, ours=d)
     for seed, (tensors, about) in runs(p.name, "spd").items():
         made = trained(p, tensors, about)
         rows = scores.joined(made.components(), made.importance(p.single), p.target.shapes)
@@ -167,12 +167,12 @@ def in_place(p: Problem, entry: Entry) -> dict[str, Any] | None:
         ci = ((z != 0) if entry.kept is None else (z.abs() >= cutoff(z, entry.kept))).float()
     else:
         return None
-    found = reconstruction.reconstruction(p.model.stages(), components, p.held_out, ci, seed=0)  # type: ignore[operator]
-    left = [(part.sum(0) - p.weights[name]).square().sum() for name, part in components.items()]
+    scored = reconstruction.reconstruction(p.model.stages(), components, p.held_out, ci, seed=0)  # type: ignore[operator]
+    left = [(component.sum(0) - p.weights[name]).square().sum() for name, component in components.items()]
     size = sum(weight.square().sum() for weight in p.weights.values())
     return {
         "method": entry.method, "seed": entry.seed, "components": ci.shape[1], "CI-L0": scores.l0(ci),
-        "weights missed": (sum(left) / size).item(), **asdict(found),
+        "weights missed": (sum(left) / size).item(), **asdict(scored),
     }  # fmt: skip
 
 
@@ -183,16 +183,16 @@ Point = dict[str, Any]  # network, seed, method, steps, seconds and the mean own
 
 def curves(names: list[str]) -> list[Point]:
     """Runs of SPD as they trained, and our fits of several lengths in the same processes."""
-    found = []
+    rows = []
     for name in names:
         for seed, (_, about) in runs(name, "spd").items():
             for method, points in ((OURS, about["ours"]), (SPD, about["history"])):
-                found += [
+                rows += [
                     {"network": name, "seed": seed, "method": method, "steps": point.get("steps", point.get("step")),
                      "seconds": point["seconds"], "own_cosine": point["own_cosine"]}
                     for point in points
                 ]  # fmt: skip
-    return found
+    return rows
 
 
 def soonest(curve: list[Point], level: float) -> float | None:

@@ -33,17 +33,17 @@ def filled(
 ) -> dict[str, Float[Tensor, "c i o"]]:
     """Directions with a length in every weight, so that their parts there add up to it as well as they can."""
     parts = scores.parts_of(rows, {name: tuple(weight.shape) for name, weight in weights.items()})
-    return {name: scores.signed(part, weights[name]) for name, part in parts.items()}
+    return {name: scores.signed(block, weights[name]) for name, block in parts.items()}
 
 
 def stacked(components: scores.Parts) -> dict[str, Float[Tensor, "c i o"]]:
     """Components of single weights as components of all of them: each is zero in every weight but its own."""
-    total, start, found = sum(map(len, components.values())), 0, {}
-    for name, part in components.items():
-        found[name] = part.new_zeros(total, *part.shape[1:])
-        found[name][start : start + len(part)] = part
-        start += len(part)
-    return found
+    total, start, padded = sum(map(len, components.values())), 0, {}
+    for name, block in components.items():
+        padded[name] = block.new_zeros(total, *block.shape[1:])
+        padded[name][start : start + len(block)] = block
+        start += len(block)
+    return padded
 
 
 def masked(

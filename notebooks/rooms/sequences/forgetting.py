@@ -105,5 +105,5 @@ def own_share(model: FlipFlop, move: Move, x: Float[Tensor, "n t bits"], bit: in
         with move(step) as moved:
             return (moved(x) - base).square().mean((0, 1))
 
-    found = matched(change, lambda c: c[bit].sqrt(), level)
-    return 0.0 if found is None else (found[1][bit] / found[1].sum()).item()
+    reached = matched(change, lambda c: c[bit].sqrt(), level)
+    return 0.0 if reached is None else (reached[1][bit] / reached[1].sum()).item()

@@ -32,11 +32,11 @@ def path_scores(model: Induction, sequences: Sequences) -> dict[str, tuple[float
     after = F.pad(copies[:, :, :-1], (1, 0))
     here = sequences.samples(model.W_U.out_features)["induction"]
     first = t[1:] < sequences.period.unsqueeze(1)
-    found: dict[str, list[float]] = {"previous": [], "induction": []}
+    attention: dict[str, list[float]] = {"previous": [], "induction": []}
     for pattern in model.patterns(x):
-        found["previous"].append(pattern.diagonal(-1, 1, 2)[first].mean().item())
-        found["induction"].append((pattern * after).sum(2)[here].mean().item())
-    return {name: (values[0], values[1]) for name, values in found.items()}
+        attention["previous"].append(pattern.diagonal(-1, 1, 2)[first].mean().item())
+        attention["induction"].append((pattern * after).sum(2)[here].mean().item())
+    return {name: (values[0], values[1]) for name, values in attention.items()}
 
 
 class Removal:

@@ -100,33 +100,33 @@ def least(*parts: Concepts, times: int) -> list[int]:
 def told_by_word(word: str) -> set[str]:
     """The concepts of a word or mark by itself."""
     small = word.lower()
-    found = {name for name, listed in LISTS.items() if small in listed.split()}
-    found |= {name for name, marks in MARKS.items() if word in marks}
-    found |= {name for name, (end, least) in ENDINGS.items() if small.endswith(end) and len(small) >= least}
-    found |= {"digits"} if word.isdigit() else set()
-    found |= {"all capitals"} if len(word) > 1 and word.isalpha() and word.isupper() else set()
-    return found | ({"long word"} if len(word) >= 10 else set())
+    names = {name for name, listed in LISTS.items() if small in listed.split()}
+    names |= {name for name, marks in MARKS.items() if word in marks}
+    names |= {name for name, (end, least) in ENDINGS.items() if small.endswith(end) and len(small) >= least}
+    names |= {"digits"} if word.isdigit() else set()
+    names |= {"all capitals"} if len(word) > 1 and word.isalpha() and word.isupper() else set()
+    return names | ({"long word"} if len(word) >= 10 else set())
 
 
 def told_by_place(words: list[str], at: int) -> set[str]:
     """The concepts that a word has from those before it."""
     word, before = words[at], words[at - 1] if at else "."
-    found = {name for name, other in BEFORE.items() if before.lower() == other and word.isalpha()}
+    names = {name for name, other in BEFORE.items() if before.lower() == other and word.isalpha()}
     starts = before in ".!?" or (before == '"' and at > 1 and words[at - 2] in ".!?,:")
-    found |= {"first word of a sentence"} if starts and word.isalpha() else set()
-    found |= {"capital inside a sentence"} if not starts and word[0].isupper() and len(word) > 1 else set()
+    names |= {"first word of a sentence"} if starts and word.isalpha() else set()
+    names |= {"capital inside a sentence"} if not starts and word[0].isupper() and len(word) > 1 else set()
     long = len(word) >= 4
-    found |= {"word seen before"} if long and word.lower() in [w.lower() for w in words[:at]] else set()
-    return found | ({"new long word"} if long and len(word) >= 6 and word not in words[:at] else set())
+    names |= {"word seen before"} if long and word.lower() in [w.lower() for w in words[:at]] else set()
+    return names | ({"new long word"} if long and len(word) >= 6 and word not in words[:at] else set())
 
 
 def states(text: str, end: int) -> set[str]:
     """What holds at a place of a text, whatever token is there."""
     sofar = text[:end]
-    found = {"inside quotation marks"} if sofar.count('"') % 2 else set()
-    found |= {"inside parentheses"} if sofar.count("(") > sofar.count(")") else set()
+    names = {"inside quotation marks"} if sofar.count('"') % 2 else set()
+    names |= {"inside parentheses"} if sofar.count("(") > sofar.count(")") else set()
     last = re.split(r"[.!?]", sofar)[-1]
-    return found | ({"late in a long sentence"} if len(WORD.findall(last)) > 25 else set())
+    return names | ({"late in a long sentence"} if len(WORD.findall(last)) > 25 else set())
 
 
 def context(windows: Windows) -> dict[str, Bool[Tensor, " n"]]:
@@ -143,9 +143,9 @@ def context(windows: Windows) -> dict[str, Bool[Tensor, " n"]]:
             at = by_end.get(end)
             own = {"inside a word"} if at is None else told_by_word(words[at]) | told_by_place(words, at)
             sets.append(own | states(text, end))
-    found = {name: torch.tensor([name in one for one in sets]) for name in everything}
+    truth = {name: torch.tensor([name in one for one in sets]) for name in everything}
     kinds = [kind for kind in windows.kinds for _ in range(windows.tokens.shape[1])]
-    return found | {f"text: {kind}": torch.tensor([one == kind for one in kinds]) for kind in KINDS}
+    return truth | {f"text: {kind}": torch.tensor([one == kind for one in kinds]) for kind in KINDS}
 
 
 def vocabulary(tokenizer: Any) -> dict[str, Float[Tensor, " k"]]:
@@ -156,27 +156,29 @@ def vocabulary(tokenizer: Any) -> dict[str, Float[Tensor, " k"]]:
         return torch.tensor([float(bool(text) and test(text)) for text in texts])
 
     sets = {name: set(listed.split()) for name, listed in LISTS.items()}
-    found = {name: members(lambda text, of=of: text.strip().lower() in of) for name, of in sets.items()}
-    found |= {name: members(lambda text, marks=marks: text.strip()[:1] in set(marks)) for name, marks in MARKS.items()}
+    token_sets = {name: members(lambda text, of=of: text.strip().lower() in of) for name, of in sets.items()}
+    token_sets |= {
+        name: members(lambda text, marks=marks: text.strip()[:1] in set(marks)) for name, marks in MARKS.items()
+    }
     for name, (end, least) in ENDINGS.items():
-        found[name] = members(lambda text, end=end, n=least: text.strip().endswith(end) and len(text.strip()) >= n)
-    found["a capital"] = members(lambda text: text.strip()[:1].isupper())
-    found["digits"] = members(lambda text: text.strip().isdigit())
-    found["more of the same word"] = members(lambda text: text[0].isalpha())
-    return found
+        token_sets[name] = members(lambda text, end=end, n=least: text.strip().endswith(end) and len(text.strip()) >= n)
+    token_sets["a capital"] = members(lambda text: text.strip()[:1].isupper())
+    token_sets["digits"] = members(lambda text: text.strip().isdigit())
+    token_sets["more of the same word"] = members(lambda text: text[0].isalpha())
+    return token_sets
 
 
 def prediction(captured: Captured) -> dict[str, Bool[Tensor, " n"]]:
     """What the model expects at every token."""
-    found = {
+    truth = {
         f"next: {name}": mass >= MASS for name, mass in captured.told.items() if name not in ("entropy", "largest")
     }
-    return found | {"next: certain": captured.told["largest"] >= 0.9, "next: undecided": captured.told["entropy"] >= 5}
+    return truth | {"next: certain": captured.told["largest"] >= 0.9, "next: undecided": captured.told["entropy"] >= 5}
 
 
 def both(windows: Windows, captured: Captured) -> Concepts:
     """Both families, at every token."""
     families = {"context": context(windows), "prediction": prediction(captured)}
-    names = [(family, name) for family, found in families.items() for name in found]
+    names = [(family, name) for family, truths in families.items() for name in truths]
     truth = torch.stack([families[family][name] for family, name in names], 1)
     return Concepts([name for _, name in names], [family for family, _ in names], truth)

@@ -227,8 +227,8 @@ def decompose(
         KLDivergence(), Mean(), tuple(uses.target.names), n_directions, 1, "cp", False, sparsity, steps, batch_size,
         learning_rate, seed, "uses", "unit",
     )  # fmt: skip
-    found = fit(uses.target, UseBatches(uses, generator(seed, "data")), settings, progress=False)
-    return Decomposition(uses.target, settings, found.encoder, found.decoder, found.threshold, mean, found.history)
+    fitted = fit(uses.target, UseBatches(uses, generator(seed, "data")), settings, progress=False)
+    return Decomposition(uses.target, settings, fitted.encoder, fitted.decoder, fitted.threshold, mean, fitted.history)
 
 
 @torch.no_grad()
@@ -291,13 +291,13 @@ def capture(
 
 def digest(model: nn.Module, windows: Iterable[Windows]) -> str:
     """SHA-256 of the model's parameters and of the windows' text and tokens: what captured uses come from."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        found.update(name.encode())
-        found.update(parameter.detach().cpu().contiguous().numpy().data)
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
     for part in windows:
-        found.update(json.dumps([part.texts, part.tokens.tolist()]).encode())
-    return found.hexdigest()
+        digest.update(json.dumps([part.texts, part.tokens.tolist()]).encode())
+    return digest.hexdigest()
 
 
 def kept(path: Path, key: dict[str, Any], make: Callable[[], dict[str, Captured]]) -> dict[str, Captured]:
@@ -307,11 +307,11 @@ def kept(path: Path, key: dict[str, Any], make: Callable[[], dict[str, Captured]
         content = torch.load(path, weights_only=True, mmap=True)
         if content["key"] == told:
             return {part: Captured(**sides) for part, sides in content["parts"].items()}
-    found = make()
+    captured = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = {part: {"data": one.data, "asked": one.asked, "told": one.told} for part, one in found.items()}
+    parts = {part: {"data": one.data, "asked": one.asked, "told": one.told} for part, one in captured.items()}
     torch.save({"key": told, "parts": parts}, path)
-    return found
+    return captured
 
 
 def _remember(met: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:

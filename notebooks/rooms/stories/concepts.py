@@ -128,9 +128,9 @@ class Vocabulary:
 
     def tokens(self, test: Callable[[str], bool]) -> Bool[Tensor, " vocabulary"]:
         """The tokens whose text passes; the end token never does."""
-        found = torch.tensor([test(text) for text in self.text])
-        found[self.end] = False
-        return found
+        members = torch.tensor([test(text) for text in self.text])
+        members[self.end] = False
+        return members
 
     def words(self, *lists: str) -> Bool[Tensor, " vocabulary"]:
         """The tokens that are one of the words."""
@@ -175,15 +175,15 @@ class Rules(Vocabulary):
     def context(self, tokens: Int[Tensor, "n t"]) -> dict[str, Bool[Tensor, "n t"]]:
         """Concepts of the token and of what came before it in its window."""
         inside = self._inside(tokens)
-        found = {name: members[tokens] for name, members in self.sets.items()}
-        before = {name: shifted(found[name]) for name in ("name", "adjective", "a", "the", "very, so, too")}
-        ended = shifted(found["sentence end"] | found["line break"] | (tokens == self.end))
+        words = {name: members[tokens] for name, members in self.sets.items()}
+        before = {name: shifted(words[name]) for name in ("name", "adjective", "a", "the", "very, so, too")}
+        ended = shifted(words["sentence end"] | words["line break"] | (tokens == self.end))
         continued = self.piece[tokens] & shifted(self.piece[tokens] | self.starts_word[tokens])
         seen = earlier(tokens)
-        first = (found["sentence end"].cumsum(1) == 0) & (tokens[:, :1] == self.end)
-        return found | {
+        first = (words["sentence end"].cumsum(1) == 0) & (tokens[:, :1] == self.end)
+        return words | {
             "first sentence of the story": first,
-            "start of a sentence": ended & ~found["line break"],
+            "start of a sentence": ended & ~words["line break"],
             "inside quotation marks": inside,
             "rest of a word": continued,
             "follows a name": before["name"],
@@ -194,10 +194,10 @@ class Rules(Vocabulary):
             "follows named": shifted(self.words("named")[tokens]),
             "follows Once upon a": self._follows(tokens, ["Once", " upon", " a"]),
             "follows One day": self._follows(tokens, ["One", " day"]) | self._follows(tokens, [" One", " day"]),
-            "follows said, asked, …": shifted(found["said, asked, …"]),
+            "follows said, asked, …": shifted(words["said, asked, …"]),
             "follows wanted, loved, liked": shifted(self.words("wanted loved liked want like love")[tokens]),
-            "a name that was mentioned before": found["name"] & seen,
-            "a noun that was mentioned before": found["noun"] & seen,
+            "a name that was mentioned before": words["name"] & seen,
+            "a noun that was mentioned before": words["noun"] & seen,
         }
 
     def prediction(self, tokens: Int[Tensor, "n t"], p: Float[Tensor, "n t k"]) -> dict[str, Bool[Tensor, "n t"]]:
@@ -240,7 +240,7 @@ class Rules(Vocabulary):
     def __call__(self, tokens: Int[Tensor, "n t"], logits: Float[Tensor, "n t k"]) -> Concepts:
         """Both families. Concepts that hold nowhere are kept; see :func:`common`."""
         families = {"context": self.context(tokens), "prediction": self.prediction(tokens, logits.softmax(-1))}
-        names = [(family, name) for family, found in families.items() for name in found]
+        names = [(family, name) for family, truths in families.items() for name in truths]
         truth = torch.stack([families[family][name].flatten() for family, name in names], 1)
         return Concepts([name for _, name in names], [family for family, _ in names], truth)
 
@@ -257,10 +257,10 @@ class Rules(Vocabulary):
 
     def _follows(self, tokens: Int[Tensor, "n t"], words: list[str]) -> Bool[Tensor, "n t"]:
         """Whether these tokens come right before."""
-        found = torch.ones_like(tokens, dtype=torch.bool)
+        match = torch.ones_like(tokens, dtype=torch.bool)
         for back, word in enumerate(reversed(words), 1):
-            found &= shifted(self.tokens(lambda text, word=word: text == word)[tokens], back)
-        return found
+            match &= shifted(self.tokens(lambda text, word=word: text == word)[tokens], back)
+        return match
 
 
 def repeated(
@@ -277,10 +277,10 @@ def repeated(
     return mass
 
 
-def shifted(found: Bool[Tensor, "n t"], by: int = 1) -> Bool[Tensor, "n t"]:
+def shifted(on: Bool[Tensor, "n t"], by: int = 1) -> Bool[Tensor, "n t"]:
     """What was true ``by`` positions before; false where there is none."""
-    moved = torch.zeros_like(found)
-    moved[:, by:] = found[:, : found.shape[1] - by]
+    moved = torch.zeros_like(on)
+    moved[:, by:] = on[:, : on.shape[1] - by]
     return moved
 
 

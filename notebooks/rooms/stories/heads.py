@@ -24,8 +24,8 @@ def energy(story: Story, part: str) -> Float[Tensor, "b heads"]:
     for gradients in story.wanting(part, names).values():
         by_weight = torch.stack([g.square().flatten(1).sum(1) for g in gradients])  # (blocks · letters, heads)
         rows.append(by_weight.unflatten(0, (-1, len(LETTERS))).sum(1).flatten())
-    found = torch.stack(rows)
-    return found / found.sum(1, keepdim=True)
+    energies = torch.stack(rows)
+    return energies / energies.sum(1, keepdim=True)
 
 
 @torch.no_grad()
@@ -41,11 +41,11 @@ def drops(story: Story, part: str) -> Float[Tensor, "b heads"]:
 
     def masses(x: Tensor, block: int) -> Tensor:
         stream = model(x, start_at_layer=block, stop_at_layer=cfg.n_layers)
-        found = []
+        masses = []
         for name, where in on.items():
             logp = model.unembed(model.ln_final(stream[where].unsqueeze(0)))[0].log_softmax(-1)
-            found.append(logp[:, story.rules.sets[name]].logsumexp(-1).mean())
-        return torch.stack(found)
+            masses.append(logp[:, story.rules.sets[name]].logsumexp(-1).mean())
+        return torch.stack(masses)
 
     base, rows = masses(entering[-1], cfg.n_layers - 1), []
     for block in range(cfg.n_layers):

@@ -78,21 +78,23 @@ class Story:
     @cached_property
     def known(self) -> dict[str, concepts.Concepts]:
         """The concepts that hold often enough in the splits "choose" and "test"."""
-        told = {part: self.rules(self.tokens[part], found) for part, found in self.logits.items()}
-        found: dict[str, concepts.Concepts] = dict(
+        told = {part: self.rules(self.tokens[part], logits) for part, logits in self.logits.items()}
+        by_split: dict[str, concepts.Concepts] = dict(
             zip(HELD, concepts.common(*(told[part] for part in HELD), least=self.least), strict=True)
         )
-        names = list(zip(found["test"].families, found["test"].names, strict=True))
-        for part in told.keys() - found.keys():
+        names = list(zip(by_split["test"].families, by_split["test"].names, strict=True))
+        for part in told.keys() - by_split.keys():
             place = {name: i for i, name in enumerate(zip(told[part].families, told[part].names, strict=True))}
-            found[part] = told[part].select([place[name] for name in names])
-        return found
+            by_split[part] = told[part].select([place[name] for name in names])
+        return by_split
 
     def site(self, name: str) -> Site:
         """The site of a weight, made once."""
         if name not in self.sites:
             weight, module = f"{SITES[name]}.attn.{name}", f"{SITES[name]}.ln1"
-            x = {part: stories.activations(self.model, found, [module])[module] for part, found in self.tokens.items()}
+            x = {
+                part: stories.activations(self.model, tokens, [module])[module] for part, tokens in self.tokens.items()
+            }
             ((given, asked),) = readings.factors(
                 self.model, self.tokens["fit"], divergence=ed.KLDivergence(), parameters=[weight], group=GROUP
             ).values()
@@ -107,18 +109,18 @@ class Story:
 
         Sets for which it does so at fewer than ``least`` tokens of "choose" or "test" are left out.
         """
-        found = {}
+        says = {}
         for part, f in self.logits.items():
             p = f[: self.behaving_windows].softmax(-1)
-            found[part] = {name: p[..., members].sum(-1) >= HALF for name, members in self.rules.sets.items()}
-        enough = [name for name in self.rules.sets if all(int(found[part][name].sum()) >= self.least for part in HELD)]
-        return {part: {name: one[name] for name in enough} for part, one in found.items()}
+            says[part] = {name: p[..., members].sum(-1) >= HALF for name, members in self.rules.sets.items()}
+        enough = [name for name in self.rules.sets if all(int(says[part][name].sum()) >= self.least for part in HELD)]
+        return {part: {name: one[name] for name in enough} for part, one in says.items()}
 
     def wanting(self, part: str, parameters: list[str]) -> dict[str, list[Tensor]]:
         """{behaviour: its gradient}: of the mean log mass of its set where the model is about to show it."""
         chosen = [self.model.get_parameter(name) for name in parameters]
         needed = [p.requires_grad for p in chosen]
-        tokens, found = self.tokens[part][: self.behaving_windows], {}
+        tokens, gradients = self.tokens[part][: self.behaving_windows], {}
         try:
             for p in chosen:
                 p.requires_grad_()
@@ -126,23 +128,23 @@ class Story:
                 logp = cast(Any, self.model)(tokens).log_softmax(-1)
                 for name, on in self.behaving[part].items():
                     mass = logp[on][:, self.rules.sets[name]].logsumexp(-1).mean()
-                    found[name] = list(torch.autograd.grad(mass, chosen, retain_graph=True))
+                    gradients[name] = list(torch.autograd.grad(mass, chosen, retain_graph=True))
         finally:
             for p, need in zip(chosen, needed, strict=True):
                 p.requires_grad_(need)
-        return found
+        return gradients
 
     @cached_property
     def gradients(self) -> dict[tuple[str, str], Float[Tensor, "b in*out"]]:
         """Every behaviour's gradient in each weight, as rows of the flattened matrix: {(split, weight): rows}."""
         names = [f"{block}.attn.{name}" for name, block in SITES.items()]
-        found = {}
+        by_behaviour = {}
         for part in self.logits:
             by_name = self.wanting(part, names)
             for i, name in enumerate(SITES):
                 rows = torch.stack([parts[i] for parts in by_name.values()])  # (b, head, in, d_head)
-                found[part, name] = rows.movedim(2, 1).flatten(2).flatten(1)
-        return found
+                by_behaviour[part, name] = rows.movedim(2, 1).flatten(2).flatten(1)
+        return by_behaviour
 
 
 @dataclass
@@ -165,10 +167,10 @@ class Units:
         if way in self.codes:
             return {part: self.codes[way](rows) for part, rows in x.items()}
         rows = normalize(self.readers[way], dim=1)
-        found = {part: y @ rows.T for part, y in x.items()}
+        codes = {part: y @ rows.T for part, y in x.items()}
         if self.signed:
-            return found
-        return {part: resolution.oriented(z, on=found["choose"]) for part, z in found.items()}
+            return codes
+        return {part: resolution.oriented(z, on=codes["choose"]) for part, z in codes.items()}
 
     def changes(self) -> Float[Tensor, "v in*out"]:
         """reader ⊗ writer at unit norm."""
