@@ -9,16 +9,17 @@
 # %% [markdown]
 # # Directions as edits: what does it cost to take one behaviour away?
 #
-# A direction is a change of the weights that one can keep. What is it worth as an edit, beside units of autoencoders,
-# and beside edits that are made from labelled examples?
-#
 # ![What edits cost beside one direction, on four targets.](../figures/edits_targets.png)
 #
+# *Cost of each edit as a multiple of what one direction costs in the same case; left of the line is cheaper. Points are
+# behaviours, ticks means, bars 95% intervals. Blue: directions; orange: autoencoders; green: made from labels; grey:
+# the floor.*
+#
 # **On stories a closed form that is made from ten labelled examples costs about half of what one direction costs, and
-# on residual networks an eighth. For memorised text a small adapter costs least. Among what is found without labels,
-# one direction is cheapest: a folded autoencoder's unit costs twelve times as much on stories and thirty times on
-# residual networks.** So where there are labelled examples, make the edit from them; a direction is the cheaper of what
-# is learned without labels.
+# on residual networks an eighth. For memorised text a small adapter costs least. Of what is learned without labels one
+# direction is the cheaper edit on two targets: an autoencoder's unit, folded into the weight, costs twelve times as
+# much on stories and thirty times on residual networks. On memorised text and the classifier the two are about level.**
+# So where there are labelled examples, make the edit from them.
 #
 # ## Terms
 #
@@ -26,8 +27,7 @@
 #   story by heart, it takes shirts for T-shirts.
 # - An **edit** is a change of the weights (for the rows with *hook*, of what a module gives at run time). Every edit is
 #   scaled until a set part of the behaviour is gone on held-out samples: **success is equal**.
-# - Its **cost** is what changes elsewhere. The picture shows it as a multiple of what one direction costs in the same
-#   case; what is left of the line is cheaper. Points are behaviours, ticks means, bars 95% intervals.
+# - Its **cost** is what changes elsewhere.
 #
 # | target | behaviour | gone | cost |
 # |---|---|---|---|
@@ -161,12 +161,14 @@ for ax in axes[-2:]:
 report.figure("targets", figure)
 
 # %% [markdown]
-# In brackets: in how many cases the edit succeeded.
+# In brackets: in how many cases the edit succeeded. On stories a gradient step from the same examples costs about what
+# one direction does.
 #
 # ## The story model, behaviour by behaviour
 #
 # In nats a token: over all tokens that do not show the behaviour (*damage*), over those of the concept that suffers
-# most (*worst*), and over the same words in other contexts. The weight is `blocks.7.mlp.W_in` (64 × 256).
+# most (*worst*), and over the same words in other contexts (*same_words*). The weight is `blocks.7.mlp.W_in` (64 ×
+# 256).
 
 # %%
 ten = TARGETS["story model"]
@@ -198,7 +200,8 @@ report.table("hook", hooked[["method", "damage", "worst", "cost", "low", "high",
 # %% [markdown]
 # ## How many examples?
 #
-# The same with 1, 10 and 100 labelled examples, over the cases that have all three.
+# The same with 1, 10 and 100 labelled examples, over the cases that have all three. On stories, from a single example,
+# one direction costs a little less than edits made from labels, within the noise; with more examples they overtake it.
 
 # %%
 LINES = {"one direction": "-", "one direction, whitened": "--", "gradient step": ":", "ROME-like": "-",
@@ -243,9 +246,11 @@ pd.concat({name: table for name, (table, _) in counted.items()}).round(5)
 # ## Memorised text
 #
 # A copy of the story model saw eight stories again and again beside ordinary ones, until it said them by heart. Edits
-# of one MLP weight were made from four of them. *left* is what the copy still knows of the other four, which no edit
-# has seen; *verbatim* the share of the four that it still says before its first miss; *loss* the rise of the loss on
-# other stories. The last row is the model before: what it costs to undo everything.
+# of one MLP weight were made from four of them. *unlabelled_left* is what the copy still knows of the other four, which
+# no edit has seen; *verbatim* the share of the four that it still says before its first miss; *loss* the rise of the
+# loss on other stories. The last row is the model before: what it costs to undo everything. One direction takes the
+# other four stories with it and costs as much as a folded unit of an autoencoder; the adapter that costs least leaves
+# more than half of them.
 
 # %%
 copies = memorised.groupby("behaviour").first()
@@ -325,6 +330,8 @@ for key, name, cheap, dear in CLAIMS:
 # %% [markdown]
 # A gradient step and one direction cost about the same on stories, and which is cheaper these cases do not tell: the
 # claim is that they are within a factor of two.
+#
+# Where to go next: `interventions` for moves whose truth is known, `start` for an edit of your own.
 
 # %%
 middle, low, high = summary.ratio(TARGETS["story model"], "gradient step", draws=draws)

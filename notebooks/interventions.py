@@ -9,12 +9,15 @@
 # %% [markdown]
 # # What does a move along a direction do, and which directions share an output?
 #
-# **What comes out: at equal effect a direction disturbs other samples less than a gradient step, a random direction or
-# an added row of an autoencoder; a unit of an autoencoder scaled by its activation comes closest.**
-#
 # ![Selectivity of moves for two models, by method.](../figures/interventions_selectivity.png)
 #
-# *Effect on the samples meant over the effect on all others, every move scaled to the same effect on the first.*
+# *Effect on the samples meant over the effect on all others, every move scaled to the same effect on the first. Points
+# are moves, their number in brackets; bars are medians.*
+#
+# **What comes out: at equal effect a direction disturbs other samples less than a gradient step, a random direction or
+# an added row of an autoencoder. A unit of an autoencoder scaled by its activation is level on one model, and thirty
+# times less selective on the other. A map of cross-curvature shows which directions share an output, but not whether
+# they interact there.**
 #
 # Words: the *owner* of a direction is the feature on which it is strongest; *selectivity* is effect where it is meant
 # over effect elsewhere; effects are changes of the output in its standard deviation over held-out samples. Two models
@@ -135,7 +138,8 @@ report.record(circles_r2=explained)
 # ## How far the local picture holds
 #
 # Each direction's samples are those where its owner is on. Predicted is the mean of $\delta\,\|J u\|$ over them, real
-# the mean change of the output. One line a direction of the first fit, steps in both senses.
+# the mean change of the output. A thin line is a direction of the first fit, stepped in one sense; the thick one is the
+# mean. The prediction holds up to about half a standard deviation.
 
 
 # %%
@@ -294,9 +298,9 @@ report.record(
 # %% [markdown]
 # ## Turning a feature off
 #
-# One scalar for each direction that the feature owns, learned so that its own outputs vanish on samples that have it
-# on alone; and the autoencoder's way, its owned units set to zero. What is left of the feature's own output, and what
-# happened to the samples that do not have it.
+# One scalar for each direction that the feature owns, learned so that its own outputs vanish on samples that have it on
+# alone; and the autoencoder's way, its owned units set to zero. *Left* is what remains of the feature's own output,
+# *elsewhere* what happened to the samples that do not have it.
 
 
 # %%
@@ -438,6 +442,9 @@ report.figure("tuning", figure)
 # there interacts. Feature 8 is alone. Every output has hidden units of its own, in random order, so the truth is known.
 # Directions are learned on sparse data, one fit a seed, and the map, the normalised cross-curvature
 # $\mathrm{E}[u_a^\top H u_b]$, is taken on denser samples in which features meet.
+#
+# In every fit the three pairs stand out from directions that share no output. The control stands out as much: the map
+# shows a shared output, not a product.
 
 # %%
 pairs, control = ((0, 1), (2, 3), (4, 5)), ((6, 7),)
@@ -513,7 +520,9 @@ report.figure("interactions", figure)
 # ## What is claimed
 #
 # A margin is in standard errors over moves or fits. Selectivities are compared by their logarithms, since they span
-# orders of magnitude.
+# orders of magnitude. Not reached: a map that tells a product from a sum.
+#
+# Where to go next: `edits` for moves of trained networks at equal success, with labels or without.
 
 
 # %%
