@@ -54,8 +54,8 @@ def test_one_coefficient_a_draw_rebuilds_three_equal_classes_though_the_hessian_
 
 def test_no_direction_holds_more_than_half_of_three_equal_classes() -> None:
     p = torch.full((3,), 1 / 3, dtype=torch.double)
-    h = softmax_hessian(p)  # J the identity, an isometry on vectors that add up to zero
-    values = torch.linalg.eigvalsh(h)
+    transposed = torch.linalg.qr(torch.randn(7, 3, dtype=torch.double)).Q  # Jᵀ, an isometry
+    values = torch.linalg.eigvalsh(transposed @ softmax_hessian(p) @ transposed.T)
     assert values[-1] / values.sum() == pytest.approx(0.5)
 
 
@@ -68,6 +68,16 @@ def test_the_bound_for_any_code_holds_and_is_attained(size: float) -> None:
         distance = nuclear(h - rebuilt.T @ rebuilt / 50)
         assert distance <= (2 * math.sqrt(epsilon) + epsilon) * total * (1 + 1e-12)
     assert distance == pytest.approx((2 * math.sqrt(epsilon) + epsilon) * total.item())  # the last of the three
+
+
+def test_the_bound_for_any_code_holds_for_sums_over_samples() -> None:
+    total, left, distance = 0.0, 0.0, 0.0
+    for scale in (0.1, 1.0, 3.0):
+        g = scale * torch.randn(50, 6, dtype=torch.double)
+        rebuilt = g * torch.rand(50, 1, dtype=torch.double).sqrt()
+        total, left = total + g.square().sum().item() / 50, left + (g - rebuilt).square().sum().item() / 50
+        distance += nuclear((g.T @ g - rebuilt.T @ rebuilt) / 50)
+    assert distance <= 2 * math.sqrt(left * total) + left
 
 
 def test_the_bound_is_empty_from_three_less_two_roots_of_two() -> None:

@@ -1,5 +1,6 @@
 """The manuscript: it builds, the same bytes each time; what it says in numbers is read; what is missing is named."""
 
+import io
 import json
 import re
 import shutil
@@ -7,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typst
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "paper"
@@ -42,6 +45,21 @@ def test_builds_and_builds_the_same_bytes() -> None:
     assert max(map(int, re.findall(rb"/Count (\d+)", first))) >= 12  # pages
     assert len(first) < 4_000_000
     assert build() == first
+
+
+def test_nothing_is_printed_in_the_margins() -> None:
+    """A table that is longer than its page, or wider than its column of text, would be."""
+    pages = typst.compile(
+        str(PAPER / "main.typ"), root=str(ROOT), ignore_system_fonts=True, format="png", ppi=50.8
+    )  # two pixels a millimetre
+    assert isinstance(pages, list)
+    for number, page in enumerate(pages, 1):
+        ink = np.asarray(Image.open(io.BytesIO(page)).convert("L")) < 200
+        height, width = ink.shape
+        assert not ink[:, :28].any() and not ink[:, -28:].any(), f"page {number}: something is beside the text"
+        below = ink[height - 36 :].copy()
+        below[:, width // 2 - 10 : width // 2 + 10] = False  # the page's number
+        assert not below.any(), f"page {number}: something is below the text"
 
 
 def test_what_is_missing_stops_the_build_and_is_named() -> None:
