@@ -141,14 +141,11 @@ truth = {part: torch.stack(list(known(part).values()), 1) for part in ("choose",
 # A hundred directions of rank 4, low rank in all four axes of the kernels. The network is sure of most images, and a
 # sure image hardly has a gradient against references drawn from its own prediction (`ModelSample`): directions then go
 # to the few that it is unsure of. Another image's output (`OtherSample`, the default) asks a sure image for another
-# class, and every image has its say.
+# class, so every image counts.
 #
-# The settings were chosen on validation images in earlier trials, one fit a setting with seed 100, which are not
-# repeated here: references (model-drawn ones lost a fifth of the classes' precision below; uniform ones did as well as
-# another image's); rank 1 to 8 (less error with rank, 8 a little behind 4 on concepts); 5, 8 or 10 coefficients kept;
-# tied rows (60% unused), 64 directions, learning rates of 1e-2 and 3e-2. What keeps directions in use is a long start,
-# in which BatchTopK comes down to its share over 70% of the steps: with the default 30% a third of them was never used,
-# whatever the auxiliary loss (1/16 to 4).
+# References, rank, the coefficients kept, tied rows and the learning rate were chosen on validation images in earlier
+# trials, one fit a setting, which are not repeated here. What keeps directions in use is a long start (`warmup`), in
+# which BatchTopK comes down to its share over 70% of the steps.
 
 
 # %%
@@ -266,10 +263,9 @@ pd.DataFrame({"ours, as fitted": report.values["fit"]["error"]} | refitted).T[["
 # %% [markdown]
 # ## Sparse autoencoders on the block's output
 #
-# BatchTopK autoencoders of sae-lens on the 32 channels at each of the 14 × 14 positions, with as many units. Two
-# numbers of units on at a position: as many as our directions have coefficients at an image, and two, which resolved
-# concepts best on validation images among 1, 2, 3, 5 and 10, with learning rates from 1e-3 to 3e-2 (seed 100; these
-# trials are not repeated here either).
+# BatchTopK autoencoders of sae-lens on the channels at each position, with as many units. Two numbers of units on at a
+# position: as many as our directions have coefficients at an image, and two, which resolved concepts best on validation
+# images. Numbers and learning rates were chosen in trials that are not repeated here either.
 
 # %%
 with torch.no_grad():

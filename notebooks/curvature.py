@@ -14,9 +14,8 @@
 # *The share of the trace of the Hessian in the span of a sample's gradients, by how many references they are taken
 # against. Fixed references stop where they start.*
 #
-# **What comes out: against enough drawn references, all of it; against one fixed reference often less than a third, on
-# a classifier with five classes. Gradients against references drawn from the model have the Hessian as their second
-# moment.**
+# **What comes out: against enough drawn references, all of it; against one fixed reference, on a classifier of five
+# classes, at best a half. Gradients against references drawn from the model have the Hessian as their second moment.**
 #
 # Words: a *sample* is one output vector $f$; a *reference* is what it is compared with; the *cotangent* $c$ is the
 # derivative of the divergence in the output, the *gradient* $g = J^\top c$; the *Hessian* $H(x)$ is that of the

@@ -93,7 +93,7 @@ report.figure("network", figure)
 #
 # What came out, with the identity as embedding:
 #
-# - All features own a direction in 50 of 60 fits, fewer than hoped for. Those that own none are the ones that the
+# - All features own a direction in 50 of 60 fits, fewer than hoped for. Those that own none are among those that the
 #   network itself computes least.
 # - Directions fitted to one layer find the features too, but only that layer's third of the computation.
 # - A step along its whole direction takes a feature's computation away, and 1.4 to 1.9% changes elsewhere: more than
@@ -109,9 +109,9 @@ report.figure("network", figure)
 # without biases, $W_E$ frozen: those of stochastic parameter decomposition (SPD), with 100 features and 50 or 2 × 25
 # neurons, or 102 and 3 × 17. A feature is on with probability 1%, and then uniform in [−1, 1]. SPD's $W_E$ has random
 # rows in 1,000 dimensions; here they have 200. What such networks learn is disputed, since $W_E W_E^\top$ is not the
-# identity and the layers undo some of that. With $W_E$ the identity nothing is to be undone: that is the case in
-# which the truth is clear, and the other is reported beside it. The share of ReLU(x)'s squared size that a network
-# misses is about a half, since neurons are shared.
+# identity and the layers undo some of that. With $W_E$ the identity nothing is to be undone: that is the case in which
+# the truth is clear, and the other is reported beside it. The share of ReLU(x)'s squared size that a network misses is
+# about a half, since neurons are shared.
 #
 # A fit has one and a half directions a feature, of rank one in every matrix; two coefficients a sample are kept; the
 # reference is the mean output.

@@ -548,7 +548,7 @@ report.record(front_door={"error": door.reconstruction_error(few), "difference":
 # %% [markdown]
 # ## What agrees with the small model, and what does not
 #
-# Of the six expectations the fourth holds, and the first at $W_V$. On the MLP's inputs autoencoders as they are lead on
+# Of the six expectations the fourth holds, and the first at $W_V$. At the MLP's gate autoencoders as they are lead on
 # what stands in the text. The second does not hold: autoencoders read by rows are ahead everywhere. k-means of inputs
 # is not level but ahead (3, 5), and random training inputs are level with directions or, at the gate, ahead (6). As in
 # the small model gradients add least to naming. Here they add nothing over clusters to behaviours either. The claims:

@@ -9,7 +9,7 @@
 # %% [markdown]
 # # Start here: a model of your own, in ten minutes
 #
-# ![Left: error against the number of directions. Right: "named" that is left, against the change elsewhere.](../figures/start_summary.png)
+# ![Error by number of directions; what an edit takes away and changes.](../figures/start_summary.png)
 #
 # *Left: the share of new gradients that is not rebuilt, beside principal components and random directions. Right: as
 # one direction is moved further, the model says "named" less often and little else changes.*
@@ -285,7 +285,7 @@ except ValueError as error:
 # | error above PCA's | too few steps, or too high a rate | twice the steps; a third of `learning_rate` |
 # | dead directions | more than the data has things | fewer directions; a lower rate |
 # | twins | one thing was split | fewer directions, or one name for the pair |
-# | on at more than a tenth of all samples | too many kept; samples sum over positions | `BatchTopK(2 / n)`; `samples="uses"` |
+# | on at over a tenth of samples | too many kept; samples sum over positions | `BatchTopK(2 / n)`; `samples="uses"` |
 # | all are of a story's beginning | inputs that begin alike | inputs from everywhere (`at_start=0`) |
 # | impact and reader differ | the model's certainty leaks | read by `study.readings.read` |
 # | contexts have nothing in common | another weight does it | `*.W_in`, `*.W_V`, later blocks; `ed.Mean()` |

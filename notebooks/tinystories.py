@@ -477,7 +477,8 @@ report.figure("shares", figure)
 # Averaged are the falls of five heads, each ablated alone: the *own five* hold most of the behaviour's gradient, the
 # *general five* most of all behaviours' together, and *any five* stands for the mean over all heads. If the gradient
 # knows *which* heads, its own five cost more than the general five. *Rank correlation* is that of gradient and fall
-# over heads; *specific* divides the gradient by the mean over behaviours first.
+# over heads; *specific* divides the gradient by the mean over behaviours first. The picture has the 24 heads in which
+# some behaviour's share stands out most, each row as a share of its largest value over all heads.
 
 # %%
 energy = story_heads.energy(story, "test")  # (behaviours, blocks · heads), shares
