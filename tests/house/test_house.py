@@ -26,8 +26,8 @@ EVENING = {
     "divergence", "reference", "sparsity", "directions", "target", "gradients", "objective", "settings", "batches",
     "fit", "storage", "curvature", "decomposition", "direct",
 }  # fmt: skip
-LINES = 2200  # of the evening's reading with the door, at most
-WHOLE = 13_400  # of the whole package; lower it when lines have gone, raise it never
+LINES = 2130  # of the evening's reading with the door, at most; lower both when lines have gone, raise them never
+WHOLE = 13_220  # of the whole package
 
 
 def modules() -> dict[str, ast.Module]:
