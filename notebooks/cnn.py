@@ -78,6 +78,7 @@ from rooms.fashion import patches as cnn_patches
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="IProgress not found")
+pd.set_option("display.max_rows", 200)
 plots.style()
 
 # %%
@@ -121,7 +122,7 @@ report.record(
         "parameters": sum(p.numel() for p in tail.block2.parameters()),
     }
 )
-pd.Series(report.values["network"])
+pd.Series(report.values["network"], dtype=object)  # parameters are counted, the others are shares
 
 # %% [markdown]
 # Concepts: the ten classes, and 24 more that are computed from image or label (`fashion_concepts`).
@@ -258,7 +259,8 @@ report.record(
     refitted_error={method: spread["mean"] for method, spread in refitted.items()},
     refitted_error_spread=refitted,
 )
-pd.DataFrame({"ours, as fitted": report.values["fit"]["error"]} | refitted).T[["mean", "sd"]].astype(float).round(4)
+left_over = pd.DataFrame({"ours, as fitted": report.values["fit"]["error"]} | refitted).T[["mean", "sd"]]
+left_over.rename(plots.called).astype(float).round(4)
 
 # %% [markdown]
 # ## Sparse autoencoders on the block's output
@@ -451,7 +453,7 @@ plainly = mean[[not reading.startswith(LEAKS) for _, reading in mean.index]]  # 
 honest = {str(method): str(table["all"].droplevel(0).idxmax()) for method, table in plainly.groupby(level=0)}
 report.record(chosen=chosen, without_prediction=honest)
 report.table("validation", validation)
-mean.round(3)
+mean.rename(plots.called).round(3)
 
 # %% [markdown]
 # Readings that are not told the prediction come first: of every method the best of them on validation images. A score
@@ -482,7 +484,7 @@ report.record(
     told_gap={m: {"mean": gaps[m].mean(), "error": gaps[m].sem()} if len(gaps) > 1 else {} for m in honest},
 )
 summary = {"classes": plain_scores[:10], "others": plain_scores[10:], "telling": plain_scores.iloc[telling]}
-pd.DataFrame({name: part.mean() for name, part in summary.items()}).sort_values("others").round(3)
+pd.DataFrame({name: part.mean() for name, part in summary.items()}).rename(plots.called).sort_values("others").round(3)
 
 # %% [markdown]
 # ## Pairs of concepts
@@ -521,7 +523,7 @@ report.record(
                   if len(part) > 1 else {}} for name, part in among.items()},
     pairs_base_rate=pair_truth["test"].double().mean(),
 )  # fmt: skip
-pd.DataFrame({name: part.mean() for name, part in among.items()}).sort_values("all").round(3)
+pd.DataFrame({name: part.mean() for name, part in among.items()}).rename(plots.called).sort_values("all").round(3)
 
 # %% [markdown]
 # What follows takes of every method the best reading of all, told the prediction or not; ours as well.
@@ -558,13 +560,13 @@ report.record(
 # %%
 headline = test[[chosen[method] == reading for method, reading in zip(test["method"], test["reading"], strict=True)]]
 by_method = headline.groupby(["method", "reading"])[["classes", "further", "all", "entropy"]].agg(["mean", "std"])
-by_method.sort_values(("all", "mean"), ascending=False).round(3)
+by_method.rename(plots.called).sort_values(("all", "mean"), ascending=False).round(3)
 
 # %% [markdown]
 # All readings, chosen or not:
 
 # %%
-test.groupby(["method", "reading"])[columns].mean().round(3)
+test.groupby(["method", "reading"])[columns].mean().rename(plots.called).round(3)
 
 # %% [markdown]
 # Concept by concept, the chosen reading, told the prediction or not, mean over seeds:
@@ -579,7 +581,7 @@ def by_concept(method: str) -> list[float]:
 compared = ["ours", *(f"SAE, {k} on" for k in sae_kept), "logits"]
 each = pd.DataFrame({method: by_concept(method) for method in compared}, names)
 report.record(by_concept=each.to_dict())
-report.table("concepts", each.reset_index(names="concept")).round(3)
+report.table("concepts", each.reset_index(names="concept")).rename(columns=plots.called).round(3)
 
 # %% [markdown]
 # ## What would change a prediction, in few directions
@@ -609,7 +611,7 @@ shares = pd.DataFrame([
 by_rows = report.table("behaviours", shares.groupby(["method", "rows", "seed"])["held"].mean().reset_index())
 report.record(behaviours={m: {k: results.spread(part["held"].tolist()) for k, part in whole.groupby("rows")}
                           for m, whole in by_rows.groupby("method")})  # fmt: skip
-by_rows.pivot_table(index="method", columns="rows", values="held").round(3)
+by_rows.pivot_table(index="method", columns="rows", values="held").rename(plots.called).round(3)
 
 # %% [markdown]
 # ## How much of the curvature they hold
@@ -631,7 +633,7 @@ of_trace = pd.DataFrame([
 report.table("curvature", of_trace)
 report.record(share_of_trace={m: {k: results.spread(part["held"].tolist()) for k, part in whole.groupby("rows")}
                               for m, whole in of_trace.groupby("method")})  # fmt: skip
-of_trace.pivot_table(index="method", columns="rows", values="held").sort_values(kept).round(3)
+of_trace.pivot_table(index="method", columns="rows", values="held").rename(plots.called).sort_values(kept).round(3)
 
 # %% [markdown]
 # ## What units do when they are pushed
@@ -785,7 +787,7 @@ report.record(
     }
 )
 over_seeds = medians.groupby(level=0).agg(["mean", "std"]).sort_values(("others", "mean"), ascending=False)
-over_seeds.drop(columns=[("reached", "std"), ("confidence", "std")]).round(2)
+over_seeds.drop(columns=[("reached", "std"), ("confidence", "std")]).rename(plots.called).round(2)
 
 # %% [markdown]
 # ## Some directions
@@ -906,33 +908,32 @@ report.figure("pushes", figure)
 # %% [markdown]
 # ## All in one figure
 #
-# Blue are directions, orange autoencoders, green and grey the floors of the directions, yellow those of autoencoders,
-# black the logits. Points are means over seeds, lines reach from the least to the largest; open points have 300 units,
-# and one seed. For selectivity, points are medians over units and lines hold the middle half of them.
+# Blue are directions, orange autoencoders, light blue clusters of gradients, pink clusters of images, yellow single
+# gradients and training images, green principal components of gradients, grey random rows, brown the channels, black
+# the logits. Points are means over seeds, lines reach from the least to the largest; open points have 300 units, and
+# one seed. For selectivity, points are medians over units and lines hold the middle half of them.
 
 # %%
 order = [*compared[:-1], "ours, drawn reference", "SAE of images", "k-means of gradients", "k-means of images",
          "single gradients", "training images", "PCA", "random", "random readers", "channels", "PCA of channels",
          "logits"]  # fmt: skip
 tint = {method: plots.SAE for method in order} | {
-    "ours": plots.OURS, "PCA": plots.PCA, "random": plots.RANDOM, "channels": plots.COLORS[4],
-    "PCA of channels": plots.COLORS[4], "logits": "black", "random readers": plots.RANDOM,
-    "k-means of gradients": plots.COLORS[5], "k-means of images": plots.COLORS[3],
-    "single gradients": plots.COLORS[6], "training images": plots.COLORS[6], **dict.fromkeys(others, plots.OURS),
+    "ours": plots.OURS, "PCA": plots.PCA, "random": plots.RANDOM, "channels": plots.UNITS,
+    "PCA of channels": plots.UNITS, "logits": plots.TRUTH, "random readers": plots.RANDOM,
+    "k-means of gradients": plots.CLUSTERS_OF_GRADIENTS, "k-means of images": plots.CLUSTERS_OF_INPUTS,
+    "single gradients": plots.SAMPLES, "training images": plots.SAMPLES, **dict.fromkeys(others, plots.OURS),
 }  # fmt: skip
 kinds = pushes["method"].unique().tolist()
 
 
 # %%
-
-
 def resolution_panel(ax, column: str, label: str) -> None:
     for position, method in enumerate(order):
         values = headline[headline["method"] == method][column]
         ax.plot([values.min(), values.max()], [position] * 2, color=tint[method], lw=2)
-        ax.plot(values.mean(), position, "o", color=tint[method], ms=5)
+        plots.dot(ax, values.mean(), position, tint[method])
         for value in headline[headline["method"] == f"{method}, larger"][column]:
-            ax.plot(value, position, "o", color=tint[method], mfc="white", ms=5)
+            plots.dot(ax, value, position, tint[method], larger=True)
     ax.set(yticks=range(len(order)), yticklabels=[], ylim=(len(order) - 0.5, -0.5), xlabel=label)
     ax.margins(x=0.12)
 
@@ -943,9 +944,9 @@ def selectivity_panel(ax) -> None:
         for name, marker, shift in (("others", "o", -0.18), ("quiet", "s", 0.18)):
             low, median, high = part[name].quantile([0.25, 0.5, 0.75])
             ax.plot([low, high], [position + shift] * 2, color=color, lw=1.5)
-            ax.plot(median, position + shift, marker, color=color, ms=3.5, mfc="white" if name == "quiet" else color)
-    ax.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(len(kinds) - 0.5, -0.5), xscale="log")
-    ax.set_xlabel("effect on own images over effect on\nother classes (filled), least read half (open)")
+            plots.dot(ax, median, position + shift, color, marker=marker, size=3.5)
+    ax.set(yticks=range(len(kinds)), yticklabels=map(plots.called, kinds), ylim=(len(kinds) - 0.5, -0.5), xscale="log")
+    ax.set_xlabel("effect on own images over effect on\nother classes (dots), least read half (squares)")
 
 
 # %%
@@ -953,7 +954,8 @@ figure, axes = plots.panels(1, 4, height=3.4, gridspec_kw={"width_ratios": [1, 1
 resolution_panel(axes[0], "classes", "precision,\nten classes")
 resolution_panel(axes[1], "further", "precision, 24\nfurther concepts")
 resolution_panel(axes[2], "entropy", "label entropy,\ntop 20 (nats)")
-axes[0].set_yticklabels(order)
+axes[0].set_yticklabels(map(plots.called, order))
+plots.name_dots(figure, f"{n_directions} units", f"{more} units", loc="outside upper left")
 selectivity_panel(axes[3])
 for ax in axes:
     ax.grid(axis="x", lw=0.4)

@@ -248,8 +248,8 @@ selectivity["selectivity"] = selectivity["selectivity"].clip(upper=CAP)
 pd.DataFrame(selectivity.groupby(["model", "method"])["selectivity"].describe()).round(2)
 
 # %%
-METHODS = {"direction": plots.OURS, "encoder row": plots.COLORS[5], "gradient": plots.PCA, "random": plots.RANDOM,
-           "SAE, add": plots.SAE, "SAE, scale": plots.COLORS[4]}  # fmt: skip
+METHODS = {"direction": plots.OURS, "encoder row": plots.OURS, "gradient": plots.LABELLED, "random": plots.RANDOM,
+           "SAE, add": plots.SAE, "SAE, scale": plots.SAE}  # fmt: skip
 
 
 def strips(ax, rows: pd.DataFrame, key: str, value: str, colors: dict[str, str]) -> list[str]:
@@ -421,8 +421,7 @@ pd.DataFrame(tuning.groupby("key")[["numbers", "error left", "damage"]].mean()).
 # %%
 report.record(tuning=summary(tuning, ["numbers", "error left", "damage"]))
 figure, axes = plots.panels(1, 2, height=1.9)
-WAYS = {"own directions": plots.OURS, "embedding only": plots.COLORS[5], "LoRA, rank 1": plots.PCA,
-        "all weights": plots.SAE}  # fmt: skip
+WAYS = {"own directions": plots.OURS} | dict.fromkeys(("embedding only", "LoRA, rank 1", "all weights"), plots.LABELLED)
 for ax, case in zip(axes, cases, strict=True):
     rows = tuning.query("model == @case.name")
     here = strips(ax, rows, "way", "damage", WAYS)  # bars are medians, as the numbers recorded for the paper
@@ -496,20 +495,20 @@ figure, (left, center, right) = plots.panels(1, 3, height=2.2)
 shown = matrix[order][:, order].clone()
 plots.heat(left, shown.fill_diagonal_(0), signed=True, rows=names, columns=names, limit=0.5, label=" ")
 used = maps.together(d, dense_x)[order][:, order]
-plots.heat(center, used, signed=False, rows=names, columns=names, limit=0.5, label=" ")
+plots.heat(center, used, signed=False, rows=names, columns=names, limit=1.0, label=" ")
 spot = {int(v): torch.tensor(2 * torch.pi * i / len(order)) for i, v in enumerate(order)}
 for a in spot:
     for b in spot:
         size = abs(float(matrix[a, b]))
         if a < b and size > 0.1:
             ends = torch.stack([spot[a], spot[b]])
-            both_owners = {int(owner[a]), int(owner[b])}
-            tint = plots.OURS if both_owners in [set(p) for p in pairs] else plots.COLORS[1]
+            both_owners = tuple(sorted((int(owner[a]), int(owner[b]))))
+            tint = plots.OURS if both_owners in pairs else plots.TRUTH if both_owners in control else plots.RANDOM
             right.plot(ends.cos(), ends.sin(), color=tint, lw=10 * size, zorder=1, solid_capstyle="round")
 for v, place in spot.items():
     plots.node(right, float(place.cos()), float(place.sin()), "white", 13, str(int(owner[v])))
 right.set(aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
-right.set_title("|cross-curvature| > 0.1\nblue: a product, orange: none")
+right.set_title("|cross-curvature| > 0.1\nblue: product, black: sum, grey: neither")
 right.axis("off")
 left.set_ylabel("direction of feature")
 left.set_title("cross-curvature (diagonal left out)")
@@ -549,7 +548,7 @@ for case in cases:
     claim_difference(f"{case.name}, damage", f"{case.name}: own directions do less damage than LoRA of rank one",
                      torch.tensor(lora.tolist()), torch.tensor(mine.tolist()))  # fmt: skip
 rate = study.rates.told(int(separated.sum()), len(separated))
-report.claim("pairs", "pairs with a product stand out of all that has none, in more than half of the fits",
+report.claim("pairs", "pairs with a product stand out of pairs that share no output, in more than half of the fits",
              rate["rate"], ">", 0.5, rate["error"], f"{len(separated)} fits")  # fmt: skip
 report.verdicts()
 

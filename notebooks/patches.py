@@ -290,7 +290,7 @@ for size, seed in fits:
         ]  # fmt: skip
 each = report.table("concepts", pd.DataFrame(rows))
 report.record(chosen={f"{method}, {size}": chosen[method, size, seeds[0]][0] for method, size, _ in chosen})
-each.pivot_table(index="method", columns=["size", "kind"], values=["test", "four on"]).round(3)
+each.pivot_table(index="method", columns=["size", "kind"], values=["test", "four on"]).rename(plots.called).round(3)
 
 # %% [markdown]
 # ## Concepts that tell methods apart
@@ -355,7 +355,8 @@ report.record(
     },
     gaps=gaps,
 )  # fmt: skip
-resolution.pivot_table(index="method", columns=["size", "family"], values="test").loc[methods].round(3)
+by_family = resolution.pivot_table(index="method", columns=["size", "family"], values="test").loc[methods]
+by_family.rename(plots.called).round(3)
 
 # %% [markdown]
 # ## Purity
@@ -378,7 +379,7 @@ report.record(
     purity={size: {method: {m: results.spread(part[m].tolist()) for m in ("one concept", "label entropy")}
                    for method, part in whole.groupby("method")} for size, whole in pure.groupby("size")}
 )  # fmt: skip
-pure.groupby(["size", "method"])[["one concept", "label entropy"]].mean().round(3)
+pure.groupby(["size", "method"])[["one concept", "label entropy"]].mean().rename(plots.called).round(3)
 
 # %% [markdown]
 # ## Images: classes and the usual concepts
@@ -432,7 +433,7 @@ report.record(
     images={size: {method: {m: results.spread(part[m].tolist()) for m in ("classes", "further")}
                    for method, part in whole.groupby("method")} for size, whole in per_image.groupby("size")}
 )  # fmt: skip
-per_image.groupby(["size", "method"])[["classes", "further"]].mean().round(3)
+per_image.groupby(["size", "method"])[["classes", "further"]].mean().rename(plots.called).round(3)
 
 # %% [markdown]
 # ## What would change a prediction, in few directions
@@ -495,7 +496,7 @@ report.record(
     behaviours={size: {method: {count: results.spread(mean_held[size, method, count].tolist()) for count in counts}
                        for method in dictionary[sizes[0], seeds[0]]} for size in sizes}
 )  # fmt: skip
-mean_held.groupby(level=[0, 1, 2]).mean().unstack([0, 2]).round(3)
+mean_held.groupby(level=[0, 1, 2]).mean().unstack([0, 2]).rename(plots.called).round(3)
 
 # %% [markdown]
 # ## What a step of equal size does
@@ -520,46 +521,45 @@ report.record(
     steps={method: {m: results.spread(part[m].tolist()) for m in ("change", "most")}
            for method, part in by_seed.groupby(level=0)}
 )  # fmt: skip
-by_seed.groupby(level=0).mean().round(3)
+by_seed.groupby(level=0).mean().rename(plots.called).round(3)
 
 # %% [markdown]
 # ## All in one figure
 #
-# Open dots are of 100 units, filled ones of 300; bars are the range over seeds.
+# Filled dots are of 100 units, open ones of 300; bars are the range over seeds. Blue are directions, light blue
+# clusters of gradients, pink clusters of patches, yellow training patches and single gradients, orange autoencoders,
+# green principal components, grey random rows.
 
 # %%
-tint = {"ours": plots.OURS, "SAE": plots.SAE, "PCA": plots.PCA, "random": plots.RANDOM, "k-means": plots.COLORS[3],
-        "k-means of gradients": plots.COLORS[5], "training patches": plots.COLORS[4],
-        "single gradients": plots.COLORS[4]}  # fmt: skip
+tint = {"ours": plots.OURS, "SAE": plots.SAE, "PCA": plots.PCA, "random": plots.RANDOM,
+        "k-means": plots.CLUSTERS_OF_INPUTS, "k-means of gradients": plots.CLUSTERS_OF_GRADIENTS,
+        "training patches": plots.SAMPLES, "single gradients": plots.SAMPLES}  # fmt: skip
 titles = {"part or pattern": "parts and patterns", "decision": "decisions",
           "ahead of random": "ahead of random readers", "telling": "ahead of both floors"}  # fmt: skip
 figure, axes = plots.panels(1, 4, height=1.9, sharey=True)
 for ax, (family, title) in zip(axes, titles.items(), strict=True):
-    for size, fill in zip(sizes, ("white", None), strict=False):
+    for size in sizes:
         part = resolution[(resolution["size"] == size) & (resolution["family"] == family)]
         for position, method in enumerate(methods):
             value, color = part[part["method"] == method]["test"], tint[method]
             if len(value):
                 ax.plot([value.min(), value.max()], [position] * 2, color=color, lw=2)
-                ax.plot(value.mean(), position, "o", color=color, ms=5, mfc=fill or color)
+                plots.dot(ax, value.mean(), position, color, larger=size > sizes[0])
     ax.set(title=title, xlabel="average precision", ylim=(len(methods) - 0.5, -0.5))
     ax.grid(axis="x", lw=0.4)
-axes[0].set(yticks=range(len(methods)), yticklabels=methods)
+axes[0].set(yticks=range(len(methods)), yticklabels=map(plots.called, methods))
+plots.name_dots(figure, f"{sizes[0]} units", f"{sizes[-1]} units")
 report.figure("resolution", figure)
 
 # %%
 figure, axes = plots.panels(1, len(sizes), height=2.7, width=plots.PAGE, sharey=False)
 for ax, size in zip(axes, sizes, strict=True):
-    ends = []
+    ends = {}
     for method in dictionary[size, seeds[0]]:
         line = [mean_held[size, method, count].mean() for count in counts]
         ax.plot(counts, line, "o-", color=tint[method], ms=3, lw=1.2)
-        ends.append((line[-1], method))
-    gap, last = 0.085 * max(ends)[0], -1.0
-    for value, method in sorted(ends):
-        last = max(value, last + gap)
-        ax.annotate(method, (counts[-1], last), xytext=(4, 0), textcoords="offset points", va="center", size=6.5,
-                    color=tint[method], annotation_clip=False)  # fmt: skip
+        ends[plots.called(method)] = line[-1], tint[method]
+    plots.name_ends(ax, counts[-1], ends, gap=0.085 * max(end for end, _ in ends.values()))
     ax.set(title=f"{size} rows to choose from", xlabel="rows used", xscale="log", xticks=counts, xticklabels=counts)
 axes[0].set_ylabel("share of the gradient held")
 report.figure("behaviours", figure)

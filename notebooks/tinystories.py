@@ -227,15 +227,15 @@ winners.round(3)
 # %%
 order = ["ridge probe", "k-means of inputs", "k-means of gradients", "directions", "SAE, decoder rows",
          "SAE, before its threshold", "SAE, code", "training inputs", "tokens", "random rows", "PCA"]  # fmt: skip
-tint = {"directions": plots.OURS, "k-means of inputs": plots.COLORS[3], "k-means of gradients": plots.COLORS[4],
-        "PCA": plots.PCA, "PCA of gradients": plots.PCA, "random rows": plots.RANDOM, "ridge probe": plots.TRUTH,
-        "training inputs": plots.COLORS[5], "single gradients": plots.COLORS[5], "tokens": plots.RANDOM,
-        "own singular directions": plots.TRUTH} | {name: plots.SAE for name in order if "SAE" in name}  # fmt: skip
-tint["SAE"] = plots.SAE
+tint = {"directions": plots.OURS, "SAE": plots.SAE, "k-means of inputs": plots.CLUSTERS_OF_INPUTS,
+        "k-means of gradients": plots.CLUSTERS_OF_GRADIENTS, "training inputs": plots.SAMPLES,
+        "single gradients": plots.SAMPLES, "PCA": plots.PCA, "PCA of gradients": plots.PCA, "tokens": plots.UNITS,
+        "random rows": plots.RANDOM, "ridge probe": plots.TRUTH}  # fmt: skip
+tint |= {name: plots.SAE for name in order if "SAE" in name}
 called = {"random rows": "random readers", "tokens": "one unit a token", "training inputs": "random training inputs",
           "ridge probe": "ridge probe (supervised)"}  # fmt: skip
+
 # %%
-fills = dict(zip(sizes, ("white", None), strict=False))
 figure, axes = plots.panels(1, 4, height=2.6, sharey=True)
 for ax, (weight, family) in zip(axes, [(w, f) for w in weights for f in families], strict=True):
     for position, method in enumerate(order):
@@ -243,7 +243,7 @@ for ax, (weight, family) in zip(axes, [(w, f) for w in weights for f in families
             if (weight, size, family, method) in means.groups:
                 found = means.get_group((weight, size, family, method))
                 ax.plot([found.min(), found.max()], [position] * 2, color=tint[method], lw=1.5)
-                ax.plot(found.mean(), position, "o", color=tint[method], ms=4.5, mfc=fills.get(size) or tint[method])
+                plots.dot(ax, found.mean(), position, tint[method], larger=size > sizes[0], size=4.5)
     best = max(means.mean().loc[weight, sizes[-1], family]["directions"], 0)
     ax.axvline(best, color=plots.OURS, lw=0.6, zorder=0)
     ax.set(title=f"{weight}, {family}", xlabel="average precision", ylim=(len(order) - 0.5, -0.5), xlim=(0.1, 0.95))
@@ -251,10 +251,7 @@ for ax, (weight, family) in zip(axes, [(w, f) for w in weights for f in families
 axes[0].set(yticks=range(len(order)), yticklabels=[called.get(name, name) for name in order])
 for label, name in zip(axes[0].get_yticklabels(), order, strict=True):
     label.set_color(tint[name])
-sizes_at = {size: means.get_group((weights[0], size, "context", "directions")).mean() for size in sizes}
-for size, x in sizes_at.items():
-    axes[0].annotate(str(size), (x, order.index("directions")), (0, 5), textcoords="offset points", size=6, ha="center",
-                     color=plots.OURS)  # fmt: skip
+plots.name_dots(figure, *(f"{size} units" for size in sizes))
 report.figure("concepts", figure)
 
 # %% [markdown]
@@ -361,23 +358,17 @@ held_gaps.round(3)
 lines = ["directions", "k-means of gradients", "k-means of inputs", "SAE", "single gradients", "PCA of gradients",
          "random rows"]  # fmt: skip
 told = {"SAE": "SAE rows", "random rows": "random rank one", "single gradients": "random single gradients"}
-figure, axes = plots.panels(1, 2 * len(sizes), height=2.5, sharey=True)
+figure, axes = plots.panels(1, len(weights) * len(sizes), height=2.7, sharey=True)
 for ax, (weight, size) in zip(axes, [(w, s) for w in weights for s in sizes], strict=True):
-    ends = []
     for method in lines:
         found = [held.get_group((weight, size, method, n)) for n in counts]
-        ax.plot(counts, [y.mean() for y in found], "o-", color=tint[method], ms=3, lw=1.2)
+        ax.plot(counts, [y.mean() for y in found], "o-", color=tint[method], ms=3, lw=1.2,
+                label=told.get(method, method))  # fmt: skip
         for n, y in zip(counts, found, strict=True):
             ax.plot([n, n], [y.min(), y.max()], color=tint[method], lw=2.5, alpha=0.5)
-        ends.append((found[-1].mean(), method))
-    ax.set(title=f"{weight}, of {size} rows", xscale="log", xticks=counts, xticklabels=counts,
-           xlabel="rows used")  # fmt: skip
+    ax.set(title=f"{weight}, of {size} rows", xscale="log", xticks=counts, xticklabels=counts, xlabel="rows used")
     ax.minorticks_off()
-    last = -1.0
-    for value, method in sorted(ends) if ax is axes[-1] else ():
-        last = max(value, last + 0.022)
-        ax.annotate(told.get(method, method), (counts[-1], last), xytext=(5, 0), textcoords="offset points",
-                    va="center", size=6.5, color=tint[method], annotation_clip=False)  # fmt: skip
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
 axes[0].set(ylabel="share of a behaviour's gradient", ylim=(0, None))
 report.figure("behaviours", figure)
 
@@ -450,22 +441,26 @@ report.table("shares", share_of.reset_index())
 pd.DataFrame(halves).round(0)
 
 # %%
-figure, axes = plots.panels(1, len(fresh_sizes), height=2.5, sharey=True)
+width = plots.COLUMN if len(fresh_sizes) == 1 else plots.PAGE
+figure, axes = plots.panels(1, len(fresh_sizes), width=width, height=2.5, sharey=True)
 for ax, size in zip(axes, fresh_sizes, strict=True):
-    ends = []
+    ends = {}
     for method in [name for name in lines if name in halves[size]]:
         line = share_of[size, method]
         ax.plot(line.index, line, "o-", color=tint[method], ms=2.5, lw=1.2)
-        ends.append((line.iloc[-1], method))
+        ends[told.get(method, method)] = line.iloc[-1], tint[method]
     ax.axhline(0.5, color="black", lw=0.6, ls=":")
     ticks = [n for n in (1, 5, 20, 100, 300, 1000) if n <= size]
-    ax.set(title=f"{size} rows", xscale="log", xticks=ticks, xticklabels=ticks, xlabel="rows used", ylim=(0, 1))
+    ax.set(
+        title=f"{live_weight}, of {size:,} rows",
+        xscale="log",
+        xticks=ticks,
+        xticklabels=ticks,
+        xlabel="rows used",
+        ylim=(0, 1),
+    )
     ax.minorticks_off()
-    last = -1.0
-    for value, method in sorted(ends) if ax is axes[-1] else ():
-        last = max(value, last + 0.065)
-        ax.annotate(told.get(method, method), (size, last), xytext=(5, 0), textcoords="offset points", va="center",
-                    size=6.5, color=tint[method], annotation_clip=False)  # fmt: skip
+    plots.name_ends(ax, size, ends, gap=0.065)
 axes[0].set_ylabel("share of a behaviour's gradient")
 report.figure("shares", figure)
 
@@ -512,9 +507,11 @@ for ax, values, title in zip(axes, (energy, drop.clamp_min(0)), titles, strict=T
     scale = values[:, picked] / values.amax(1, keepdim=True).clamp_min(1e-9)
     rows_told = [labels[b] for b in order_b.tolist()] if ax is axes[0] else []
     columns = [f"{int(h) // 16}.{int(h) % 16}" for h in picked]
-    plots.heat(ax, scale[order_b], signed=False, rows=rows_told, columns=columns, label="of its largest")
+    plots.heat(ax, scale[order_b], signed=False, rows=rows_told, columns=columns)
     ax.set(title=title, xlabel="block.head")
     ax.tick_params(labelsize=5.5)
+axes[0].set_ylabel("behaviours, from those in early heads to those in late ones")
+figure.colorbar(axes[1].collections[0], ax=axes, label="as a share of the row's largest", shrink=0.6)
 report.figure("ablation", figure)
 
 # %% [markdown]

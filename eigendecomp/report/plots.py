@@ -1,6 +1,8 @@
 """One style for every figure, and the few drawings that several notebooks share."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -10,11 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 # Okabe and Ito's palette, which the common kinds of colour blindness keep apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+# One meaning a colour, in all notebooks. "Truth" is whatever a method cannot pass: the network's own, or a probe's.
 OURS, SAE, PCA, RANDOM, TRUTH = COLORS[0], COLORS[1], COLORS[2], "#8C8C8C", "#000000"
+CLUSTERS_OF_INPUTS, CLUSTERS_OF_GRADIENTS = COLORS[3], COLORS[5]
+SAMPLES = COLORS[4]  # single gradients and training inputs, drawn at random
+UNITS = "#7F5539"  # the network's own: channels, neurons, heads
+LABELLED = "#5E3C99"  # made from labels: steps along gradients, LoRA, ROME
+PEER = "#882255"  # another method of parameter decomposition
 SIGNED, MAGNITUDE = "RdBu_r", "viridis"
 POSITIVE, NEGATIVE = "#B2182B", "#2166AC"  # of signs, as in SIGNED
 COLUMN, PAGE = 3.35, 6.9  # widths in inches: one column of the paper, both
@@ -136,10 +145,36 @@ def node(ax: Axes, x: float, y: float, fill, size: float, text: str) -> None:
     ax.text(x, y, text, ha="center", va="center", size=7, color="black" if light else "white", zorder=4)
 
 
+def called(name: Any) -> Any:
+    """A method's name as it is shown: records say "ours" where figures and tables say "directions"."""
+    return re.sub(r"\bours\b", "directions", name) if isinstance(name, str) else name
+
+
+def dot(ax: Axes, x: float, y: float, color: str, *, larger: bool = False, marker: str = "o", size: float = 5) -> None:
+    """A point of a fit: filled, or open where it stands for the larger of two sizes."""
+    ax.plot(x, y, marker, color=color, ms=size, mfc="white" if larger else color)
+
+
+def name_dots(figure: Figure, filled: str, opened: str, **options) -> None:
+    """A small legend above a figure's right corner, of what filled and open dots are."""
+    fills = {filled: "0.3", opened: "white"}
+    handles = [Line2D([], [], ls="", marker="o", ms=4.5, color="0.3", mfc=fill, label=label)
+               for label, fill in fills.items()]  # fmt: skip
+    figure.legend(handles=handles, **{"loc": "outside upper right", "ncols": 2, "handletextpad": 0.1} | options)
+
+
 def name_line(ax: Axes, x: float, y: float, text: str, color: str, **options) -> None:
     """A line's name beside it, in its colour: three points right of (x, y) unless told otherwise."""
     ax.annotate(text, (x, y), **{"xytext": (3, 0), "textcoords": "offset points", "va": "center"} | options,
                 color=color, size=7)  # fmt: skip
+
+
+def name_ends(ax: Axes, x: float, ends: Mapping[str, tuple[float, str]], *, gap: float) -> None:
+    """Lines' names, {name: (y, colour)}, beside their ends at x; of two closer than a gap the upper is raised."""
+    last = -np.inf
+    for name, (y, color) in sorted(ends.items(), key=lambda item: item[1][0]):
+        last = max(y, last + gap)
+        name_line(ax, x, last, name, color, xytext=(5, 0), annotation_clip=False)
 
 
 def label(ax: Axes, x: float, y: float, value: float, before: str = "") -> None:
