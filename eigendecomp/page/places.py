@@ -4,98 +4,19 @@ With the cotangent c = S J u / a, the sum ⟨Jᵀc, u⟩ of what all places cont
 is needed.
 """
 
-import logging
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
 
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence
-from eigendecomp.support.examples import Examples, alike
+from eigendecomp.support.examples import Examples
 from eigendecomp.support.padding import StillPadding
 from eigendecomp.target import Target
-
-log = logging.getLogger(__name__)
-
-
-@torch.no_grad()
-def outputs_along(
-    target: Target, u: Directions, parts: Examples
-) -> tuple[Float[Tensor, "v e p k"], Float[Tensor, "v e p k"]]:
-    """The outputs f of a few examples for each direction, and J u, by forward-mode products of all at once.
-
-    Args:
-        parts: the examples of every direction, (directions, examples, …).
-    """
-    chosen = {name: value.detach() for name, value in target.chosen.items()}
-    tangents = {name: u.dense(name).view(-1, *value.shape) for name, value in chosen.items()}
-
-    def along(tangent: dict[str, Tensor], *part: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(lambda values: target.call(alike(parts, part), values), (chosen,), (tangent,))[:2]
-
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward derivative
-        f, y = each(along, tangents, *parts)
-    return f, y
-
-
-@torch.no_grad()
-def pushed(
-    target: Target,
-    u: Directions,
-    parts: Examples,
-    at: Int[Tensor, "v e"],
-    deltas: Sequence[Sequence[float]],
-    still: Float[Tensor, "v k"],
-    predict: Callable[[Tensor], Tensor],
-) -> list[Float[Tensor, "d k"]]:
-    """The mean prediction of each direction's examples, at the positions ``at``, with w + δ u for each of its δ.
-
-    Args:
-        still: the mean prediction at δ = 0.
-        predict: predictions from the outputs of the target.
-    """
-    chosen = {name: value.detach() for name, value in target.chosen.items()}
-    most = max(len(steps) for steps in deltas)
-    padded = [[delta for delta in steps if delta] + [0.0] * (most - len(steps)) for steps in deltas]
-    sizes = torch.tensor(padded).to(still)
-    changes = {name: u.dense(name).view(-1, *value.shape) for name, value in chosen.items()}
-
-    def course(change: dict[str, Tensor], sizes: Tensor, at: Tensor, *part: Tensor) -> Tensor:
-        def end(delta: Tensor) -> Tensor:
-            f = target.call(alike(parts, part), {name: value + delta * change[name] for name, value in chosen.items()})
-            return predict(f.gather(1, at.to(f.device)[:, None, None].expand(-1, 1, f.shape[2])).squeeze(1)).mean(0)
-
-        return each(end, sizes)  # what comes before the parameters is run once for all steps
-
-    lines = (
-        each(course, changes, sizes, at, *parts) if sizes.shape[1] else still.new_zeros(len(still), 0, still.shape[1])
-    )
-    found = []
-    for line, base, steps in zip(lines.nan_to_num(), still, deltas, strict=True):  # what overflows is not drawn
-        rows = iter(line)
-        found.append(torch.stack([next(rows) if delta else base for delta in steps]))
-    return found
-
-
-def each(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function`` of all arguments along their first axes: at once, or one by one where torch cannot."""
-    count = len(tree_leaves(arguments)[0])
-    if count > 1:
-        try:
-            return torch.func.vmap(function)(*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            log.warning("torch.func.vmap cannot run this model, so directions are taken one by one: %s", error)
-    rows = [function(*tree_map(lambda tensor, i=i: tensor[i], arguments)) for i in range(count)]
-    return tree_map(lambda *row: torch.stack(row), *rows)
 
 
 def spatial_maps(
@@ -108,7 +29,7 @@ def spatial_maps(
 
     Args:
         u: one direction.
-        y: J u, as :func:`outputs_along` gives it.
+        y: J u.
     """
     with torch.enable_grad():
         calls, f = recorded(target, part)

@@ -93,15 +93,15 @@ class Readout:
         """Cotangents of features from those of outputs."""
         return c if self.weight is None else c @ self.weight.T
 
-    def root(
+    def pair(
         self, divergence: Divergence, f: Float[Tensor, "n k"], change: Float[Tensor, "n v h"]
-    ) -> Float[Tensor, "n v j"]:
-        """Vectors whose inner products over j are those of S^½ y, y being the changes of outputs."""
+    ) -> tuple[Float[Tensor, "n v j"], Float[Tensor, "n v j"]]:
+        """Vectors a and b in double precision with ⟨a_v, b_w⟩ = y_vᵀ S y_w, y being the changes of outputs."""
         if self.weight is None:
-            return divergence.root(f.unsqueeze(1), change)
-        rows = divergence.root(f.unsqueeze(1), self.weight.expand(len(f), -1, -1))
-        size, basis = torch.linalg.eigh((rows @ rows.mT).double())
-        return (change.double() @ (basis * size.clamp_min(0).sqrt().unsqueeze(1))).to(change.dtype)
+            root = divergence.root(f.unsqueeze(1), change).double()
+            return root, root
+        rows, change = divergence.root(f.unsqueeze(1), self.weight.expand(len(f), -1, -1)), change.double()
+        return change @ (rows @ rows.mT).double(), change
 
 
 def affine(layer: nn.Module, given: Any, output: Any, f: Float[Tensor, "e p k"]) -> tuple[Tensor, Tensor] | None:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import eigendecomp as ed
-from eigendecomp.page import collect
+from eigendecomp.page import collect, known, measure
 from eigendecomp.page.readout import Readout
 from eigendecomp.page.samples import Images, Text
 
@@ -106,7 +106,7 @@ def test_what_is_measured_in_one_pass_is_what_the_package_measures(which, refere
     if which == "vector" and isinstance(reference, ed.Uniform):
         return  # compares distributions
     d = fit(d.target.model, x, divergence=d.settings.divergence, reference=reference, parameters=d.settings.parameters)
-    found = collect.measure(d, (x,), references=5, seed=3)
+    found = measure.measure(d, (x,), references=5, seed=3)
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
     close(found.activation, d.activation(x))
     close(found.impact, d.impact(x, references=5, seed=3))
@@ -129,9 +129,9 @@ def test_outputs_are_features_times_the_last_layer_where_it_is_a_matrix(speech, 
 
 def test_few_at_a_time_or_all_at_once_is_the_same(monkeypatch: pytest.MonkeyPatch, speech) -> None:
     d, x = speech
-    together = collect.measure(d, (x,), 3, 0)
-    monkeypatch.setattr(collect, "MEMORY", 1)
-    alone = collect.measure(d, (x,), 3, 0)
+    together = measure.measure(d, (x,), 3, 0)
+    monkeypatch.setattr(measure, "MEMORY", 1)
+    alone = measure.measure(d, (x,), 3, 0)
     for name in ("activation", "impact", "z", "interactions"):
         torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-3, atol=1e-4)
 
@@ -212,11 +212,11 @@ def test_shares_by_tensor_and_head(pages: dict[str, Path], speech) -> None:
 
 
 def test_middling_samples_are_neither_top_nor_nothing() -> None:
-    first, others = collect.pick(torch.arange(100.0), 10, 5)
+    first, others = known.pick(torch.arange(100.0), 10, 5)
     assert first == list(range(99, 89, -1))
     assert others == pytest.approx([74, 62, 50, 37, 25], abs=1)
-    assert collect.pick(torch.tensor([1.0, 3.0, 2.0]), 2, 8) == ([1, 2], [0])
-    assert collect.pick(torch.zeros(3), 2, 0)[1] == []
+    assert known.pick(torch.tensor([1.0, 3.0, 2.0]), 2, 8) == ([1, 2], [0])
+    assert known.pick(torch.zeros(3), 2, 0)[1] == []
 
 
 def test_by_threshold_and_steps_are_taken(tmp_path: Path, rows) -> None:

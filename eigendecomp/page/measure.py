@@ -1,0 +1,98 @@
+"""What all samples and directions have to do with each other.
+
+Every number comes from J u, what the directions do to each sample's output to first order: activations are ‖S^½ J u‖,
+and a coefficient is the product ⟨Jᵀc, u⟩ = ⟨c, J u⟩ with a reference's cotangent. So samples go through the model once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from eigendecomp.decomposition import CHUNK, Decomposition
+from eigendecomp.gradients import EachOutput
+from eigendecomp.page.linear import outputs_along
+from eigendecomp.page.readout import Readout
+from eigendecomp.reference import Draws
+from eigendecomp.support.examples import Examples, chunks
+from eigendecomp.support.random import generator
+
+MEMORY = 1 << 28  # bytes of J u at a time
+CACHE = 1 << 23  # bytes of arrays that are gone through several times
+
+
+@dataclass
+class Measured:
+    """What the methods of these names return, and what the rest of the page is made from."""
+
+    activation: Float[Tensor, "n v"]
+    impact: Float[Tensor, "n v"]
+    z: Float[Tensor, "n v"]  # encode()
+    interactions: Float[Tensor, "v v"]
+    readout: Readout  # of whose features the following are
+    features: Float[Tensor, "n h"]
+    along: Float[Tensor, "n v h"] | None  # what directions do to them to first order; None where that is large
+
+
+@torch.no_grad()
+def measure(d: Decomposition, examples: Examples, references: int, seed: int, progress: bool = False) -> Measured:
+    """Read all samples along all directions."""
+    s = d.settings
+    draws = 1 if s.reference.fixed else references
+    noises = generator(seed, "encode"), generator(seed, "encode")
+    activation, impact, z, features, along, readout = [], [], [], [], [], Readout.of(d.target, single(examples))
+    cross = torch.zeros(d.decoder.n, d.decoder.n, dtype=torch.float64)
+    bar = tqdm(total=len(examples[0]), disable=not progress, desc="page: samples", leave=False)
+    for e, h, reads, writes in changes(d, readout, examples):
+        bar.update(e)
+        f, shape = readout(h), (e, len(h) // e)
+        ours, theirs = readout.pair(s.divergence, f, writes)
+        activation.append((ours * theirs).sum(-1).clamp_min(0).sqrt().to(h.dtype))
+        cross += torch.einsum("nvk,nwk->vw", ours, theirs).cpu()
+        features.append(h)
+        if writes.nbytes // e * len(examples[0]) <= MEMORY:
+            along.append(writes)
+        for noise, m, products in zip(noises, (draws, 1), (impact, z), strict=True):
+            c = Draws.of(s.reference, s.divergence, d.pool, shape, m, noise)(f.view(*shape, -1)).flatten(0, 1)
+            products.append(reads @ readout.back(c).mT)  # (n, v, m)
+    bar.close()
+    scale = cross.diagonal().clamp_min(0).sqrt()
+    scale = scale.outer(scale)
+    return Measured(
+        torch.cat(activation),
+        torch.cat([one.abs().mean(-1) for one in impact]),
+        torch.cat(z).squeeze(-1),
+        torch.where(scale > 0, cross / scale, 0.0),
+        readout,
+        torch.cat(features),
+        torch.cat(along) if along else None,
+    )
+
+
+def changes(
+    d: Decomposition, readout: Readout, examples: Examples
+) -> Iterator[tuple[int, Float[Tensor, "n h"], Float[Tensor, "n v h"], Float[Tensor, "n v h"]]]:
+    """A few examples at a time: their number, features h, and ∂h/∂w u for the encoder's and the decoder's directions.
+
+    Backwards, as the gradients of all outputs, where these are few; else forwards, direction by direction.
+    """
+    both = d.encoder if d.settings.tied else d.encoder.beside(d.decoder)
+    p, h = readout.before.outputs(single(examples)).shape[1:]
+    rows = both.n if readout.weight is None else readout.weight.shape[1]
+    few, source = max(1, CACHE // (4 * p * h * rows)), d.captured(examples) if p * h <= both.n else None
+    for part in chunks(examples, max(1, min(CHUNK, MEMORY // (4 * p * h * both.n)))):
+        if source is not None and readout.weight is None:
+            features = readout.before.outputs(part).flatten(0, 1)
+            y = source(part, EachOutput()).inner(both).unflatten(0, (-1, h)).mT
+        else:
+            features, y = outputs_along(readout.before, both, part)
+        for f, one in zip(features.split(few * p), y.split(few * p), strict=True):
+            yield len(f) // p, f, one[:, : d.encoder.n], one[:, -d.decoder.n :]
+
+
+def single(examples: Examples) -> Examples:
+    """The first example alone."""
+    return tuple(tensor[:1] for tensor in examples)
