@@ -138,8 +138,8 @@ def spaced(name: str) -> str:
 wins.rename(columns=spaced).round(4)
 
 # %%
-KINDS = {"direction": plots.OURS, "SAE": plots.SAE, "random": plots.RANDOM, "neuron": plots.UNITS,
-         "weight, small curvature": plots.TRUTH}  # fmt: skip
+KINDS = {"direction": plots.OURS, "of the memorised": plots.OURS, "SAE": plots.SAE,
+         "random": plots.RANDOM, "neuron": plots.UNITS, "weight, small curvature": plots.TRUTH}  # fmt: skip
 
 
 def color(method: str) -> str:
