@@ -12,8 +12,8 @@
 # ![What edits cost beside one direction, on four targets.](../figures/edits_targets.png)
 #
 # *Cost of each edit as a multiple of what one direction costs in the same case; left of the line is cheaper. Points are
-# behaviours, ticks means, bars 95% intervals. Blue: directions; orange: autoencoders; green: made from labels; grey:
-# the floor.*
+# behaviours, ticks means, bars 95% intervals. Blue: directions; orange: autoencoders; brown: neurons; purple: made from
+# labels; black: the weight itself, without labels; grey: the floor.*
 #
 # **On stories a closed form that is made from ten labelled examples costs about half of what one direction costs, and
 # on residual networks an eighth. For memorised text a small adapter costs least. Of what is learned without labels one
@@ -50,10 +50,12 @@ warnings.filterwarnings("ignore")  # of libraries
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
 from eigendecomp.report import plots, results
 from rooms.edits import summary
 
+pd.set_option("display.max_rows", 200)
 plots.style()
 runs = Path(results.__file__).resolve().parents[2] / "data" / "runs"
 if results.profile() == "smoke":
@@ -126,15 +128,23 @@ report.record(
     targets={name: summary.records(table) for name, table in tables.items()},
     cheapest={name: table["method"].iloc[0] for name, table in tables.items()},
 )
-wins.round(4)
+
+
+def spaced(name: str) -> str:
+    """A column's name as it is shown."""
+    return name.replace("_", " ")
+
+
+wins.rename(columns=spaced).round(4)
 
 # %%
-KINDS = {"direction": plots.OURS, "SAE": plots.SAE, "random": plots.RANDOM}
+KINDS = {"direction": plots.OURS, "of the memorised": plots.OURS, "SAE": plots.SAE,
+         "random": plots.RANDOM, "neuron": plots.UNITS, "weight, small curvature": plots.TRUTH}  # fmt: skip
 
 
 def color(method: str) -> str:
-    """Directions, autoencoders, the floor, and the rest, which are made from labels."""
-    return next((shade for word, shade in KINDS.items() if word in method), plots.PCA)
+    """Directions, autoencoders, the floor, neurons, the weight, and the rest, which are made from labels."""
+    return next((shade for word, shade in KINDS.items() if word in method), plots.LABELLED)
 
 
 def panel(ax, name: str) -> None:
@@ -167,7 +177,7 @@ report.figure("targets", figure)
 # ## The story model, behaviour by behaviour
 #
 # In nats a token: over all tokens that do not show the behaviour (*damage*), over those of the concept that suffers
-# most (*worst*), and over the same words in other contexts (*same_words*). The weight is `blocks.7.mlp.W_in` (64 ×
+# most (*worst*), and over the same words in other contexts (*same words*). The weight is `blocks.7.mlp.W_in` (64 ×
 # 256).
 
 # %%
@@ -175,7 +185,7 @@ ten = TARGETS["story model"]
 methods = report.table("methods", summary.compared(ten, draws=draws, damages=["damage", "worst", "same_words"]))
 report.record(methods=summary.records(methods), behaviours=ten["behaviour"].nunique(),
               seeds=sorted(ten["seed"].unique().tolist()))  # fmt: skip
-methods.round(4)
+methods.rename(columns=spaced).round(4)
 
 # %%
 by = ten.groupby(["behaviour", "method"])["damage"].apply(summary.geometric).unstack()
@@ -213,7 +223,7 @@ counted = {name: summary.by_examples(rows) for name, rows in given.items()}
 
 
 def course(ax, name: str) -> None:
-    """Cost by examples; ends are named, and moved apart where they are close."""
+    """Cost by examples; ends are named, and moved apart where they are close; at least three ticks."""
     table, _ = counted[name]
     ends = {method: table.loc[method].dropna() for method in LINES if method in table.index}
     ends = dict(sorted(((m, v) for m, v in ends.items() if len(v) > 1), key=lambda item: -item[1].iloc[-1]))
@@ -222,10 +232,15 @@ def course(ax, name: str) -> None:
         ax.plot(values.index, values, LINES[method], color=color(method), lw=1.2, marker="o", ms=2.5)
         even = np.exp(top + (bottom - top) * place / max(len(ends) - 1, 1))
         ax.annotate(method, (values.index[-1], values.iloc[-1]), (values.index[-1] * 1.6, even), size=5.5,
-                    va="center", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.6"})  # fmt: skip
+                    color=color(method), va="center",
+                    arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.6"})  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="labelled examples", title=name)
     ax.set_xticks(list(table.columns), [str(n) for n in table.columns])
     ax.minorticks_off()
+    low, high = ax.get_ylim()
+    if high < 30 * low:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 6)))
+        ax.yaxis.set_major_formatter("{x:g}")
 
 
 # %%
@@ -246,7 +261,7 @@ pd.concat({name: table for name, (table, _) in counted.items()}).round(5)
 # ## Memorised text
 #
 # A copy of the story model saw eight stories again and again beside ordinary ones, until it said them by heart. Edits
-# of one MLP weight were made from four of them. *unlabelled_left* is what the copy still knows of the other four, which
+# of one MLP weight were made from four of them. *unlabelled left* is what the copy still knows of the other four, which
 # no edit has seen; *verbatim* the share of the four that it still says before its first miss; *loss* the rise of the
 # loss on other stories. The last row is the model before: what it costs to undo everything. One direction takes the
 # other four stories with it and costs as much as a folded unit of an autoencoder; the adapter that costs least leaves
@@ -268,7 +283,7 @@ report.record(
     copies={"sets": len(copies), "known": copies["copy_known"].mean(), "before": copies["copy_goal"].mean(),
             "spoken": copies["copy_spoken"].mean(), "spoken_before": copies["copy_spoken_before"].mean()},
 )  # fmt: skip
-report.table("memorised", kept.reset_index()).round(3)
+report.table("memorised", kept.reset_index()).rename(columns=spaced).round(3)
 
 # %% [markdown]
 # ## What was tried
@@ -293,7 +308,7 @@ report.record(chosen={name: rows[-1]["chosen"] for name, rows in tried.items()},
               sizes=tried["story model"][-1]["chosen"][0],
               settings_tried={name: len(rows) - 1 for name, rows in tried.items()})  # fmt: skip
 rows = [{"target": name, **row} for name, found in tried.items() for row in found if "chosen" not in row]
-report.table("tuning", pd.DataFrame(rows)).round(4)
+report.table("tuning", pd.DataFrame(rows)).rename(columns=spaced).round(4).astype(object).fillna("")
 
 # %% [markdown]
 # ## What is claimed

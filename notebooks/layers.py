@@ -164,7 +164,12 @@ for case, model in networks.items():
     rows.append({"layers": case[0], "embedding": case[1], **scores.row(), "cpu seconds": seconds[case]})
     report.record(**{f"by_layer_{case[0]}_{case[1]}": {"cosine": scores.mean_cosine, "least": scores.least_cosine}})
 main = report.table("recovery", pd.DataFrame(rows))
-main.round(3)
+NAMES = {
+    "mean_cosine": "cosine", "least_cosine": "least cosine", "mean_reader": "reader", "least_reader": "least reader",
+    "least_selectivity": "least selectivity", "nc": "NC r²", "least_nc": "least NC r²", "nc sd": "NC r², sd",
+    "fit_cpu_seconds": "seconds of a fit", "cpu seconds": "seconds of a fit", "seconds": "seconds of a fit",
+}  # fmt: skip
+main.rename(columns=NAMES).round(3)
 
 # %% [markdown]
 # Over many seeds, and many sizes of the dictionary, the same is kept in `data/runs/layers.json`, which `make long`
@@ -179,7 +184,7 @@ all_layers = runs[runs["only"] < 0]
 usual = all_layers[(all_layers["multiple"] == 1.5) & (all_layers["width"] < 1000)]
 seeds = usual.groupby(["embedding", "layers"]).apply(tables.over_seeds, include_groups=False).reset_index()
 report.table("seeds", seeds)
-seeds.round(3)
+seeds.rename(columns=NAMES).round(3)
 
 # %% [markdown]
 # Which features own no direction? Those that the network itself hardly computes. Below, what the layers add to a
@@ -204,7 +209,7 @@ pd.DataFrame({
 
 # %%
 floors = report.table("floors", tables.floors(usual, runs[runs["only"] >= 0]))
-floors.round(3)
+floors.rename(columns=NAMES).round(3)
 
 # %% [markdown]
 # ## How many directions
@@ -232,7 +237,7 @@ counts = sweep.groupby(["layers", "multiple"]).agg(
     seeds=("seed", "count"), owned=("owned", "mean"), nc=("nc", "mean"), seconds=("fit_cpu_seconds", "mean")
 )
 report.table("sweep", counts.reset_index())
-counts.round(3)
+counts.rename(columns=NAMES).rename_axis(["layers", "directions a feature"]).round(3)
 
 # %% [markdown]
 # SPD's own size, with random rows in 1,000 dimensions:
@@ -241,7 +246,7 @@ counts.round(3)
 large = all_layers[all_layers["width"] == 1000]
 shown = ["layers", "seed", "features", "owned", "selectivity", "mean_cosine", "mean_reader", "nc", "fit_cpu_seconds"]
 report.table("large", large[shown])
-large[shown].round(3)
+large[shown].rename(columns=NAMES).round(3)
 
 # %% [markdown]
 # ## Switching a feature off
@@ -282,8 +287,8 @@ table.round(4)
 
 # %%
 LOOK = {
-    "direction": (plots.OURS, "o"), "its readers": (plots.COLORS[2], "v"), "one layer of it": (plots.COLORS[5], "s"),
-    "neuron": ("0.45", "^"), "autoencoder": (plots.SAE, "D"),
+    "direction": (plots.OURS, "o"), "its readers": (plots.OURS, "v"), "one layer of it": (plots.PART, "s"),
+    "neuron": (plots.UNITS, "^"), "autoencoder": (plots.SAE, "D"),
 }  # fmt: skip
 figure, axes = plots.panels(1, len(CASES), height=2.1, sharex=True, sharey=True)
 for ax, (layers, kind) in zip(axes, sorted(CASES, key=lambda case: (case[1], case[0])), strict=True):

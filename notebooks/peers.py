@@ -55,12 +55,11 @@ figure, axes = plots.panels(1, len(LEVELS), width=0.4 * len(LEVELS) * plots.PAGE
 for ax, name in zip(axes, LEVELS, strict=True):
     here = curves[curves["network"] == name]
     for _, line in here.groupby(["method", "seed"], sort=False):
-        color = plots.OURS if line["method"].iloc[0] == OURS else plots.SAE
+        color = plots.OURS if line["method"].iloc[0] == OURS else plots.PEER
         ax.plot(line["seconds"], (1 - line["own_cosine"]).clip(lower=1e-6), "o-", color=color, ms=2.5, lw=0.9)
-    for method, color in ((OURS, plots.OURS), (SPD, plots.SAE)):
+    for method, color in ((OURS, plots.OURS), (SPD, plots.PEER)):
         last = here[here["method"] == method].iloc[-1]
-        ax.annotate(method, (last["seconds"], max(1 - last["own_cosine"], 1e-6)), xytext=(4, 2),
-                    textcoords="offset points", color=color, fontsize=7)  # fmt: skip
+        plots.name_line(ax, last["seconds"], max(1 - last["own_cosine"], 1e-6), plots.called(method), color)
     ax.axhline(1 - LEVELS[name], color="0.7", lw=0.7, ls=":")
     ax.set(xscale="log", yscale="log", title=TITLES[name], xlabel="seconds of one core")
     ax.margins(x=0.2)
@@ -79,7 +78,7 @@ report.figure("time", figure)
 # %%
 speeds = report.table("speed", pd.DataFrame(compared.speeds(curves.to_dict("records"), LEVELS)))
 report.record(speed=speeds.astype(object).where(speeds.notna(), None).to_dict("records"))
-speeds.round(3)
+speeds.assign(level=[f"{level:g}" for level in speeds["level"]]).rename(columns=plots.called).round(3)
 
 # %% [markdown]
 # Seconds to the level, and how many times sooner ours are there (`times`); empty where a run ended before.
@@ -173,7 +172,7 @@ def summary(name):
     report.table(name, means.reset_index())
     lines = means.astype(object).where(means.notna(), None).to_dict("index")
     report.record(**{name: {method: {key: line[key] for key in line} for method, line in lines.items()}})
-    return means.round(4)
+    return means.rename(plots.called).round(4)
 
 
 shown = {name: summary(name) for name in problems}
@@ -224,7 +223,7 @@ for e in everything["identity"]:
                        match.min().item(), "share of the row in H": part.square().sum(1).mean().item()})  # fmt: skip
 middle = report.table("middle", pd.DataFrame(middle))
 report.record(middle=middle.astype(object).where(middle.notna(), None).to_dict("records"))
-middle.round(4)
+middle.assign(method=middle["method"].map(plots.called)).round(4)
 
 # %% [markdown]
 # `dense errors`: SPD's own score of the identity, how many importances are wrong if two components should be on.
@@ -289,7 +288,7 @@ ceiling = squared_correlation(reach, taught)
 report.record(circuits_ceiling=ceiling, circuits_recovered=r2.to_dict("records"))
 report.table("recovered", r2)
 print(f"r² of the network's own map with A: {ceiling:.3f}")
-r2.groupby("method", sort=False).mean().drop(columns="seed").round(3)
+r2.groupby("method", sort=False).mean().drop(columns="seed").rename(plots.called).round(3)
 
 # %%
 shown["circuits"]
@@ -325,7 +324,7 @@ for name, p in problems.items():
 placed = pd.concat(placed, names=["network"])
 report.table("in_place", placed.reset_index())
 report.record(in_place={name: part.droplevel(0).to_dict("index") for name, part in placed.groupby("network")})
-placed.round(3)
+placed.rename(plots.called).round(3)
 
 # %% [markdown]
 # ## What a direction is
@@ -374,12 +373,12 @@ ax = axes[-1]
 for number, vector in enumerate(torch.nn.functional.normalize(W_in, dim=1)):
     ax.plot([0, vector[0]], [0, vector[1]], color=plots.TRUTH if number == feature else "0.8", lw=4)
     ax.text(*(1.2 * vector).tolist(), number, ha="center", va="center", fontsize=7)
-for name, vector, color in (
-    ("reads", sae.sae.W_enc.detach()[:, unit], plots.SAE),
-    ("writes", sae.decoder[unit], plots.PCA),
+for name, vector, look in (
+    ("reads", sae.sae.W_enc.detach()[:, unit], {"lw": 3, "alpha": 0.45}),
+    ("writes", sae.decoder[unit], {"lw": 1.5, "ls": "--"}),
 ):
     vector = torch.nn.functional.normalize(vector, dim=0)
-    ax.plot([0, vector[0]], [0, vector[1]], color=color, lw=3 if name == "reads" else 1.5, label=name)
+    ax.plot([0, vector[0]], [0, vector[1]], color=plots.SAE, label=name, **look)
 ax.set(title="SAE unit", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal")
 ax.axis("off")
 ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.3), ncols=2)

@@ -58,10 +58,10 @@ fits = keeping.groupby(["method", "seed"], as_index=False)[
 # %%
 LOOK = {
     "direction": (plots.OURS, "o"), "principal component": (plots.PCA, "s"), "random": (plots.RANDOM, "x"),
-    "gradient by labels": (plots.TRUTH, "D"), "head 1 ablated": (plots.COLORS[4], "^"),
-    "head 2 ablated": (plots.COLORS[4], "v"), "unit": (plots.COLORS[4], "^"),
-    "head 1 of it": (plots.COLORS[5], "<"), "head 2 of it": (plots.COLORS[5], ">"),
-    "writes of it": (plots.COLORS[5], "<"), "states of it": (plots.COLORS[5], ">"),
+    "gradient by labels": (plots.LABELLED, "D"), "head 1 ablated": (plots.UNITS, "^"),
+    "head 2 ablated": (plots.UNITS, "v"), "unit": (plots.UNITS, "P"),
+    "head 1 of it": (plots.PART, "<"), "head 2 of it": (plots.PART, ">"),
+    "writes of it": (plots.PART, "p"), "states of it": (plots.PART, "*"),
 }  # fmt: skip
 
 # %%
@@ -214,7 +214,11 @@ recovered = {
 report.record(recovery=recovered)
 recovered = pd.DataFrame(recovered).T.rename_axis("target").dropna(axis=1, how="all")
 report.table("recovery", recovered.reset_index())
-recovered.astype(float).round(3)
+NAMES = {
+    "mean_cosine": "cosine", "least_cosine": "least cosine", "mean_reader": "reader", "least_reader": "least reader",
+    "least_selectivity": "least selectivity",
+}  # fmt: skip
+recovered.rename(columns=NAMES).astype(float).round(3)
 
 # %% [markdown]
 # In this network the direction that induction uses most is not the one that removes it best: the one drawn above has
@@ -229,7 +233,7 @@ bits = fits.groupby("method").mean(numeric_only=True).drop(columns="seed")
 bits = bits.join(fits.groupby("method")[["left", "elsewhere", "own share"]].std().add_suffix(" sd")).loc[BITS]
 bits["seeds"] = fits.groupby("method")["seed"].nunique()
 report.table("bits", bits.reset_index())
-bits.round(3)
+bits.rename(columns=NAMES).round(3)
 
 
 # %%

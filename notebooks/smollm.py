@@ -11,8 +11,8 @@
 #
 # ![Average precision by method, and the share of a behaviour's gradient in few rows.](../figures/smollm_methods.png)
 #
-# *Left and middle: each method's precision on test text, of concepts in the text and of what the model expects; filled
-# dots are of $W_V$, open ones of the MLP's gate. Right: how much of a behaviour's gradient the best rows of each
+# *Left and middle: each method's precision on test text, of concepts in the text and of what the model expects; dots
+# are of $W_V$, diamonds of the MLP's gate. Right: how much of a behaviour's gradient the best rows of each
 # dictionary hold.*
 #
 # **Less well than clusters do.** On concepts in the text 300 directions of $W_V$ reach an average precision of 0.45,
@@ -265,7 +265,7 @@ report.record(
     tuning=tuning.to_dict("records"),
     chosen={method: {"form": row["form"], "kept": int(row["kept"])} for method, row in chosen.items()},
 )
-tuning.pivot_table(index=["form", "kept"], columns="method", values="validation").round(3)
+tuning.pivot_table(index=["form", "kept"], columns="method", values="validation").rename(columns=plots.called).round(3)
 
 # %% [markdown]
 # ## Three weights and their opponents
@@ -343,7 +343,7 @@ report.record(
     few_on={site: {family: {method: part["few on"].mean() for method, part in f.groupby("method")}
                    for family, f in s.groupby("family")} for site, s in by_family.groupby("site")},
 )  # fmt: skip
-by_family.groupby(level=[2, 0, 1]).mean().unstack([1, 2]).round(3)
+by_family.groupby(level=[2, 0, 1]).mean().unstack([1, 2]).rename(plots.called).round(3)
 
 
 # %% [markdown]
@@ -423,33 +423,35 @@ shares = held.groupby(["method", "rows", "seed"])["held"].mean()
 report.record(behaviours={method: {count: results.spread(part.tolist()) for count, part in one.groupby("rows")}
                           for method, one in shares.groupby("method")})  # fmt: skip
 each_behaviour = held.pivot_table(index="behaviour", columns=["rows", "method"], values="held")
-shares.groupby(level=[0, 1]).mean().unstack().round(3)
+shares.groupby(level=[0, 1]).mean().unstack().rename(plots.called).round(3)
 
 # %% [markdown]
 # ## All in one figure
 #
-# It opens the notebook. Left and middle: filled dots are of $W_V$ and the attention's inputs, open ones of the gate and
-# the MLP's; bars are the range over seeds.
+# It opens the notebook. Left and middle: dots are of $W_V$ and the attention's inputs, diamonds of the gate and the
+# MLP's; bars are the range over seeds. Blue are directions, light blue clusters of gradients, pink clusters of inputs,
+# yellow training inputs and single gradients, orange autoencoders, green principal components, grey random rows.
 
 # %%
 names = ["ours", "k-means of gradients", "k-means", "training inputs", "SAE", "SAE, as it is", "PCA", "random"]
 tint = {"ours": plots.OURS, "SAE": plots.SAE, "SAE, as it is": plots.SAE, "PCA": plots.PCA, "random": plots.RANDOM,
-        "k-means": plots.COLORS[3], "k-means of gradients": plots.COLORS[5], "training inputs": plots.COLORS[4],
-        "single gradients": plots.COLORS[4]}  # fmt: skip
+        "k-means": plots.CLUSTERS_OF_INPUTS, "k-means of gradients": plots.CLUSTERS_OF_GRADIENTS,
+        "training inputs": plots.SAMPLES, "single gradients": plots.SAMPLES}  # fmt: skip
+MARKERS = {"V": "o", "gate": "D"}
 
 
 def precision_panel(ax: Any, family: str) -> None:
     for at, name in enumerate(names):
-        for label, fill in (("V", None), ("gate", "white")):
+        for label, marker in MARKERS.items():
             method = f"{name}, {label}" if f"{name}, {label}" in wide["test"] else name
             values = by_family.loc[site_of[label], family, method]["test"]
             place = at + (0.15 if label == "gate" else -0.15)
             ax.plot([values.min(), values.max()], [place] * 2, color=tint[name], lw=1.5)
-            ax.plot(values.mean(), place, "o", color=tint[name], mfc=fill or tint[name], ms=4.5)
+            plots.dot(ax, values.mean(), place, tint[name], marker=marker, size=4)
     ax.set(
         ylim=(len(names) - 0.5, -0.5),
         yticks=range(len(names)),
-        yticklabels=names if family == "context" else [],
+        yticklabels=[plots.called(name) for name in names] if family == "context" else [],
         xlabel="average precision",
         title={"context": "what stands in the text"}.get(family, "what is expected"),
     )
@@ -460,15 +462,16 @@ def precision_panel(ax: Any, family: str) -> None:
 figure, axes = plots.panels(1, 3, height=2.2, width_ratios=[1, 1, 1.1])
 for ax, family in zip(axes, families, strict=False):
     precision_panel(ax, family)
-lines_of = shares.groupby(level=["method", "rows"]).mean().unstack().sort_values(counts[-1])
-apart, level = 0.08 * lines_of.to_numpy().max(), -1.0  # labels of lines that end close together are moved up
+marks = [
+    axes[0].plot([], [], marker, color="0.3", ms=4, label=f"$W_{{{label}}}$")[0] for label, marker in MARKERS.items()
+]
+figure.legend(handles=marks, loc="outside upper left", ncols=2, handletextpad=0.1)
+lines_of = shares.groupby(level=["method", "rows"]).mean().unstack()
 for method, values in lines_of.iterrows():
     axes[2].plot(values.index, values, "o-", color=tint[method], ms=3.5, lw=1.2)
-    level = max(values.iloc[-1], level + apart)
-    axes[2].annotate(method, (1.25 * counts[-1], level), fontsize=6.5, va="center", color=tint[method],
-                     annotation_clip=False)  # fmt: skip
-axes[2].set(xscale="log", xlabel="rows", title="of a behaviour's gradient, held", xlim=(0.8, 200))
-axes[2].set_ylim(top=level + apart)  # so that no label reaches the title
+ends = {plots.called(method): (values.iloc[-1], tint[method]) for method, values in lines_of.iterrows()}
+plots.name_ends(axes[2], counts[-1], ends, gap=0.08 * lines_of.to_numpy().max())
+axes[2].set(xscale="log", xlabel="rows", title="of a behaviour's gradient, held")
 axes[2].set_xticks(counts, counts)
 axes[2].minorticks_off()
 report.figure("methods", figure)

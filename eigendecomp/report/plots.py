@@ -19,6 +19,7 @@ from torch import Tensor
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 # One meaning a colour, in all notebooks. "Truth" is whatever a method cannot pass: the network's own, or a probe's.
 OURS, SAE, PCA, RANDOM, TRUTH = COLORS[0], COLORS[1], COLORS[2], "#8C8C8C", "#000000"
+PART = "#7FB8D8"  # a part of a direction: in one head, in one layer
 CLUSTERS_OF_INPUTS, CLUSTERS_OF_GRADIENTS = COLORS[3], COLORS[5]
 SAMPLES = COLORS[4]  # single gradients and training inputs, drawn at random
 UNITS = "#7F5539"  # the network's own: channels, neurons, heads
