@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -49,11 +49,9 @@ def test_builds_and_builds_the_same_bytes() -> None:
 
 def test_nothing_is_printed_in_the_margins() -> None:
     """A table that is longer than its page, or wider than its column of text, would be."""
-    pages = typst.compile(
-        str(PAPER / "main.typ"), root=str(ROOT), ignore_system_fonts=True, format="png", ppi=50.8
-    )  # two pixels a millimetre
-    assert isinstance(pages, list)
-    for number, page in enumerate(pages, 1):
+    main, two_a_millimetre = str(PAPER / "main.typ"), 50.8
+    pages = typst.compile(main, root=str(ROOT), ignore_system_fonts=True, format="png", ppi=two_a_millimetre)
+    for number, page in enumerate(cast("list[bytes]", pages), 1):
         ink = np.asarray(Image.open(io.BytesIO(page)).convert("L")) < 200
         height, width = ink.shape
         assert not ink[:, :28].any() and not ink[:, -28:].any(), f"page {number}: something is beside the text"
