@@ -29,7 +29,7 @@
 # ratios. Memory is the peak of all tensors alive during the work, without what was there before it.
 
 # %% tags=["parameters"]
-repeats = 5
+repeats = 3
 directions = 100
 ranks = [1, 4, 16]
 fit_steps = 300  # of a fit from a store of gradients, and of the live fit beside it
@@ -688,7 +688,7 @@ convolved = ed.decompose(
     n_directions=directions, rank=ranks[1], steps=2, progress=False,
 )  # fmt: skip
 faster = {
-    "activation, convolutions": read_both(convolved, photos[:250]),
+    "activation, convolutions": read_both(convolved, photos[:100]),
     "activation, stories": read_both(live, unseen_windows[:32]),
     "page's pushes, stories": pushes_of(live, unseen_windows[:8]),
 }
