@@ -946,7 +946,7 @@ def selectivity_panel(ax) -> None:
             ax.plot([low, high], [position + shift] * 2, color=color, lw=1.5)
             plots.dot(ax, median, position + shift, color, marker=marker, size=3.5)
     ax.set(yticks=range(len(kinds)), yticklabels=map(plots.called, kinds), ylim=(len(kinds) - 0.5, -0.5), xscale="log")
-    ax.set_xlabel("effect on own images over effect on\nother classes (dots), least read half (squares)")
+    ax.set_xlabel("effect on own images over effect\non other classes (dots) and on\nthe half read least (squares)")
 
 
 # %%
