@@ -559,7 +559,7 @@ for ax, size in zip(axes, sizes, strict=True):
         line = [mean_held[size, method, count].mean() for count in counts]
         ax.plot(counts, line, "o-", color=tint[method], ms=3, lw=1.2)
         ends[plots.called(method)] = line[-1], tint[method]
-    plots.name_ends(ax, counts[-1], ends, gap=0.085 * max(end for end, _ in ends.values()))
+    plots.name_ends(ax, counts[-1], ends, gap=0.062 * max(end for end, _ in ends.values()))
     ax.set(title=f"{size} rows to choose from", xlabel="rows used", xscale="log", xticks=counts, xticklabels=counts)
 axes[0].set_ylabel("share of the gradient held")
 report.figure("behaviours", figure)

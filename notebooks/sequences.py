@@ -61,7 +61,7 @@ LOOK = {
     "gradient by labels": (plots.LABELLED, "D"), "head 1 ablated": (plots.UNITS, "^"),
     "head 2 ablated": (plots.UNITS, "v"), "unit": (plots.UNITS, "P"),
     "head 1 of it": (plots.PART, "<"), "head 2 of it": (plots.PART, ">"),
-    "writes of it": (plots.PART, "p"), "states of it": (plots.PART, "*"),
+    "writes of it": (plots.PART, "d"), "states of it": (plots.PART, "*"),
 }  # fmt: skip
 
 # %%

@@ -470,8 +470,9 @@ lines_of = shares.groupby(level=["method", "rows"]).mean().unstack()
 for method, values in lines_of.iterrows():
     axes[2].plot(values.index, values, "o-", color=tint[method], ms=3.5, lw=1.2)
 ends = {plots.called(method): (values.iloc[-1], tint[method]) for method, values in lines_of.iterrows()}
-plots.name_ends(axes[2], counts[-1], ends, gap=0.08 * lines_of.to_numpy().max())
-axes[2].set(xscale="log", xlabel="rows", title="of a behaviour's gradient, held")
+plots.name_ends(axes[2], counts[-1], ends, gap=0.09 * lines_of.to_numpy().max())
+axes[2].set(xscale="log", xlabel="rows", title="share of a behaviour held")
+axes[2].set_ylim(top=1.3 * lines_of.to_numpy().max())  # so that no name reaches the title
 axes[2].set_xticks(counts, counts)
 axes[2].minorticks_off()
 report.figure("methods", figure)

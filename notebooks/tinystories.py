@@ -450,7 +450,7 @@ for ax, size in zip(axes, fresh_sizes, strict=True):
         ax.plot(line.index, line, "o-", color=tint[method], ms=2.5, lw=1.2)
         ends[told.get(method, method)] = line.iloc[-1], tint[method]
     ax.axhline(0.5, color="black", lw=0.6, ls=":")
-    ticks = [n for n in (1, 5, 20, 100, 300, 1000) if n <= size]
+    ticks = sorted({1, 5, 20, 100, size})
     ax.set(
         title=f"{live_weight}, of {size:,} rows",
         xscale="log",
