@@ -85,12 +85,24 @@ def changes(
     few, source = max(1, CACHE // (4 * p * h * rows)), d.captured(examples) if p * h <= both.n else None
     for part in chunks(examples, max(1, min(CHUNK, MEMORY // (4 * p * h * both.n)))):
         if source is not None and readout.weight is None:
-            features = readout.before.outputs(part).flatten(0, 1)
-            y = source(part, EachOutput()).inner(both).unflatten(0, (-1, h)).mT
+            each = Seen()
+            y = source(part, each).inner(both).unflatten(0, (-1, h)).mT
+            f = each.outputs if len(each.outputs) == len(part[0]) else readout.before.outputs(part)
+            features = f.flatten(0, 1)
         else:
             features, y = outputs_along(readout.before, both, part)
         for f, one in zip(features.split(few * p), y.split(few * p), strict=True):
             yield len(f) // p, f, one[:, : d.encoder.n], one[:, -d.decoder.n :]
+
+
+class Seen(EachOutput):
+    """Remembers the outputs that it was last asked about, so that the model need not run again for them."""
+
+    outputs: Float[Tensor, "e p k"]
+
+    def __call__(self, f: Tensor) -> Tensor:
+        self.outputs = f
+        return super().__call__(f)
 
 
 def single(examples: Examples) -> Examples:
