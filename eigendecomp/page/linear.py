@@ -7,7 +7,7 @@ direction one multiplication. ``torch.func.jvp`` does each of the ten for each d
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from eigendecomp.curvature import push_forward
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import SquaredError
-from eigendecomp.support.examples import Examples
+from eigendecomp.support.examples import Examples, chunks
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ class Along:
             else:
                 self._step(call, flat, moving, made, func.overloadpacket.__name__ in LINEAR)
         self.end = self._slot(self.outputs)
+        self.bytes = sum(one.nbytes for *_, made in recorder.calls for one in made)
         read = {slot: number for number, (_, slots) in enumerate(self.steps) for slot in slots}
+        read[self.end] = len(self.steps)
         self.free = [[slot for slot in slots if read[slot] == number] for number, (_, slots) in enumerate(self.steps)]
 
     def __call__(self, *changes: Tensor) -> Tensor:
@@ -179,19 +181,26 @@ def total(slots: Sequence[Tensor], terms: Sequence[tuple[int, Any]]) -> Tensor:
 
 @torch.no_grad()
 def outputs_along(
-    target: Target, u: Directions, examples: Examples
-) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n v k"]]:
-    """The outputs f of all samples, and J u; by ``torch.func.jvp`` where a run cannot be taken apart."""
-    first, few = tuple(tensor[:1] for tensor in examples), u.select([0])
-    true = push_forward(target, SquaredError(), few, first) / 2**0.5  # S = 2I
+    target: Target, u: Directions, examples: Examples, most: int, memory: int
+) -> Iterator[tuple[Float[Tensor, "n k"], Float[Tensor, "n v k"]]]:
+    """The outputs f of all samples, and J u, ``most`` examples at a time and as many as fit into so many bytes.
+
+    By ``torch.func.jvp`` where a run cannot be taken apart, or what came of it would differ.
+    """
+    first, few, square = tuple(tensor[:1] for tensor in examples), u.select([0]), SquaredError()
+    true, apart = push_forward(target, square, few, first) / 2**0.5, True  # S = 2I
     try:
-        along = Along(target, examples)
-        y = along.of(u)
-        if (y[: len(true), :1] - true).abs().max() > 1e-3 * true.abs().max():
-            raise RuntimeError("the steps do not make the derivative")
-        return along.outputs.flatten(0, 1), y
+        one = Along(target, first)
+        apart = bool((one.of(few) - true).abs().max() <= 1e-3 * true.abs().max())
+        most = max(1, min(most, memory // (2 * one.bytes)))
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, KeyError) as error:
         log.info("the model is differentiated as a whole: %s", error)
-    return target.outputs(examples).flatten(0, 1), push_forward(target, SquaredError(), u, examples) / 2**0.5
+        apart = False
+    for some in chunks(examples, most):
+        if apart:
+            along = Along(target, some)
+            yield along.outputs.flatten(0, 1), along.of(u)
+        else:
+            yield target.outputs(some).flatten(0, 1), push_forward(target, square, u, some) / 2**0.5

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eigendecomp.decomposition import CHUNK, Decomposition
+from eigendecomp.directions import Directions
 from eigendecomp.gradients import EachOutput
 from eigendecomp.page.linear import outputs_along
 from eigendecomp.page.readout import Readout
@@ -82,15 +83,33 @@ def changes(
     both = d.encoder if d.settings.tied else d.encoder.beside(d.decoder)
     p, h = readout.before.outputs(single(examples)).shape[1:]
     rows = both.n if readout.weight is None else readout.weight.shape[1]
-    few, source = max(1, CACHE // (4 * p * h * rows)), d.captured(examples) if p * h <= both.n else None
-    for part in chunks(examples, max(1, min(CHUNK, MEMORY // (4 * p * h * both.n)))):
-        if source is not None and readout.weight is None:
-            features = readout.before.outputs(part).flatten(0, 1)
-            y = source(part, EachOutput()).inner(both).unflatten(0, (-1, h)).mT
-        else:
-            features, y = outputs_along(readout.before, both, part)
+    most, few = max(1, min(CHUNK, MEMORY // (4 * p * h * both.n))), max(1, CACHE // (4 * p * h * rows))
+    backwards = readout.weight is None and p * h <= both.n
+    ahead = (readout.before, both, examples, most, MEMORY)
+    for features, y in pulled(d, both, examples, most) if backwards else outputs_along(*ahead):
         for f, one in zip(features.split(few * p), y.split(few * p), strict=True):
             yield len(f) // p, f, one[:, : d.encoder.n], one[:, -d.decoder.n :]
+
+
+def pulled(
+    d: Decomposition, u: Directions, examples: Examples, most: int
+) -> Iterator[tuple[Float[Tensor, "n k"], Float[Tensor, "n v k"]]]:
+    """The outputs f of all samples, and J u from the gradients of every output, ``most`` examples at a time."""
+    for some in chunks(examples, most):
+        each = Seen()
+        y = d.captured(some)(some, each).inner(u)
+        f = each.outputs if len(each.outputs) == len(some[0]) else d.target.outputs(some)
+        yield f.flatten(0, 1), y.unflatten(0, (-1, f.shape[-1])).mT
+
+
+class Seen(EachOutput):
+    """Remembers the outputs that it was last asked about, so that the model need not run again for them."""
+
+    outputs: Float[Tensor, "e p k"]
+
+    def __call__(self, f: Tensor) -> Tensor:
+        self.outputs = f
+        return super().__call__(f)
 
 
 def single(examples: Examples) -> Examples:

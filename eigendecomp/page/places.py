@@ -89,6 +89,8 @@ def change(target: Target, u: Directions, call: Call) -> Float[Tensor, "e c h w"
     def run(values: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(call.module, values, call.arguments, call.named)
 
+    if type(call.module) is nn.Conv2d:  # linear in its parameters: as it is with the change in their place
+        return run({own: torch.zeros_like(p) for own, p in call.module.named_parameters()} | tangents)
     with StillPadding():
         return torch.func.jvp(run, (values,), (tangents,))[1]
 

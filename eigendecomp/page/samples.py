@@ -126,7 +126,7 @@ class Images:
         if max(image.size) > edge:
             image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
         file = io.BytesIO()
-        image.save(file, "PNG", optimize=True)
+        image.save(file, "PNG")
         return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
     def examples(self, numbers: Sequence[int]) -> dict[str, Any]:
