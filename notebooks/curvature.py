@@ -558,13 +558,13 @@ eps = torch.linspace(0, 0.45, 100)
 axes[2].plot(eps, 2 * eps.sqrt() + eps, color="black", lw=1)
 axes[2].axhline(1, color="0.7", lw=0.8, ls=":")
 axes[2].text(0.2, 1.27, "bound", size=7, ha="right")
-axes[2].text(0.5, 1.05, "the bound is empty above", size=7, color="0.4", ha="right")
+axes[2].text(0.5, 1.05, "empty above", size=7, color="0.4", ha="right")
 axes[2].set(xlabel="error ε of the draws", ylim=(0, 1.5), title="share of H not rebuilt")
 for ax in axes[:2]:
     ax.set_ylim(0, None)
 axes[0].set_title("share of gradients not rebuilt")
 axes[1].set_title("rows that a sample's draws use")
-axes[1].legend(*axes[2].get_legend_handles_labels(), loc="upper left", handletextpad=0.2)
+axes[1].legend(*axes[2].get_legend_handles_labels(), loc="lower right", handletextpad=0.2)
 report.figure("support", figure)
 
 # %% [markdown]
