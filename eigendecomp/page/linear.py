@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from eigendecomp.curvature import push_forward
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import SquaredError
+from eigendecomp.support.algebra import sum_of
 from eigendecomp.support.examples import Examples, chunks
 from eigendecomp.target import Target
 
@@ -153,8 +154,7 @@ class Along:
         def step(slots: list[Tensor]) -> list[Tensor]:
             some = [slots[slot] for slot in reads]
             if linear:
-                one, *others = (call(*flat[:i], x, *flat[i + 1 :]) for i, x in zip(moving, some, strict=True))
-                return [sum(others, one)]
+                return [sum_of([call(*flat[:i], x, *flat[i + 1 :]) for i, x in zip(moving, some, strict=True)])]
             return tree_leaves(torch.func.jvp(put, tuple(flat[i] for i in moving), tuple(some))[1])
 
         self._add(step, reads, made)
