@@ -12,14 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from eigendecomp.curvature import push_forward
 from eigendecomp.decomposition import CHUNK, Decomposition
 from eigendecomp.directions import Directions
+from eigendecomp.divergence import SquaredError
 from eigendecomp.gradients import EachOutput
-from eigendecomp.page.linear import outputs_along
 from eigendecomp.page.readout import Readout
 from eigendecomp.reference import Draws
 from eigendecomp.support.examples import Examples, chunks
 from eigendecomp.support.random import generator
+from eigendecomp.target import Target
 
 MEMORY = 1 << 28  # bytes of J u at a time
 CACHE = 1 << 23  # bytes of arrays that are gone through several times
@@ -85,8 +87,7 @@ def changes(
     rows = both.n if readout.weight is None else readout.weight.shape[1]
     most, few = max(1, min(CHUNK, MEMORY // (4 * p * h * both.n))), max(1, CACHE // (4 * p * h * rows))
     backwards = readout.weight is None and p * h <= both.n
-    ahead = (readout.before, both, examples, most, MEMORY)
-    for features, y in pulled(d, both, examples, most) if backwards else outputs_along(*ahead):
+    for features, y in pulled(d, both, examples, most) if backwards else pushed(readout.before, both, examples, most):
         for f, one in zip(features.split(few * p), y.split(few * p), strict=True):
             yield len(f) // p, f, one[:, : d.encoder.n], one[:, -d.decoder.n :]
 
@@ -100,6 +101,14 @@ def pulled(
         y = d.captured(some)(some, each).inner(u)
         f = each.outputs if len(each.outputs) == len(some[0]) else d.target.outputs(some)
         yield f.flatten(0, 1), y.unflatten(0, (-1, f.shape[-1])).mT
+
+
+def pushed(
+    target: Target, u: Directions, examples: Examples, most: int
+) -> Iterator[tuple[Float[Tensor, "n k"], Float[Tensor, "n v k"]]]:
+    """The same, from the change of the outputs along every direction."""
+    for some in chunks(examples, most):
+        yield target.outputs(some).flatten(0, 1), push_forward(target, SquaredError(), u, some) / 2**0.5  # S = 2I
 
 
 class Seen(EachOutput):
