@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eigendecomp.factored.prefix import Prefixes, Work
+from eigendecomp.factored.prefix import Prefixes
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.gradients import FunctionalSource
 from eigendecomp.support.examples import as_examples
@@ -95,9 +95,9 @@ def prefixes_of(*ends: int) -> Iterator[list[int]]:
     """Inside, prefixes end at these positions whatever they cost; gives the lengths of those that were run."""
     run, ran = Prefixes.run, []
 
-    def counted(self: Prefixes, trace: Any, examples: Sequence[Tensor], q: int) -> Any:
+    def counted(self: Prefixes, examples: Sequence[Tensor], q: int) -> Any:
         ran.append(q)
-        return run(self, trace, examples, q)
+        return run(self, examples, q)
 
     with patch.object(Prefixes, "ends", lambda *_: list(ends)), patch.object(Prefixes, "run", counted):
         yield ran
@@ -121,7 +121,7 @@ def agrees(source: CapturedSource, inputs: Sequence[Tensor], draws: int = 2) -> 
 
 
 @pytest.mark.parametrize("case", CAUSAL.values(), ids=CAUSAL.keys())
-@pytest.mark.parametrize("ends", [(P,), (4, P), (2, 3, 6, P)])
+@pytest.mark.parametrize("ends", [(), (4,), (2, 3, 6)])
 def test_prefixes_of_causal_models_give_the_gradients_of_the_whole(
     case: Callable[[], tuple[nn.Module, Sequence[Tensor]]], ends: tuple[int, ...]
 ) -> None:
@@ -131,7 +131,7 @@ def test_prefixes_of_causal_models_give_the_gradients_of_the_whole(
         assert source.prefixes is not None and not source.fallback
         ran.clear()
         agrees(source, inputs)
-        assert set(ran) == set(ends[:-1])
+        assert set(ran) == set(ends)
         one = [x[3:4] for x in inputs]
         agrees(source, one)
         agrees(CapturedSource(target_of(model, inputs), inputs, budget=1), inputs)
@@ -143,9 +143,9 @@ def test_prefixes_whose_cotangents_are_pulled_one_by_one_are_the_same(
     case: Callable[[], tuple[nn.Module, Sequence[Tensor]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in batches that are large enough for it."""
-    monkeypatch.setattr("eigendecomp.factored.prefix.FEW_SAMPLES", 12)
+    monkeypatch.setattr("eigendecomp.factored.record.FEW_SAMPLES", 12)
     model, inputs = case()
-    with prefixes_of(2, 5, P) as ran:
+    with prefixes_of(2, 5) as ran:
         source = CapturedSource(target_of(model, inputs), inputs)
         ran.clear()
         agrees(source, inputs)
@@ -157,7 +157,7 @@ def test_models_that_are_not_causal_take_the_old_way(
     case: Callable[[], tuple[nn.Module, Sequence[Tensor]]],
 ) -> None:
     model, inputs = case()
-    with prefixes_of(4, P) as ran:
+    with prefixes_of(4) as ran:
         source = CapturedSource(target_of(model, inputs), inputs)
         assert source.prefixes is None
         ran.clear()
@@ -170,7 +170,7 @@ def test_a_batch_that_is_padded_on_the_left_takes_the_old_way() -> None:
     mask = torch.ones(6, P, dtype=torch.long)
     mask[4:, :3] = 0
     inputs = as_examples({"x": normal(6, P, 5), "mask": mask})
-    with prefixes_of(4, P) as ran:
+    with prefixes_of(4) as ran:
         source = CapturedSource(target_of(Attention(), inputs), inputs)
         agrees(source, [x[:4] for x in inputs])
         assert source.prefixes is not None and 4 in ran
@@ -185,7 +185,7 @@ def test_the_guard_drops_prefixes_whose_gradients_are_wrong() -> None:
     mask[4:, :3] = 0
     inputs = as_examples({"x": normal(6, P, 5), "mask": mask})
     blind = patch("eigendecomp.factored.prefix.alike", lambda *_: torch.tensor(True))
-    with prefixes_of(4, P) as ran, blind:
+    with prefixes_of(4) as ran, blind:
         source = CapturedSource(target_of(Attention(), inputs), inputs)
         assert source.prefixes is not None
         ran.clear()
