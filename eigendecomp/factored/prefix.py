@@ -23,9 +23,12 @@ from eigendecomp.gradients import Gradients
 if TYPE_CHECKING:
     from eigendecomp.factored.source import Capture
 
-GROUPS = 8  # of positions, at most; more save little
+OPS_PER_NUMBER = 400  # operations that a pass takes for every number that is kept for it: measured on transformers
+LAUNCH = 10**6  # operations that take as long as starting one function of torch
+RECORDED = 15  # how much longer that takes where it is recorded, or batched over cotangents
+GROUPS = (1, 2, 3, 4, 6, 8)  # of positions, to choose from; more save little
+GAIN = 1.1  # how many times faster prefixes must be by the count
 LEAST = 4  # positions of a group, of which fewer are not worth a run
-NUMBERS = 1 << 12  # that an operation writes, of which fewer take no longer than starting it
 
 
 class NotCausal(Exception):
@@ -58,11 +61,22 @@ class Prefixes:
             return None
         return found if bool(alike(trace, f)) else None
 
-    def ends(self, e: int) -> list[int]:
-        """Where the samples of a piece end and those of the next one begin: nowhere if prefixes save nothing."""
+    def ends(self, e: int, draws: int) -> list[int]:
+        """Where the samples of a piece end and those of the next one begin, so that e examples take least work."""
         p = self.whole.outputs[0]
-        count = min(GROUPS, p // LEAST)
-        return [p * i // count for i in range(1, count)]
+        choices = [[p * i // count for i in range(1, count)] for count in GROUPS if count <= max(1, p // LEAST)]
+        costs = [self.cost([*ends, p], max(2, e), draws) * (GAIN if ends else 1) for ends in choices]
+        return choices[costs.index(min(costs))]
+
+    def cost(self, lengths: Sequence[int], e: int, draws: int) -> float:
+        """Operations that capturing pieces of these lengths takes, starting functions of torch included."""
+        reading, total = self.whole.reading, 0.0
+        each = OPS_PER_NUMBER * reading.bytes_per_example / reading.bytes_per_number / lengths[-1]
+        for first, q in zip([0, *lengths], lengths):
+            passes = (q - first) * draws
+            total += LAUNCH * len(reading.operations) * (RECORDED + (RECORDED if e * q <= FEW_SAMPLES else passes))
+            total += each * e * q * (1 + passes)
+        return total
 
     def run(self, examples: Sequence[Tensor], q: int) -> tuple[Reading, Trace, list[Tensor]]:
         """How uses are read in the first q positions, a recorded run of these, and its inputs.

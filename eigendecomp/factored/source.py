@@ -87,7 +87,8 @@ class Capture:
             self.leave(dict.fromkeys(self.target.names, DIFFERENT))
             self.say(self.target.names)
             return self.gradients(examples, cotangents)
-        c, ends = cotangents(f), [] if self.prefixes is None else self.prefixes.ends(len(f))
+        c = cotangents(f)
+        ends = [] if self.prefixes is None else self.prefixes.ends(len(f), c.shape[2])
         late = self.piece(self.reading, trace, examples, c, ends[-1] if ends else 0)
         if self.prefixes is None or not ends:
             return late
