@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OPS_PER_NUMBER = 400  # operations that a pass takes for every number that is kept for it: measured on transformers
 LAUNCH = 10**6  # operations that take as long as starting one function of torch
-RECORDED = 15  # how much longer that takes where it is recorded, or batched over cotangents
+RECORDED = 12  # how much longer that takes where it is recorded
 GROUPS = (1, 2, 3, 4, 6, 8)  # of positions, to choose from; more save little
 GAIN = 1.1  # how many times faster prefixes must be by the count
 LEAST = 4  # positions of a group, of which fewer are not worth a run
@@ -74,7 +74,7 @@ class Prefixes:
         each = OPS_PER_NUMBER * reading.bytes_per_example / reading.bytes_per_number / lengths[-1]
         for first, q in zip([0, *lengths], lengths):
             passes = (q - first) * draws
-            total += LAUNCH * len(reading.operations) * (RECORDED + (RECORDED if e * q <= FEW_SAMPLES else passes))
+            total += LAUNCH * len(reading.operations) * (RECORDED + (1 if e * q <= FEW_SAMPLES else passes))
             total += each * e * q * (1 + passes)
         return total
 
