@@ -49,7 +49,7 @@ class Capture:
         self.generator = torch.Generator().manual_seed(0)
         self.slow = FunctionalSource(target, [])
         self.reading: Reading
-        self.prefixes: Prefixes | None = None  # where the model is causal
+        self.prefixes: Prefixes | None = None  # where the model is causal and no one asks for single positions
 
     @property
     def fallback(self) -> dict[str, str]:
@@ -65,7 +65,7 @@ class Capture:
         """Find how uses are read in examples of this shape; returns the cotangents with which that was found."""
         self.reading, c = discover(self.recorder, examples, self.terms)
         self.leave({})
-        self.prefixes = Prefixes.find(self, examples)
+        self.prefixes = Prefixes.find(self, examples) if self.form else None
         return c
 
     def leave(self, reasons: Mapping[str, str]) -> None:
