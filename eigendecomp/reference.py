@@ -90,7 +90,7 @@ class Constant(Reference):
 
     def prepare(self, divergence: Divergence, predictions: Tensor | Rows, generator: torch.Generator) -> Tensor:
         k = predictions.shape[-1]
-        c = torch.as_tensor(self.c, dtype=predictions.dtype)
+        c = torch.as_tensor(self.c, dtype=predictions[:0].dtype)
         if c.ndim > 1 or c.numel() not in (1, k):
             raise ValueError(f"Constant has {tuple(c.shape)} values and the model {k} outputs; give 1 or {k} values")
         divergence.check_reference(c.expand(k))

@@ -5,7 +5,7 @@ layers, which commonly keep positions apart. The uses in such layers, and the fi
 are such, are found once; every batch is looked at again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import torch
@@ -15,8 +15,6 @@ from torch import Tensor
 from eigendecomp.factored.layouts import Layout, NotUnderstood
 from eigendecomp.factored.operations import Node, Plan, Use
 from eigendecomp.factored.record import Recorder, Trace
-
-EachPosition = Callable[[Node, Sequence[Use], Tensor], list[Tensor]]
 
 
 class PositionsMeet(Exception):
@@ -88,14 +86,14 @@ def output_gradients(
     plans: Sequence[Plan],
     boundary: Node | None,
     c: Float[Tensor, "e p r k"],
+    first: int,
     generator: torch.Generator,
-    each: EachPosition,
 ) -> list[Tensor]:
-    """Output gradients of every use: (r, …) where positions are apart, (positions · r, …) where they are not.
+    """Output gradients of every use: (r, …) where positions are apart, where they are not (positions · r, …).
 
     Args:
         boundary: a node from which on outputs depend on their own position alone.
-        each: pulls back from one position at a time, as :func:`each_position`.
+        first: the position from which on backward passes are run where positions are not apart.
 
     Raises:
         PositionsMeet: if in this batch a gradient goes from one position to another where none should.
@@ -108,25 +106,21 @@ def output_gradients(
     if boundary is not None:
         own = Layout(positions=c.shape[1]).split(boundary.by_sample(deltas.pop()), c.shape[0], 1)
         start, own = boundary, own.unflatten(1, c.shape[:2]).movedim(0, 2).flatten(3)
-    by_use = dict(zip((*apart, *mixing), (*deltas, *each(start, mixing, own)), strict=True))
+    pulled = each_position(recorder, start, mixing, own, first)
+    by_use = dict(zip((*apart, *mixing), (*deltas, *pulled), strict=True))
     return [by_use[use] for use in trace.uses]
 
 
 def each_position(
-    recorder: Recorder, start: Node, uses: Sequence[Use], own: Float[Tensor, "e p r k"]
-) -> list[Float[Tensor, "pr *shape"]]:
-    """What goes back to uses from every position of a node alone, whose cotangent there is ``own``."""
-    e, p = own.shape[:2]
-    c = placed(own, 0, p).reshape(-1, *start.output.shape) if uses else own
-    return recorder.pull(start, uses, c, e * p)
-
-
-def placed(own: Float[Tensor, "e m r k"], first: int, length: int) -> Float[Tensor, "mr e length k"]:
-    """Cotangents of the positions from ``first`` on as cotangents of ``length`` positions, zero at all others."""
-    e, m, r, k = own.shape
-    each, index = own.new_zeros(m, r, e, length, k), torch.arange(m, device=own.device)
-    each[index, :, :, first + index] = own.movedim(0, 2)
-    return each.flatten(0, 1)
+    recorder: Recorder, start: Node, uses: Sequence[Use], own: Float[Tensor, "e p r k"], first: int
+) -> list[Float[Tensor, "mr *shape"]]:
+    """What goes back to uses from each of the positions from ``first`` on alone; ``own`` is a node's cotangent."""
+    e, p, r, k = own.shape
+    if not uses:
+        return []
+    each, index = own.new_zeros(p - first, r, e, p, k), torch.arange(p - first, device=own.device)
+    each[index, :, :, first + index] = own[:, first:].movedim(0, 2)
+    return recorder.pull(start, uses, each.view(-1, *start.output.shape), e * p)
 
 
 def of_all_positions(

@@ -1,235 +1,140 @@
-"""Cotangents of early positions on prefixes of the sequence, for models that are found to be causal.
+"""Samples at early positions captured on prefixes of the sequence, for models that are found to be causal.
 
 What a causal model gives for a position depends on nothing behind it, so backward passes from early positions need only
-a run on a prefix. That a model is causal is found on a few examples, with the places of positions in the outputs of
-uses; whenever a prefix is run, its outputs must be those of the whole sequence.
+a run on a prefix, and the factors of their gradients are as long as the prefix. That a model is causal is found on a
+few examples; whenever a prefix is run, its outputs must be those of the whole sequence.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from eigendecomp.factored.apart import each_position, placed
 from eigendecomp.factored.discover import Reading
 from eigendecomp.factored.guard import exactness
-from eigendecomp.factored.operations import Node, Plan, Use
-from eigendecomp.factored.record import FEW_SAMPLES, Recorder, Trace
+from eigendecomp.factored.layouts import Layout
+from eigendecomp.factored.operations import Plan
+from eigendecomp.factored.record import FEW_SAMPLES, Trace
+from eigendecomp.gradients import Gradients
 
-OPS_PER_NUMBER = 100  # operations that take as long as writing one number
+if TYPE_CHECKING:
+    from eigendecomp.factored.source import Capture
+
+OPS_PER_NUMBER = 400  # operations that a pass takes for every number that is kept for it: measured on transformers
 LAUNCH = 10**6  # operations that take as long as starting one function of torch
-RECORDED = 2  # how much longer starting it takes where it is recorded, or batched over cotangents
-GROUPS = (2, 3, 4, 6, 8)  # prefixes to choose from; more save little
+RECORDED = 12  # how much longer that takes where it is recorded
+GROUPS = (1, 2, 3, 4, 6, 8)  # of positions, to choose from; more save little
 GAIN = 1.1  # how many times faster prefixes must be by the count
-LEAST = 4  # positions of which fewer are not worth the search
+LEAST = 4  # positions of a group, of which fewer are not worth a run
 
 
 class NotCausal(Exception):
     """A prefix gives other outputs than the whole sequence."""
 
 
-class Work(TorchDispatchMode):
-    """Counts what is done inside."""
-
-    def __init__(self) -> None:
-        from torch.utils.flop_counter import flop_registry  # which imports Triton, and few models need it
-
-        super().__init__()
-        self.calls, self.operations, self.registry = 0, 0, flop_registry
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls += 1
-        if func._overloadpacket in self.registry:
-            self.operations += self.registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
-        if not func.is_view:
-            self.operations += OPS_PER_NUMBER * sum(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
-        return result
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where positions lie in the output of a use, or its gradients, once examples are split off.
+class Prefixes:
+    """Captures samples at early positions of a causal model on runs of prefixes.
 
     Args:
-        axis: the axis that holds them, behind that of the examples.
-        outer: what lies along it outside of the positions.
+        whole: captures whole sequences.
+        cut: of every input, whether it has the positions along its second axis.
     """
 
-    axis: int
-    outer: int
+    def __init__(self, whole: "Capture", cut: Sequence[bool]) -> None:
+        self.whole, self.cut = whole, cut
+        self.readings: dict[int, Reading] = {}  # by the length of a prefix
 
     @classmethod
-    def find(
-        cls, plan: Plan, uses: tuple[Use, Use], deltas: tuple[Tensor, Tensor], positions: tuple[int, int], e: int
-    ) -> Self | None:
-        """The one place where the output gradients of a sequence, (1, …), are those of its prefix and zero behind.
-
-        Args:
-            uses: the use in a run of the sequence and in one of its prefix.
-            positions: of the sequence and of its prefix.
-        """
-        (p, q), (whole, short) = positions, (by_example(use, plan, d, e) for use, d in zip(uses, deltas, strict=True))
-        if whole.ndim != short.ndim or whole.untyped_storage().data_ptr() != deltas[0].untyped_storage().data_ptr():
+    def find(cls, whole: "Capture", examples: Sequence[Tensor]) -> Self | None:
+        """What captures prefixes of a model that gives for them what it gives for these whole examples; else None."""
+        p, plans = whole.outputs[0], whole.reading.plans
+        found = cls(whole, [x.ndim > 1 and x.shape[1] == p for x in examples])
+        if p < 2 * LEAST or not any(found.cut) or all(plan.apart is not None for plan in plans):
             return None
-        (axis, *others), found = [a for a in range(whole.ndim) if whole.shape[a] != short.shape[a]] or [0], []
-        if others or axis < 2 or whole.shape[axis] % p or whole.shape[axis] // p * q != short.shape[axis]:
-            return None
-        each = whole.shape[axis] // p
-        for place in (cls(axis, outer) for outer in range(1, each + 1) if each % outer == 0):
-            embedded = torch.zeros_like(whole)
-            place.of(embedded, p, q).copy_(place.of(short, q, q))
-            if (embedded - whole).norm() <= tolerance(whole) * whole.norm():
-                found.append(place)
-        return found[0] if len(found) == 1 else None
-
-    def of(self, x: Float[Tensor, "c e ..."], p: int, q: int) -> Tensor:
-        """The first q of p positions."""
-        return x.unflatten(self.axis, (self.outer, p, -1)).narrow(self.axis + 1, 0, q)
-
-
-@dataclass
-class Prefixes:
-    """Backward passes from early positions of a causal model, on runs of prefixes."""
-
-    recorder: Recorder
-    reading: Reading
-    cut: list[bool]  # of every input, whether it has the positions along its second axis
-    examples: int  # in which the work was counted
-    forward: Work
-    backward: Work  # from one cotangent
-    places: dict[Plan, Place]
-
-    @classmethod
-    def find(cls, recorder: Recorder, reading: Reading, examples: Sequence[Tensor]) -> Self | None:
-        """What is known of a model that gives on prefixes of these examples what it gives on the whole; else None."""
-        p, e = reading.outputs[0], len(examples[0])
-        cut, q = [x.ndim > 1 and x.shape[1] == p for x in examples], p // 2
-        if p < LEAST or not any(cut) or all(plan.apart is not None for plan in reading.plans):
-            return None
-        found = cls(recorder, reading, cut, e, Work(), Work(), {})
-        with found.forward:
-            trace = recorder.run(examples, found.kept)
-        if trace.operations != reading.operations or not reading.recognises(trace, e):
-            return None
+        f = whole.run(examples)[1]
         try:
-            part = found.run(trace, examples, q)
+            _, trace, _ = found.run(examples, p // 2)
         except NotCausal:
             return None
-        if not bool(alike(part, trace, e)):
-            return None
-        start, begin = (found.start(run) for run in (trace, part))
-        early = torch.randn(begin.output.shape, generator=torch.Generator().manual_seed(0)).to(begin.output)
-        c = torch.cat([early.reshape(e, q, -1), early.new_zeros(e, p - q, early.numel() // (e * q))], 1)
-        mixing = [number for number, plan in enumerate(reading.plans) if plan.apart is None]
-        uses, short_uses = ([run.uses[number] for number in mixing] for run in (trace, part))
-        with found.backward:
-            whole = recorder.pull(start, uses, c.reshape(1, *start.output.shape))
-        short = recorder.pull(begin, short_uses, early.unsqueeze(0))
-        for number, use, short_use, *deltas in zip(mixing, uses, short_uses, whole, short, strict=True):
-            plan, both = reading.plans[number], (deltas[0], deltas[1])
-            if (place := Place.find(plan, (use, short_use), both, (p, q), e)) is None:
-                return None
-            found.places[plan] = place
-        return found
+        return found if bool(alike(trace, f)) else None
 
-    @property
-    def kept(self) -> tuple[int, ...]:
-        """The operation that is kept in every run."""
-        return () if self.reading.boundary is None else (self.reading.boundary,)
+    def ends(self, e: int, draws: int) -> list[int]:
+        """Where the samples of a piece end and those of the next one begin, so that e examples take least work."""
+        p = self.whole.outputs[0]
+        choices = [[p * i // count for i in range(1, count)] for count in GROUPS if count <= max(1, p // LEAST)]
+        costs = [self.cost([*ends, p], max(2, e), draws) * (GAIN if ends else 1) for ends in choices]
+        return choices[costs.index(min(costs))]
 
-    def start(self, trace: Trace) -> Node:
-        """The node from which on positions are apart, or the output."""
-        return trace.output if self.reading.boundary is None else trace.kept[self.reading.boundary]
+    def cost(self, lengths: Sequence[int], e: int, draws: int) -> float:
+        """Operations that capturing pieces of these lengths takes, starting functions of torch included."""
+        reading, total = self.whole.reading, 0.0
+        each = OPS_PER_NUMBER * reading.bytes_per_example / reading.bytes_per_number / lengths[-1]
+        for first, q in zip([0, *lengths], lengths):
+            passes = (q - first) * draws
+            total += LAUNCH * len(reading.operations) * (RECORDED + (1 if e * q <= FEW_SAMPLES else passes))
+            total += each * e * q * (1 + passes)
+        return total
 
-    def run(self, trace: Trace, examples: Sequence[Tensor], q: int) -> Trace:
-        """A recorded run of the first q positions; raises :class:`NotCausal` if it is another than of all."""
+    def run(self, examples: Sequence[Tensor], q: int) -> tuple[Reading, Trace, list[Tensor]]:
+        """How uses are read in the first q positions, a recorded run of these, and its inputs.
+
+        Raises:
+            NotCausal: if other operations are run than for the whole sequence.
+        """
+        some = [x[:, :q].contiguous() if cut else x for x, cut in zip(examples, self.cut, strict=True)]
         try:
-            some = [x[:, :q].contiguous() if cut else x for x, cut in zip(examples, self.cut)]
-            part = self.recorder.run(some, self.kept)
+            trace = self.whole.run(some)[0]
+            if q not in self.readings:
+                self.readings[q] = shorter(self.whole.reading, trace, q)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model says of inputs that are too short for it
             raise NotCausal from error
-        same = part.operations == trace.operations and part.signature == trace.signature
-        if not same or part.output.output.shape[1] != q:
+        if not self.readings[q].recognises(trace, len(trace.output.output)):
             raise NotCausal
-        return part
+        return self.readings[q], trace, some
 
-    def pull(
-        self,
-        trace: Trace,
-        examples: Sequence[Tensor],
-        count: int,
-        start: Node,
-        uses: Sequence[Use],
-        own: Float[Tensor, "e p r k"],
-    ) -> list[Float[Tensor, "pr *shape"]]:
-        """As :func:`eigendecomp.factored.apart.each_position`, for a run of these examples, of which ``count`` matter.
+    def gradients(
+        self, examples: Sequence[Tensor], f: Float[Tensor, "e p k"], c: Float[Tensor, "e p r k"], ends: Sequence[int]
+    ) -> list[Gradients]:
+        """The gradients of the samples that end at each of these positions.
 
         Raises:
             NotCausal: if a prefix gives other outputs than the whole sequence.
         """
-        e, p, r = own.shape[:3]
-        ends = self.ends(e, r)
-        if not uses or len(ends) == 1 or trace.operations != self.reading.operations:
-            return each_position(self.recorder, start, uses, own)
-        plans = [plan for plan in self.reading.plans if plan.apart is None]
-        found = {use.place: use.output.new_zeros(p * r, *use.output.shape) for use in uses}
-        same: list[Tensor] = []
+        pieces, same = [], []
         for first, q in zip([0, *ends], ends):
-            part = trace if q == p else self.run(trace, examples, q)
-            short = [use for use, plan in zip(part.uses, self.reading.plans, strict=True) if plan.apart is None]
-            begin = self.start(part)
-            each = placed(own[:, first:q], first, q).reshape(-1, *begin.output.shape)
-            same.append(alike(part, trace, count))
-            size = len(each) if e * q <= FEW_SAMPLES else 1  # one by one, so that they are not held twice
-            for at, c in zip(range(first * r, q * r, size), each.split(size)):
-                deltas = self.recorder.pull(begin, short, c, e * q)
-                for use, mine, plan, delta in zip(uses, short, plans, deltas, strict=True):
-                    place, rows = self.places[plan], found[use.place][at : at + size]
-                    own_rows = place.of(by_example(mine, plan, delta, e), q, q)
-                    place.of(by_example(use, plan, rows, e), p, q).copy_(own_rows)
-        if not bool(torch.stack(same).all()):
+            reading, trace, some = self.run(examples, q)
+            same.append(alike(trace, f))
+            pieces.append(self.whole.piece(reading, trace, some, c[:, :q], first))
+        if not bool(torch.stack(same).all()):  # looked at once, since a GPU waits at every look
             raise NotCausal
-        return [found[use.place] for use in uses]
-
-    def ends(self, e: int, draws: int) -> list[int]:
-        """Where the prefixes for e examples end, the last one at the end of the sequence: what takes least work."""
-        p = self.reading.outputs[0]
-        # One position alone may run through other operations than several.
-        choices = [[p * (i + 1) // count for i in range(count)] for count in (1, *GROUPS) if count <= p // 2]
-        costs = [self.cost(ends, e, draws) * (GAIN if len(ends) > 1 else 1) for ends in choices]
-        return choices[costs.index(min(costs))]
-
-    def cost(self, ends: Sequence[int], e: int, draws: int) -> float:
-        """Operations that capturing with these prefixes takes, starting functions of torch included."""
-        total, share = 0.0, e / self.examples / ends[-1]
-        for first, q in zip([0, *ends], ends):
-            passes = (q - first) * draws
-            starts = RECORDED if e * q <= FEW_SAMPLES else passes
-            total += LAUNCH * (RECORDED * self.forward.calls + starts * self.backward.calls)
-            total += share * q * (self.forward.operations + passes * self.backward.operations)
-        return total
+        return pieces
 
 
-def by_example(use: Use, plan: Plan, x: Float[Tensor, "c *shape"], e: int) -> Float[Tensor, "c e ..."]:
-    """Output gradients of a use with examples split off."""
-    return plan.layout.split(use.by_sample(x), e, 1)
+def shorter(reading: Reading, trace: Trace, q: int) -> Reading:
+    """How uses are read in a run of a prefix, in which samples lie as in the whole sequence.
+
+    Raises:
+        NotCausal: if the run differs in more than its length. Other errors where a use cannot be read so.
+    """
+    e, _, k = trace.output.output.shape
+    if trace.operations != reading.operations or trace.output.output.shape[1] != q:
+        raise NotCausal
+    plans = []
+    for use, plan in zip(trace.uses, reading.plans, strict=True):
+        shape = tuple(trace.derived[use.name][0].output.shape) if use.name in trace.derived else plan.shape
+        plans.append(Plan.of(use, plan.layout, e, shape, plan.spread))
+        if plan.apart is not None:
+            plans[-1].apart = Plan.of(use, Layout(positions=q), e, shape, plan.spread)
+    return replace(reading, outputs=(q, k), plans=plans)
 
 
-def alike(part: Trace, trace: Trace, count: int) -> Bool[Tensor, ""]:
-    """Whether the outputs of the first examples on a prefix are those on the whole sequence."""
-    own = part.output.output.detach()[:count]
-    f = trace.output.output.detach()[:count, : own.shape[1]]
-    return (own - f).abs().amax() <= tolerance(f) * f.abs().amax()
-
-
-def tolerance(x: Tensor) -> float:
-    """A relative difference that rounding may make."""
-    return exactness(x.dtype) / 10
+def alike(trace: Trace, f: Float[Tensor, "e p k"]) -> Bool[Tensor, ""]:
+    """Whether the outputs of examples on a prefix are those on the whole sequence."""
+    own = trace.output.output.detach()[: len(f)]
+    f = f[:, : own.shape[1]]
+    return (own - f).abs().amax() <= exactness(f.dtype) / 10 * f.abs().amax()

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.factored.apart import PositionsMeet, each_position, output_gradients
+from eigendecomp.factored.apart import PositionsMeet, output_gradients
 from eigendecomp.factored.discover import DIFFERENT, Reading, discover
 from eigendecomp.factored.guard import Guard, Mistaken, coarse, differing
 from eigendecomp.factored.layouts import Axes
 from eigendecomp.factored.local import through
 from eigendecomp.factored.operations import Plan, Product, Use
-from eigendecomp.factored.pieces import Recomputed
+from eigendecomp.factored.pieces import Recomputed, by_position
 from eigendecomp.factored.prefix import NotCausal, Prefixes
 from eigendecomp.factored.record import Recorder, Trace
 from eigendecomp.factored.terms import Factored, Side, Term
@@ -49,7 +49,7 @@ class Capture:
         self.generator = torch.Generator().manual_seed(0)
         self.slow = FunctionalSource(target, [])
         self.reading: Reading
-        self.prefixes: Prefixes | None = None  # where the model is causal
+        self.prefixes: Prefixes | None = None  # where the model is causal and no one asks for single positions
 
     @property
     def fallback(self) -> dict[str, str]:
@@ -65,7 +65,7 @@ class Capture:
         """Find how uses are read in examples of this shape; returns the cotangents with which that was found."""
         self.reading, c = discover(self.recorder, examples, self.terms)
         self.leave({})
-        self.prefixes = Prefixes.find(self.recorder, self.reading, examples)
+        self.prefixes = Prefixes.find(self, examples) if self.form else None
         return c
 
     def leave(self, reasons: Mapping[str, str]) -> None:
@@ -73,6 +73,7 @@ class Capture:
         self.reading.leave(reasons)
         self.recorder.leave(self.fallback)
         self.slow = FunctionalSource(self.target, list(self.fallback))
+        self.prefixes = None  # which were read with these parameters' uses
 
     def say(self, names: Collection[str]) -> None:
         """Warn that these parameters are left to the oracle."""
@@ -87,19 +88,40 @@ class Capture:
             self.say(self.target.names)
             return self.gradients(examples, cotangents)
         c = cotangents(f)
-        uses = zip(trace.uses, self.reading.plans, self._output_gradients(examples, trace, c), strict=True)
+        ends = [] if self.prefixes is None else self.prefixes.ends(len(f), c.shape[2])
+        late = self.piece(self.reading, trace, examples, c, ends[-1] if ends else 0)
+        if self.prefixes is None or not ends:
+            return late
+        del trace  # so that its graph is free before the next one is there
+        try:
+            return by_position([*self.prefixes.gradients(examples, f, c, ends), late], len(f))
+        except NotCausal:
+            log.info("outputs depend on later positions here, so prefixes of sequences are not run any more")
+            self.prefixes = None
+            return self.gradients(examples, cotangents)
+
+    def run(self, examples: Sequence[Tensor]) -> tuple[Trace, Float[Tensor, "e p k"]]:
+        """A recorded run, and the outputs of the examples."""
+        boundary = self.reading.boundary
+        trace = self.recorder.run(at_least_two(examples), () if boundary is None else (boundary,))
+        return trace, trace.output.output.detach()[: len(examples[0])]
+
+    def piece(
+        self, reading: Reading, trace: Trace, examples: Sequence[Tensor], c: Float[Tensor, "e p r k"], first: int = 0
+    ) -> Gradients:
+        """The gradients of the samples at the positions from ``first`` on, in a run whose uses are read so."""
         by_name: dict[str, list[tuple[Use, Plan, Tensor]]] = defaultdict(list)
-        for use, plan, delta in uses:
+        for use, plan, delta in zip(trace.uses, reading.plans, self._pulled(reading, trace, c, first), strict=True):
             by_name[plan.name].append((use, plan, delta))
         parts: list[Part] = []
-        found = {name: self._gradient(name, some, c) for name, some in by_name.items()}
+        found = {name: self._gradient(name, some, c, first) for name, some in by_name.items()}
         through(self.recorder, trace, found)
-        formed = self._formed(examples, c)
+        formed = self._formed(examples, c, first)
         for name, shape in self.target.shapes.items():
             if name in found:
                 gradient = found[name]
             elif name not in self.fallback:  # never used
-                gradient = Factored.zero(name, shape, c.new_zeros(c.shape[1] * c.shape[2], len(c), 0))
+                gradient = Factored.zero(name, shape, c.new_zeros((c.shape[1] - first) * c.shape[2], len(c), 0))
             else:
                 continue
             if isinstance(gradient, Tensor):
@@ -111,43 +133,37 @@ class Capture:
             parts.append(Formed(chosen, torch.cat([formed[name] for name in chosen], 1)))
         return Gradients(self.target.shapes, parts)
 
-    def run(self, examples: Sequence[Tensor]) -> tuple[Trace, Float[Tensor, "e p k"]]:
-        """A recorded run, and the outputs of the examples."""
-        boundary = self.reading.boundary
-        trace = self.recorder.run(at_least_two(examples), () if boundary is None else (boundary,))
-        return trace, trace.output.output.detach()[: len(examples[0])]
-
-    def _output_gradients(self, examples: Sequence[Tensor], trace: Trace, c: Float[Tensor, "e p r k"]) -> list[Tensor]:
+    def _pulled(self, reading: Reading, trace: Trace, c: Float[Tensor, "e p r k"], first: int) -> list[Tensor]:
+        """Output gradients of every use, as :func:`eigendecomp.factored.apart.output_gradients` gives them."""
         two = c if len(c) > 1 else torch.cat([c, torch.zeros_like(c)])
-        reading, each = self.reading, partial(each_position, self.recorder)
-        if self.prefixes is not None:
-            each = partial(self.prefixes.pull, trace, at_least_two(examples), len(examples[0]))
         same = trace.operations == reading.operations
         boundary = trace.kept.get(-1 if reading.boundary is None else reading.boundary) if same else None
         try:
-            return output_gradients(self.recorder, trace, reading.plans, boundary, two, self.generator, each)
-        except NotCausal:
-            log.info("outputs depend on later positions here, so prefixes of sequences are not run any more")
+            return output_gradients(self.recorder, trace, reading.plans, boundary, two, first, self.generator)
         except PositionsMeet:
             log.warning("positions meet in layers that seemed to keep them apart; they are captured one by one now")
             reading.boundary = None
             for plan in reading.plans:
                 plan.apart = None
-        self.prefixes = None
-        return self._output_gradients(examples, trace, c)
+        return self._pulled(reading, trace, c, first)
 
-    def _formed(self, examples: Sequence[Tensor], c: Float[Tensor, "e p r k"]) -> dict[str, Float[Tensor, "n w"]]:
+    def _formed(
+        self, examples: Sequence[Tensor], c: Float[Tensor, "e p r k"], first: int
+    ) -> dict[str, Float[Tensor, "n w"]]:
         """The gradients of the parameters that are left to the oracle."""
         if not self.fallback:
             return {}
         sizes = [math.prod(self.target.shapes[name]) for name in self.fallback]
-        return dict(zip(self.fallback, self.slow.pull_back(examples, at_own_position(c)).split(sizes, 1), strict=True))
+        each = at_own_position(c)[:, first * c.shape[2] :]
+        return dict(zip(self.fallback, self.slow.pull_back(examples, each).split(sizes, 1), strict=True))
 
     def _gradient(
-        self, name: str, uses: Sequence[tuple[Use, Plan, Tensor]], c: Float[Tensor, "e p r k"]
+        self, name: str, uses: Sequence[tuple[Use, Plan, Tensor]], c: Float[Tensor, "e p r k"], first: int
     ) -> Part | Float[Tensor, "n w"]:
         """The gradients of one parameter from its uses and their output gradients: factored, or numbers."""
-        e, p, r = c.shape[:3]
+        (e, p, r), own = c.shape[:3], slice(len(c) * c.shape[1])
+        if first:  # of the samples of uses whose positions are apart
+            own = torch.arange(e * p, device=c.device).view(e, p)[:, first:].flatten()
         left, *others = {plan.axes.left for _, plan, _ in uses}
         mixing = any(plan.apart is None for _, plan, _ in uses)
         formed: list[Tensor] = []
@@ -155,12 +171,15 @@ class Capture:
         for use, plan, delta in uses:
             if delta.dtype != self.target.dtype:  # under mixed precision; sums over samples are taken in full
                 use, delta = use.to(self.target.dtype), delta.to(self.target.dtype)
-            samples, plan = (e, plan) if plan.apart is None else (e * p, plan.apart)
+            total, some = max(e, 2), slice(e)
+            if plan.apart is not None:
+                total, some, plan = total * p, own, plan.apart
             if others or not isinstance(use, Product) or not left:
-                formed.append(use.gradient(plan, delta, max(e, 2))[: e * p * r])
+                value = use.gradient(plan, delta, max(e, 2))
+                formed.append(value.unflatten(0, (total, -1))[some].flatten(0, 1))
                 continue
-            pair = [side.first(samples) for side in use.sides(plan, delta, max(e, 2))]
-            a, b = [side.by_position(p, r) for side in pair] if mixing and samples > e else pair
+            pair = [side.some(some) for side in use.sides(plan, delta, max(e, 2))]
+            a, b = [side.by_position(p - first, r) for side in pair] if mixing and some is own else pair
             terms[plan.group].append((a, b))
         if formed:  # uses that split the parameter's axes differently, or do not factor, share no factored form
             return sum_of(formed)

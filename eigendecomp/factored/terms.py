@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -115,7 +115,7 @@ class Side:
             return self.values
         return self.values.new_zeros(*self.values.shape[:-1], self.size).index_copy(-1, self.index, self.values)
 
-    def some(self, examples: slice) -> "Side":
+    def some(self, examples: slice | Int[Tensor, " m"]) -> "Side":
         """The rows of some of the examples."""
         return Side(self.values[:, examples], self.size, self.index)
 
@@ -195,7 +195,7 @@ class Patches(Side):
     def norm_cost(self) -> float:
         return min(self.summed_cost, super().norm_cost)
 
-    def some(self, examples: slice) -> "Patches":
+    def some(self, examples: slice | Int[Tensor, " m"]) -> "Patches":
         return Patches(self.images[examples], self.kernel, self.stride, self.dilation, self.size)
 
     def dot(self, factor: Float[Tensor, "v k size"]) -> Float[Tensor, "1 e t vk"]:

@@ -4,8 +4,8 @@ A vocabulary of 50,000 makes 1.6 GB of 8,192 outputs, of which a reference keeps
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, Self
+from functools import partial, reduce
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -20,13 +20,11 @@ PIECE = 1 << 22  # numbers computed at a time then
 class Rows:
     """Rows (n, k) that are computed in pieces, from the first one again whenever some of them are asked for.
 
-    References ask of predictions what these answer as a tensor does: their shape and type, some rows, and the mean.
+    References ask of predictions what these answer as a tensor does: their shape, some rows, and the mean.
     """
 
-    def __init__(
-        self, pieces: Callable[[], Iterator[Float[Tensor, "some k"]]], shape: tuple[int, int], dtype: torch.dtype
-    ) -> None:
-        self.pieces, self.shape, self.dtype = pieces, shape, dtype
+    def __init__(self, pieces: Callable[[], Iterator[Float[Tensor, "some k"]]], shape: tuple[int, int]) -> None:
+        self.pieces, self.shape = pieces, shape
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -43,15 +41,9 @@ class Rows:
                 break
         return found
 
-    def mean(self, dim: int, keepdim: bool) -> Float[Tensor, "1 k"]:
-        """The mean over the rows."""
-        assert dim == 0
-        assert keepdim
-        total: Tensor | None = None
-        for piece in self.pieces():
-            total = piece.sum(0, keepdim=True) if total is None else total.add_(piece.sum(0, keepdim=True))
-        assert total is not None
-        return total / len(self)
+    def mean(self, dim: Literal[0], keepdim: Literal[True]) -> Float[Tensor, "1 k"]:
+        """The mean over the rows, for which a tensor's method needs these arguments."""
+        return reduce(torch.add, (piece.sum(dim, keepdim) for piece in self.pieces())) / len(self)
 
 
 class Outputs:
@@ -86,6 +78,5 @@ class Outputs:
         """What a function makes of every sample's output, which stays as many numbers."""
         if self.held is not None:
             return function(self.held.flatten(0, 1))
-        dtype = next(self.pieces()).dtype
         each = lambda: (function(piece.flatten(0, 1)) for piece in self.pieces())  # noqa: E731
-        return Rows(each, (self.shape[0] * self.shape[1], self.shape[2]), dtype)
+        return Rows(each, (self.shape[0] * self.shape[1], self.shape[2]))

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eigendecomp.factored.prefix import Prefixes, Work
+from eigendecomp.factored.pieces import ByPosition
+from eigendecomp.factored.prefix import Prefixes
 from eigendecomp.factored.source import CapturedSource
+from eigendecomp.factored.terms import Factored
 from eigendecomp.gradients import FunctionalSource
 from eigendecomp.support.examples import as_examples
 from eigendecomp.target import Target
@@ -95,9 +97,9 @@ def prefixes_of(*ends: int) -> Iterator[list[int]]:
     """Inside, prefixes end at these positions whatever they cost; gives the lengths of those that were run."""
     run, ran = Prefixes.run, []
 
-    def counted(self: Prefixes, trace: Any, examples: Sequence[Tensor], q: int) -> Any:
+    def counted(self: Prefixes, examples: Sequence[Tensor], q: int) -> Any:
         ran.append(q)
-        return run(self, trace, examples, q)
+        return run(self, examples, q)
 
     with patch.object(Prefixes, "ends", lambda *_: list(ends)), patch.object(Prefixes, "run", counted):
         yield ran
@@ -121,7 +123,7 @@ def agrees(source: CapturedSource, inputs: Sequence[Tensor], draws: int = 2) -> 
 
 
 @pytest.mark.parametrize("case", CAUSAL.values(), ids=CAUSAL.keys())
-@pytest.mark.parametrize("ends", [(P,), (4, P), (2, 3, 6, P)])
+@pytest.mark.parametrize("ends", [(), (4,), (2, 3, 6)])
 def test_prefixes_of_causal_models_give_the_gradients_of_the_whole(
     case: Callable[[], tuple[nn.Module, Sequence[Tensor]]], ends: tuple[int, ...]
 ) -> None:
@@ -131,7 +133,7 @@ def test_prefixes_of_causal_models_give_the_gradients_of_the_whole(
         assert source.prefixes is not None and not source.fallback
         ran.clear()
         agrees(source, inputs)
-        assert set(ran) == set(ends[:-1])
+        assert set(ran) == set(ends)
         one = [x[3:4] for x in inputs]
         agrees(source, one)
         agrees(CapturedSource(target_of(model, inputs), inputs, budget=1), inputs)
@@ -143,9 +145,9 @@ def test_prefixes_whose_cotangents_are_pulled_one_by_one_are_the_same(
     case: Callable[[], tuple[nn.Module, Sequence[Tensor]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in batches that are large enough for it."""
-    monkeypatch.setattr("eigendecomp.factored.prefix.FEW_SAMPLES", 12)
+    monkeypatch.setattr("eigendecomp.factored.record.FEW_SAMPLES", 12)
     model, inputs = case()
-    with prefixes_of(2, 5, P) as ran:
+    with prefixes_of(2, 5) as ran:
         source = CapturedSource(target_of(model, inputs), inputs)
         ran.clear()
         agrees(source, inputs)
@@ -157,7 +159,7 @@ def test_models_that_are_not_causal_take_the_old_way(
     case: Callable[[], tuple[nn.Module, Sequence[Tensor]]],
 ) -> None:
     model, inputs = case()
-    with prefixes_of(4, P) as ran:
+    with prefixes_of(4) as ran:
         source = CapturedSource(target_of(model, inputs), inputs)
         assert source.prefixes is None
         ran.clear()
@@ -170,7 +172,7 @@ def test_a_batch_that_is_padded_on_the_left_takes_the_old_way() -> None:
     mask = torch.ones(6, P, dtype=torch.long)
     mask[4:, :3] = 0
     inputs = as_examples({"x": normal(6, P, 5), "mask": mask})
-    with prefixes_of(4, P) as ran:
+    with prefixes_of(4) as ran:
         source = CapturedSource(target_of(Attention(), inputs), inputs)
         agrees(source, [x[:4] for x in inputs])
         assert source.prefixes is not None and 4 in ran
@@ -185,7 +187,7 @@ def test_the_guard_drops_prefixes_whose_gradients_are_wrong() -> None:
     mask[4:, :3] = 0
     inputs = as_examples({"x": normal(6, P, 5), "mask": mask})
     blind = patch("eigendecomp.factored.prefix.alike", lambda *_: torch.tensor(True))
-    with prefixes_of(4, P) as ran, blind:
+    with prefixes_of(4) as ran, blind:
         source = CapturedSource(target_of(Attention(), inputs), inputs)
         assert source.prefixes is not None
         ran.clear()
@@ -193,25 +195,33 @@ def test_the_guard_drops_prefixes_whose_gradients_are_wrong() -> None:
         assert source.prefixes is None and not source.fallback and ran
 
 
+def test_the_factors_of_early_positions_are_as_short_as_their_prefix() -> None:
+    model, inputs = text()
+    with prefixes_of(2, 6), patch.object(Factored, "better_formed", lambda *_: False):
+        assert CapturedSource(target_of(model, inputs), inputs, form=False).prefixes is None
+        source = CapturedSource(target_of(model, inputs), inputs)
+        gradients = source(inputs, Chosen(normal(5, P, 1, 11)))
+    part = next(part for part in gradients.parts if part.names == ("attention.0.q.weight",))
+    assert isinstance(part, ByPosition)
+    factored = [piece for piece in part.pieces if isinstance(piece, Factored)]
+    assert [side.shape for piece in factored for side in piece.terms[0] if side.shape[0] > 1] == [
+        (2, 5, 2), (4, 5, 6), (2, 5, P)
+    ]  # fmt: skip
+
+
 def test_prefixes_are_run_where_they_save_work() -> None:
     model, inputs = text()
     found = CapturedSource(target_of(model, inputs), inputs).prefixes
-    assert found is not None and found.ends(4, 1) == [P]  # all of its time goes into starting functions
+    assert found is not None and found.ends(4, 1) == []  # all of its time goes into starting functions
     long = CapturedSource(Target(Transformer(11, 32, 2, 1, 96).eval()), (torch.randint(11, (3, 96)),)).prefixes
     assert long is not None
-    for operations in (0, 10**6, 10**9, 10**12):
-        long.backward.operations = operations
+    for numbers in (0, 10**3, 10**6, 10**9):
+        long.whole.reading.bytes_per_example = 4 * numbers
         costs = {count: long.cost([96 * (i + 1) // count for i in range(count)], 8, 1) for count in (1, 2, 4, 8)}
-        chosen = len(long.ends(8, 1))
-        assert chosen == 1 or long.cost(long.ends(8, 1), 8, 1) < costs[1]
-        assert long.cost(long.ends(8, 1), 8, 1) <= 1.1 * min(costs.values())
-    assert chosen > 3
-
-
-def test_work_is_counted() -> None:
-    with Work() as work:
-        x = torch.ones(3, 4) @ torch.ones(4, 5)
-    assert work.operations >= 2 * 3 * 4 * 5 + x.numel() and work.calls >= 3
+        chosen = [*long.ends(8, 1), 96]
+        assert len(chosen) == 1 or long.cost(chosen, 8, 1) < costs[1]
+        assert long.cost(chosen, 8, 1) <= 1.1 * min(costs.values())
+    assert len(chosen) > 3
 
 
 # ---- memory
