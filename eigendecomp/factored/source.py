@@ -114,7 +114,7 @@ class Capture:
         for use, plan, delta in zip(trace.uses, reading.plans, self._pulled(reading, trace, c, first), strict=True):
             by_name[plan.name].append((use, plan, delta))
         parts: list[Part] = []
-        found = {name: self._gradient(name, some, c, first) for name, some in by_name.items()}
+        found = {name: gradient_of(name, some, c, first, self.target.dtype) for name, some in by_name.items()}
         through(self.recorder, trace, found)
         formed = self._formed(examples, c, first)
         for name, shape in self.target.shapes.items():
@@ -126,8 +126,11 @@ class Capture:
                 continue
             if isinstance(gradient, Tensor):
                 formed[name] = gradient
-            else:
-                parts.append(gradient)
+                continue
+            # If forming is cheaper at rank 1, it is at every rank; factors would only cost memory.
+            if self.form and isinstance(gradient, Factored) and gradient.better_formed(self.terms, 1):
+                gradient.form()
+            parts.append(gradient)
         if formed:
             chosen = {name: shape for name, shape in self.target.shapes.items() if name in formed}
             parts.append(Formed(chosen, torch.cat([formed[name] for name in chosen], 1)))
@@ -156,39 +159,6 @@ class Capture:
         sizes = [math.prod(self.target.shapes[name]) for name in self.fallback]
         each = at_own_position(c)[:, first * c.shape[2] :]
         return dict(zip(self.fallback, self.slow.pull_back(examples, each).split(sizes, 1), strict=True))
-
-    def _gradient(
-        self, name: str, uses: Sequence[tuple[Use, Plan, Tensor]], c: Float[Tensor, "e p r k"], first: int
-    ) -> Part | Float[Tensor, "n w"]:
-        """The gradients of one parameter from its uses and their output gradients: factored, or numbers."""
-        (e, p, r), own = c.shape[:3], slice(len(c) * c.shape[1])
-        if first:  # of the samples of uses whose positions are apart
-            own = torch.arange(e * p, device=c.device).view(e, p)[:, first:].flatten()
-        left, *others = {plan.axes.left for _, plan, _ in uses}
-        mixing = any(plan.apart is None for _, plan, _ in uses)
-        formed: list[Tensor] = []
-        terms: dict[tuple, list[Term]] = defaultdict(list)
-        for use, plan, delta in uses:
-            if delta.dtype != self.target.dtype:  # under mixed precision; sums over samples are taken in full
-                use, delta = use.to(self.target.dtype), delta.to(self.target.dtype)
-            total, some = max(e, 2), slice(e)
-            if plan.apart is not None:
-                total, some, plan = total * p, own, plan.apart
-            if others or not isinstance(use, Product) or not left:
-                value = use.gradient(plan, delta, max(e, 2))
-                formed.append(value.unflatten(0, (total, -1))[some].flatten(0, 1))
-                continue
-            pair = [side.some(some) for side in use.sides(plan, delta, max(e, 2))]
-            a, b = [side.by_position(p - first, r) for side in pair] if mixing and some is own else pair
-            terms[plan.group].append((a, b))
-        if formed:  # uses that split the parameter's axes differently, or do not factor, share no factored form
-            return sum_of(formed)
-        joined = [(Side.together([a for a, _ in some]), Side.together([b for _, b in some])) for some in terms.values()]
-        factored = Factored(name, uses[0][1].shape, left, joined)
-        # If forming is cheaper at rank 1, it is at every rank; factors would only cost memory.
-        if self.form and factored.better_formed(self.terms, 1):
-            factored.form()
-        return factored
 
 
 class CapturedSource(Capture):
@@ -351,6 +321,37 @@ class CapturedSource(Capture):
         if not self.reading.recognises(trace, len(trace.output.output)):
             raise ValueError(DIFFERENT)
         return trace, [use for use in trace.uses if isinstance(use, Product)], f
+
+
+def gradient_of(
+    name: str, uses: Sequence[tuple[Use, Plan, Tensor]], c: Float[Tensor, "e p r k"], first: int, dtype: torch.dtype
+) -> Part | Float[Tensor, "n w"]:
+    """The gradients of one parameter from its uses and their output gradients: factored, or numbers."""
+    (e, p, r), own = c.shape[:3], slice(len(c) * c.shape[1])
+    if first:  # of the samples of uses whose positions are apart
+        own = torch.arange(e * p, device=c.device).view(e, p)[:, first:].flatten()
+    left, *others = {plan.axes.left for _, plan, _ in uses}
+    mixing = any(plan.apart is None for _, plan, _ in uses)
+    formed: list[Tensor] = []
+    terms: dict[tuple, list[Term]] = defaultdict(list)
+    for use, plan, delta in uses:
+        if delta.dtype != dtype:  # under mixed precision; sums over samples are taken in full
+            use, delta = use.to(dtype), delta.to(dtype)
+        total, some = max(e, 2), slice(e)
+        if plan.apart is not None:
+            total, some, plan = total * p, own, plan.apart
+        if others or not isinstance(use, Product) or not left:
+            value = use.gradient(plan, delta, max(e, 2))
+            formed.append(value.unflatten(0, (total, -1))[some].flatten(0, 1))
+            continue
+        pair = [side.some(some) for side in use.sides(plan, delta, max(e, 2))]
+        a, b = [side.by_position(p - first, r) for side in pair] if mixing and some is own else pair
+        terms[plan.group].append((a, b))
+    if formed:  # uses that split the parameter's axes differently, or do not factor, share no factored form
+        return sum_of(formed)
+    joined = [(Side.together([a for a, _ in some]), Side.together([b for _, b in some])) for some in terms.values()]
+    factored = Factored(name, uses[0][1].shape, left, joined)
+    return factored
 
 
 def sums_of(parts: Mapping[str, Sequence[Part]]) -> Callable[[Tensor], dict[str, Tensor]]:
