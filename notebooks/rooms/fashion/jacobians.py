@@ -68,14 +68,20 @@ class Jacobians:
         h = torch.einsum("nk,nki,nkj->nij", p.double(), y, y)
         gram = (rows.double() @ rows.double().T)[order.unsqueeze(2), order.unsqueeze(1)]
         inverse = {c: torch.linalg.pinv(gram[:, :c, :c], hermitian=True, rtol=1e-6) for c in counts}
-        return {c: torch.einsum("nij,nji->n", g, h[:, :c, :c]) / self._trace(p) for c, g in inverse.items()}
+        trace = self._eigenvalues().sum(1)
+        return {c: torch.einsum("nij,nji->n", g, h[:, :c, :c]) / trace for c, g in inverse.items()}
 
     def largest(self, counts: Sequence[int]) -> dict[int, Float[Tensor, " n"]]:
         """As :meth:`held`, of the leading eigenvectors of each sample's own H: the most that any rows can hold."""
-        p = self.f.softmax(-1).double()
+        values = self._eigenvalues()
+        return {c: values[:, :c].sum(1) / values.sum(1) for c in counts}
+
+    def _eigenvalues(self) -> Float[Tensor, "n k"]:
+        """Those of H under KL divergence, the largest first; in float64, since a sure sample's p is nearly a vertex."""
+        p = self.f.double().softmax(-1)
         root = torch.diag_embed(p.sqrt()) - p.sqrt().unsqueeze(2) * p.unsqueeze(1)  # H = Jᵀ rootᵀ root J
-        values = torch.linalg.eigvalsh(root @ self.gram.double() @ root.mT).flip(1)
-        return {c: values[:, :c].sum(1) / self._trace(self.f.softmax(-1)) for c in counts}
+        values = torch.linalg.eigvalsh(root @ self.gram.double() @ root.mT)
+        return values.clamp_min(0).flip(1)
 
 
 @torch.no_grad()
