@@ -48,9 +48,9 @@
 #   which are read as directions are, by 0.035 on predictions and not on context.
 # - **With 100 units directions are behind** k-means of inputs, which needs no gradient, in both families and at both
 #   weights. Where only a token's two largest units count, decoder rows are ahead of directions at either size.
-# - **With 1,000 units** (three fits, on stories that nothing had been scored on): ahead of autoencoders however read, in
-#   both families; level with k-means on context and ahead of it by 0.01 on predictions, barely. Random training inputs
-#   are less than 0.03 behind. Thirty directions hold half of a behaviour's gradient; it takes fifty centres of
+# - **With 1,000 units** (three fits, on stories that nothing had been scored on): ahead of autoencoders however read,
+#   in both families; level with k-means on context and ahead of it by 0.01 on predictions, barely. Random training
+#   inputs are less than 0.03 behind. Thirty directions hold half of a behaviour's gradient; it takes fifty centres of
 #   gradients. Used whole, principal components hold more than directions.
 # - **Heads.** Ablating one of the five heads that hold most of a behaviour's gradient costs it twice as much, on
 #   average, as one of the five that hold most of all behaviours' together.
