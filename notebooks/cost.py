@@ -761,11 +761,12 @@ by_channels.round(3)
 # ## Prefixes of causal models
 #
 # The cotangent of an early output reaches early positions alone. Where a model is found to be causal, the batch is run
-# again on prefixes, and each cotangent is pulled back on the shortest prefix that holds its position. Groups of
-# positions are chosen by counted work; where one group is best, both ways are the same.
+# again on prefixes, and each cotangent is pulled back on the shortest prefix that holds its position. The factors of its
+# gradient are as long as that prefix. How many prefixes are run follows from the numbers that a recorded run keeps;
+# where one group of positions is best, both ways are the same.
 
 # %%
-lengths = ((4, 32), (1, 128), (2, 16)) if not smoke else ((1, 16),)
+lengths = ((4, 32), (1, 128), (4, 128), (2, 16)) if not smoke else ((1, 16),)
 by_prefix = []
 for sequences, positions in lengths:
     words = torch.randint(97, (sequences, positions), generator=torch.Generator().manual_seed(0))
