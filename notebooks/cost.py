@@ -761,8 +761,8 @@ by_channels.round(3)
 # ## Prefixes of causal models
 #
 # The cotangent of an early output reaches early positions alone. Where a model is found to be causal, the batch is run
-# again on prefixes, and each cotangent is pulled back on the shortest prefix that holds its position. The factors of its
-# gradient are as long as that prefix. How many prefixes are run follows from the numbers that a recorded run keeps;
+# again on prefixes, and each cotangent is pulled back on the shortest prefix that holds its position. The factors of
+# its gradient are as long as that prefix. How many prefixes are run follows from the numbers that a recorded run keeps;
 # where one group of positions is best, both ways are the same.
 
 # %%

@@ -57,11 +57,15 @@ for ax, name in zip(axes, LEVELS, strict=True):
     for _, line in here.groupby(["method", "seed"], sort=False):
         color = plots.OURS if line["method"].iloc[0] == OURS else plots.PEER
         ax.plot(line["seconds"], (1 - line["own_cosine"]).clip(lower=1e-6), "o-", color=color, ms=2.5, lw=0.9)
-    for method, color in ((OURS, plots.OURS), (SPD, plots.PEER)):
-        last = here[here["method"] == method].iloc[-1]
-        plots.name_line(ax, last["seconds"], max(1 - last["own_cosine"], 1e-6), plots.called(method), color)
-    for tensors, about in compared.runs(name, "best").values():
-        ax.plot(about["seconds"], 1 - tensors["refitted"].mean().item(), "o", ms=3.5, mfc="none", color=plots.OURS)
+    first, last = here[here["method"] == OURS].nsmallest(1, "own_cosine").iloc[0], here[here["method"] == SPD].iloc[-1]
+    look = {"textcoords": "offset points", "size": 7}
+    ax.annotate("directions", (first["seconds"], 1 - first["own_cosine"]), (-16, 5), color=plots.OURS, **look)
+    plots.name_line(ax, last["seconds"], max(1 - last["own_cosine"], 1e-6), SPD, plots.PEER)
+    best = [(about["seconds"], 1 - q["refitted"].mean().item()) for q, about in compared.runs(name, "best").values()]
+    for seconds, away in best:
+        ax.plot(seconds, away, "o", ms=3.5, mfc="none", color=plots.OURS)
+    if best:
+        ax.annotate("best of three", min(best, key=lambda at: at[1]), (8, -3), color=plots.OURS, **look)
     ax.axhline(1 - LEVELS[name], color="0.7", lw=0.7, ls=":")
     ax.set(xscale="log", yscale="log", title=TITLES[name], xlabel="seconds of one core")
     ax.margins(x=0.2)
