@@ -453,7 +453,8 @@ for ax, size in zip(axes, fresh_sizes, strict=True):
     ticks = [n for n in (1, 10, 100, 1000) if n <= size]
     ax.set(title=f"{size:,} units", xscale="log", xticks=ticks, xticklabels=ticks, xlabel="rows used", ylim=(0, 1))
     ax.minorticks_off()
-plots.name_ends(ax, size, ends, gap=0.065)  # of the last panel: the others have the same colours
+# Of the last panel alone, the others have the same colours.
+plots.name_ends(ax, size, ends, gap=0.065)  # pyright: ignore[reportPossiblyUnbound]
 axes[0].set_ylabel("share of a behaviour's gradient")
 report.figure("shares", figure)
 
