@@ -454,7 +454,7 @@ for ax, size in zip(axes, fresh_sizes, strict=True):
     ax.set(title=f"{size:,} units", xscale="log", xticks=ticks, xticklabels=ticks, xlabel="rows used", ylim=(0, 1))
     ax.minorticks_off()
 # Of the last panel alone, the others have the same colours.
-plots.name_ends(ax, size, ends, gap=0.065)  # pyright: ignore[reportPossiblyUnbound]
+plots.name_ends(ax, size, ends, gap=0.065)  # pyright: ignore[reportPossiblyUnboundVariable]
 axes[0].set_ylabel("share of a behaviour's gradient")
 report.figure("shares", figure)
 
