@@ -843,9 +843,9 @@ json.loads(last.read_text())["results"] if last.exists() else "not run yet"
 #   with the rank, since each term is an inner product of its own.
 # - Where it is smaller, as in the convolutions, the factors would cost more than the numbers. The same code then forms
 #   them, tensor by tensor; it gains little over `vmap` at any rank, and takes a little more memory at rank 1.
-# - Positions cost most: the memory of recorded factors grows nearly with their square, as a sample of the last position
-#   reaches all positions before it, and time faster than in proportion. Formed gradients grow more slowly, so at some
-#   length, not reached here, they would be cheaper.
+# - Positions cost most: time and the memory of recorded factors grow faster than in proportion, as a sample of the last
+#   position reaches all positions before it. Formed gradients grow more slowly, so at some length, not reached here,
+#   they would be cheaper.
 # - Prefixes save most where sequences are long: at 128 positions nearly half of the time and more than half of the
 #   memory. What does not gain: two processes stay below the machine's limit.
 #
