@@ -61,7 +61,9 @@ class Decomposition(Shown, Doors):
         """All but the source, which belongs to this process and is prepared again when it is needed."""
         return self.__dict__ | {"_samples": None}
 
-    summary = of_decomposition
+    def summary(self) -> list[tuple[str, str]]:
+        """The shapes, what the fit was asked for, and what became of it."""
+        return of_decomposition(self)
 
     # ---- reading
 

@@ -350,8 +350,7 @@ def gradient_of(
     if formed:  # uses that split the parameter's axes differently, or do not factor, share no factored form
         return sum_of(formed)
     joined = [(Side.together([a for a, _ in some]), Side.together([b for _, b in some])) for some in terms.values()]
-    factored = Factored(name, uses[0][1].shape, left, joined)
-    return factored
+    return Factored(name, uses[0][1].shape, left, joined)
 
 
 def sums_of(parts: Mapping[str, Sequence[Part]]) -> Callable[[Tensor], dict[str, Tensor]]:

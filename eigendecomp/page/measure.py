@@ -86,39 +86,29 @@ def changes(
     p, h = readout.before.outputs(single(examples)).shape[1:]
     rows = both.n if readout.weight is None else readout.weight.shape[1]
     most, few = max(1, min(CHUNK, MEMORY // (4 * p * h * both.n))), max(1, CACHE // (4 * p * h * rows))
-    backwards = readout.weight is None and p * h <= both.n
-    for features, y in pulled(d, both, examples, most) if backwards else pushed(readout.before, both, examples, most):
+    few_outputs = readout.weight is None and p * h <= both.n
+    ahead = forwards(readout.before, both, examples, most)
+    for features, y in backwards(d, both, examples, most) if few_outputs else ahead:
         for f, one in zip(features.split(few * p), y.split(few * p), strict=True):
             yield len(f) // p, f, one[:, : d.encoder.n], one[:, -d.decoder.n :]
 
 
-def pulled(
+def backwards(
     d: Decomposition, u: Directions, examples: Examples, most: int
 ) -> Iterator[tuple[Float[Tensor, "n k"], Float[Tensor, "n v k"]]]:
     """The outputs f of all samples, and J u from the gradients of every output, ``most`` examples at a time."""
     for some in chunks(examples, most):
-        each = Seen()
-        y = d.captured(some)(some, each).inner(u)
-        f = each.outputs if len(each.outputs) == len(some[0]) else d.target.outputs(some)
+        f = d.target.outputs(some)
+        y = d.captured(some)(some, EachOutput()).inner(u)
         yield f.flatten(0, 1), y.unflatten(0, (-1, f.shape[-1])).mT
 
 
-def pushed(
+def forwards(
     target: Target, u: Directions, examples: Examples, most: int
 ) -> Iterator[tuple[Float[Tensor, "n k"], Float[Tensor, "n v k"]]]:
     """The same, from the change of the outputs along every direction."""
     for some in chunks(examples, most):
         yield target.outputs(some).flatten(0, 1), push_forward(target, SquaredError(), u, some) / 2**0.5  # S = 2I
-
-
-class Seen(EachOutput):
-    """Remembers the outputs that it was last asked about, so that the model need not run again for them."""
-
-    outputs: Float[Tensor, "e p k"]
-
-    def __call__(self, f: Tensor) -> Tensor:
-        self.outputs = f
-        return super().__call__(f)
 
 
 def single(examples: Examples) -> Examples:

@@ -23,9 +23,9 @@ class Shown:
         return f"<table><caption>{escape(type(self).__name__)}</caption>{''.join(rows)}</table>"
 
 
-def of_decomposition(self: Any) -> list[tuple[str, str]]:
+def of_decomposition(d: Any) -> list[tuple[str, str]]:
     """The shapes, what the fit was asked for, and what became of it."""
-    s, shapes = self.settings, ", ".join(f"{name} {shape}" for name, shape in self.decoder.shapes.items())
+    s, shapes = d.settings, ", ".join(f"{name} {shape}" for name, shape in d.decoder.shapes.items())
     settings = f"{s.divergence}, {s.reference}, samples={s.samples!r}, {s.sparsity}"
-    kind = f"{self.decoder.n} of rank {s.rank} ({s.factorization}{', tied' if s.tied else ''})"
-    return [("directions", kind), ("parameters", shapes), ("rebuilding", settings), *self.history.summary()]
+    kind = f"{d.decoder.n} of rank {s.rank} ({s.factorization}{', tied' if s.tied else ''})"
+    return [("directions", kind), ("parameters", shapes), ("rebuilding", settings), *d.history.summary()]

@@ -9,6 +9,7 @@ directions with each other rather than with another sample's.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -68,14 +69,15 @@ class Jacobians:
         h = torch.einsum("nk,nki,nkj->nij", p.double(), y, y)
         gram = (rows.double() @ rows.double().T)[order.unsqueeze(2), order.unsqueeze(1)]
         inverse = {c: torch.linalg.pinv(gram[:, :c, :c], hermitian=True, rtol=1e-6) for c in counts}
-        trace = self._eigenvalues().sum(1)
+        trace = self._eigenvalues.sum(1)
         return {c: torch.einsum("nij,nji->n", g, h[:, :c, :c]) / trace for c, g in inverse.items()}
 
     def largest(self, counts: Sequence[int]) -> dict[int, Float[Tensor, " n"]]:
         """As :meth:`held`, of the leading eigenvectors of each sample's own H: the most that any rows can hold."""
-        values = self._eigenvalues()
+        values = self._eigenvalues
         return {c: values[:, :c].sum(1) / values.sum(1) for c in counts}
 
+    @cached_property
     def _eigenvalues(self) -> Float[Tensor, "n k"]:
         """Those of H under KL divergence, the largest first; in float64, since a sure sample's p is nearly a vertex."""
         p = self.f.double().softmax(-1)

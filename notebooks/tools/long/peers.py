@@ -38,6 +38,7 @@ BASE = spd.Settings(steps=6000, batch_size=256, learning_rate=1e-2)
 SPD = {
     "tms": BASE, "identity": BASE, "squares": BASE,
     # Components and minimality as published for it, steps as in its repository, as large a batch as an hour allows.
+    # With 80 components, batches of 256 and the others' rate seed 1 merged features and ended at a cosine of .926.
     "large": spd.Settings(count=200, minimality=1e-4, p=2.0, steps=20_000, batch_size=1024, learning_rate=3e-3),
     "circuits": replace(BASE, minimality=3e-2),
     "groups": replace(BASE, minimality=3e-2, count=25),
