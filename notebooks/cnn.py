@@ -845,7 +845,7 @@ for row, (v, m) in enumerate(shown.items()):
     bars.tick_params(axis="x", length=0)
     bars.yaxis.tick_right()
     bars.spines[["left", "bottom"]].set_visible(False)
-axes[-1].set_xticklabels(fashion.CLASSES, rotation=90, fontsize=6.5)
+axes[-1].set_xticklabels(fashion.CLASSES, rotation=90)
 report.figure("directions", figure)
 
 # %% [markdown]
@@ -897,12 +897,13 @@ drawn_units = sorted(shown, key=lambda v: names[shown[v]] not in ("sandal", "tro
 for ax, v in zip(axes, drawn_units, strict=True):
     steps_along = torch.linspace(-2, 2, 17)
     p, moved = course(v, steps_along)
-    for color, k in zip(plots.COLORS, (p.amax(0) - p.amin(0)).topk(3).indices.tolist(), strict=False):
-        ax.plot(steps_along, p[:, k], color=color, label=fashion.CLASSES[k])
-    ax.plot(steps_along, moved, color="black", ls=":", label="others move")
+    looks = ((plots.OURS, "-"), ("0.35", "-"), ("0.35", "--"))
+    for (color, dash), k in zip(looks, (p.amax(0) - p.amin(0)).topk(3).indices.tolist(), strict=True):
+        ax.plot(steps_along, p[:, k], color=color, ls=dash, label=fashion.CLASSES[k])
+    ax.plot(steps_along, moved, color="black", ls=":", label="others")
     ax.set(title=names[shown[v]].replace("_", " "), xlabel="step along the direction")
     ax.set(ylim=(-0.03, 1.4), yticks=[0, 0.5, 1])
-    ax.legend(loc="upper center", ncols=2, columnspacing=0.8, handlelength=1.2, fontsize=6)
+    ax.legend(loc="upper center", ncols=2, columnspacing=0.8, handlelength=1.2)
 axes[0].set_ylabel("mean probability")
 report.figure("pushes", figure)
 
@@ -915,9 +916,9 @@ report.figure("pushes", figure)
 # one seed. For selectivity, points are medians over units and lines hold the middle half of them.
 
 # %%
-order = [*compared[:-1], "ours, drawn reference", "SAE of images", "k-means of gradients", "k-means of images",
-         "single gradients", "training images", "PCA", "random", "random readers", "channels", "PCA of channels",
-         "logits"]  # fmt: skip
+order = ["ours", "ours, drawn reference", *compared[1:-1], "SAE of images", "k-means of gradients",
+         "k-means of images", "single gradients", "training images", "PCA", "random", "random readers", "channels",
+         "PCA of channels", "logits"]  # fmt: skip
 tint = {method: plots.SAE for method in order} | {
     "ours": plots.OURS, "PCA": plots.PCA, "random": plots.RANDOM, "channels": plots.UNITS,
     "PCA of channels": plots.UNITS, "logits": plots.TRUTH, "random readers": plots.RANDOM,
@@ -947,7 +948,7 @@ def selectivity_panel(ax) -> None:
             ax.plot([low, high], [position + shift] * 2, color=color, lw=1.5)
             plots.dot(ax, median, position + shift, color, marker=marker, size=3.5)
     ax.set(yticks=range(len(kinds)), yticklabels=map(plots.called, kinds), ylim=(len(kinds) - 0.5, -0.5), xscale="log")
-    ax.set_xlabel("effect on own images over effect\non other classes (dots) and on\nthe half read least (squares)")
+    ax.set_xlabel("effect on own images over\nthat on other classes (●) and\non the half read least (■)", loc="right")
 
 
 # %%

@@ -259,9 +259,9 @@ report.record(draws=DRAWS, share_explained=explained, best_share_explained=best)
 pd.DataFrame({(name, kind): row for name, of in explained.items() for kind, row in of.items()}, index=DRAWS).round(3)
 
 # %%
-LOOK = {
-    "constant": (plots.COLORS[3], "^"), "uniform": (plots.COLORS[4], "s"), "mean": (plots.COLORS[5], "v"),
-    "other sample": (plots.COLORS[1], "D"), "model sample": (plots.COLORS[0], "o"), "output sum": ("0.4", "P"),
+LOOK = {  # drawn references are blue, fixed ones grey
+    "constant": ("0.35", "^"), "uniform": ("0.35", "s"), "mean": ("0.35", "v"),
+    "other sample": (plots.OURS, "D"), "model sample": (plots.OURS, "o"), "output sum": ("0.35", "P"),
 }  # fmt: skip
 NAMES = {"TMS 5-2": "toy model, five features", "classifier": "classifier, five classes"}
 
@@ -271,7 +271,7 @@ def shares_panel(ax, name, rank):
     ax.plot(range(1, len(best[name]) + 1), best[name], color="black", lw=1, ls=":")
     for kind, row in explained[name].items():
         color, marker = LOOK[kind]
-        ax.plot(DRAWS, row, color=color, marker=marker, ms=3.5, lw=1.3, mew=0)
+        ax.plot(DRAWS, row, color=color, marker=marker, ms=3.5, lw=1.3, mew=0, ls="--" if marker == "D" else "-")
         ax.text(36, row[-1], kind, color=color, size=7, va="center").set_y(spaced(name, kind))
     ax.text(rank * 1.07, 0.02, "rank of H", color="0.4", size=7)
     ax.set(xscale="log", xticks=(ticks := [1, 2, 4, 8, 16, 32]), xticklabels=ticks, xlabel="references")
@@ -356,7 +356,7 @@ pd.Series(slopes, name="slope").round(3).to_frame()
 
 # %%
 figure, ax = plt.subplots(figsize=(plots.COLUMN, 2.3))
-for (name, of), color, marker in zip(converging.items(), plots.COLORS, "os", strict=False):
+for (name, of), color, marker in zip(converging.items(), (plots.OURS, "0.35"), "os", strict=True):
     ax.plot(NUMBERS, of["expected"], color=color, lw=1)
     ax.plot(NUMBERS, of["measured"], marker, color=color, ms=4, label=f"{name}, slope −{-slopes[name]:.2f}")
 ax.set(xscale="log", yscale="log", xlabel="draws", ylabel="relative error of the second moment")
@@ -548,12 +548,13 @@ report.table("support", pd.DataFrame(rows)).round(3)
 
 # %%
 figure, axes = plots.panels(1, 3, height=1.9)
-for (label, of), color, marker in zip(supports.items(), (plots.COLORS[4], plots.OURS), "so", strict=True):
+for of, marker, fill, dash in zip(supports.values(), "so", ("white", plots.OURS), ("--", "-"), strict=True):
+    look = {"marker": marker, "mfc": fill, "color": plots.OURS, "ms": 3.5}
     for ax, key in zip(axes, ("error", "rows a sample uses"), strict=False):
-        ax.plot(KEPT, [of[k][key]["mean"] for k in KEPT], marker=marker, color=color, ms=3.5, lw=1.2)
+        ax.plot(KEPT, [of[k][key]["mean"] for k in KEPT], ls=dash, lw=1.2, **look)
         ax.set(xlabel="coefficients kept a draw", xticks=KEPT)
     points = [(of[k]["error"]["mean"], of[k]["H not rebuilt"]["mean"]) for k in KEPT]
-    axes[2].plot(*zip(*points, strict=True), marker=marker, color=color, ms=3.5, lw=0, label=f"support {label}")
+    axes[2].plot(*zip(*points, strict=True), lw=0, **look)
 eps = torch.linspace(0, 0.45, 100)
 axes[2].plot(eps, 2 * eps.sqrt() + eps, color="black", lw=1)
 axes[2].axhline(1, color="0.7", lw=0.8, ls=":")
@@ -564,7 +565,8 @@ for ax in axes[:2]:
     ax.set_ylim(0, None)
 axes[0].set_title("share of gradients not rebuilt")
 axes[1].set_title("rows that a sample's draws use")
-axes[1].legend(*axes[2].get_legend_handles_labels(), loc="lower right", handletextpad=0.2)
+plots.name_line(axes[1], 5.4, 10.6, "support of each draw", plots.OURS, ha="right")
+plots.name_line(axes[1], 8, 2, "support of the sample", plots.OURS, ha="right")
 report.figure("support", figure)
 
 # %% [markdown]
@@ -692,20 +694,22 @@ report.table("criteria", pd.DataFrame(rows)).round(3)
 
 # %%
 LOOKS = {
-    "first order": (plots.OURS, "o"), "direct": (plots.COLORS[3], "D"),
-    "eigenvectors of the mean H": (plots.PCA, "s"), "random": (plots.RANDOM, "v"),
+    "first order": (plots.OURS, "o", plots.OURS), "direct": (plots.OURS, "D", "white"),
+    "eigenvectors of the mean H": (plots.PCA, "s", plots.PCA), "random": (plots.RANDOM, "v", plots.RANDOM),
 }  # fmt: skip
 figure, axes = plots.panels(1, 4, height=1.9, sharey=True)
 for ax, (name, of) in zip(axes, sets.items(), strict=True):
     ks = list(range(1, min(8, counts[name]) + 1))
     for shift, (kind, rows) in enumerate(of.items()):
-        color, marker = LOOKS[kind]
+        color, marker, fill = LOOKS[kind]
+        look = {"color": color, "marker": marker, "mfc": fill, "ms": 3.5, "mew": 0.8}
         values = [criteria.strongest_share(roots[name][:256], rows, k) for k in ks]
-        ax.plot([k + 0.08 * (shift - 1.5) for k in ks], values, marker=marker, color=color, ms=3.5, lw=1.1, mew=0)
+        ax.plot([k + 0.08 * (shift - 1.5) for k in ks], values, lw=1.1, **look)
     ax.set(title=f"{name} ({counts[name]} directions)", ylim=(0, 1.03), xticks=ks, xlabel="strongest directions")
 axes[0].set_ylabel("share of tr H")
-for y, (kind, (color, _)) in zip((0.93, 0.84, 0.75, 0.66), LOOKS.items(), strict=True):
-    axes[2].text(8.2, y, kind, color=color, size=7, ha="right")  # the panel whose upper half is empty
+for y, (kind, (color, *_)) in zip((0.93, 0.84, 0.75, 0.66), LOOKS.items(), strict=True):
+    text = kind.replace("direct", "direct (open)")
+    axes[2].text(8.2, y, text, color=color, size=7, ha="right")  # the panel whose upper half is empty
 report.figure("criteria", figure)
 
 # %% [markdown]

@@ -156,8 +156,8 @@ def panel(ax, name: str) -> None:
         ax.plot([row["low"], row["high"]], [place] * 2, color="black", lw=1)
         ax.plot(row["cost"], place, "|", color="black", ms=7, mew=1.4)
     ax.axvline(1, color="0.6", lw=0.8, zorder=0)
-    labels = [f"{r['method']} ({r['reached']}/{r['of']})" for _, r in table.iterrows()]
-    ax.set_yticks(range(len(table)), labels, size=5.5)
+    part = [f" ({r['reached']}/{r['of']})" if r["reached"] < r["of"] else "" for _, r in table.iterrows()]
+    ax.set_yticks(range(len(table)), table["method"] + part)
     ax.set(xscale="log", title=name, ylim=(len(table) - 0.4, -0.6))
 
 
@@ -171,8 +171,8 @@ for ax in axes[-2:]:
 report.figure("targets", figure)
 
 # %% [markdown]
-# In brackets: in how many cases the edit succeeded. On stories a gradient step from the same examples costs about what
-# one direction does.
+# In brackets: in how many cases the edit succeeded, if not in all. On stories a gradient step from the same
+# examples costs about what one direction does.
 #
 # ## The story model, behaviour by behaviour
 #
@@ -231,9 +231,9 @@ def course(ax, name: str) -> None:
     for place, (method, values) in enumerate(ends.items()):
         ax.plot(values.index, values, LINES[method], color=color(method), lw=1.2, marker="o", ms=2.5)
         even = np.exp(top + (bottom - top) * place / max(len(ends) - 1, 1))
-        ax.annotate(method, (values.index[-1], values.iloc[-1]), (values.index[-1] * 1.6, even), size=5.5,
+        ax.annotate(method, (values.index[-1], values.iloc[-1]), (values.index[-1] * 1.6, even), size=7,
                     color=color(method), va="center",
-                    arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.6"})  # fmt: skip
+                    arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.6", "relpos": (0, 0.5)})  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="labelled examples", title=name)
     ax.set_xticks(list(table.columns), [str(n) for n in table.columns])
     ax.minorticks_off()

@@ -503,12 +503,15 @@ for a in spot:
         if a < b and size > 0.1:
             ends = torch.stack([spot[a], spot[b]])
             both_owners = tuple(sorted((int(owner[a]), int(owner[b]))))
-            tint = plots.OURS if both_owners in pairs else plots.TRUTH if both_owners in control else plots.RANDOM
+            kind = "product" if both_owners in pairs else "sum" if both_owners in control else "neither"
+            tint = {"product": plots.OURS, "sum": plots.TRUTH, "neither": plots.RANDOM}[kind]
+            at = 0.62 * ends.cos().mean(), 0.62 * ends.sin().mean()
+            right.text(*map(float, at), kind, color=tint, size=7, ha="center", va="center")
             right.plot(ends.cos(), ends.sin(), color=tint, lw=10 * size, zorder=1, solid_capstyle="round")
 for v, place in spot.items():
     plots.node(right, float(place.cos()), float(place.sin()), "white", 13, str(int(owner[v])))
 right.set(aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))
-right.set_title("|cross-curvature| > 0.1\nblue: product, black: sum, grey: neither")
+right.set_title("|cross-curvature| > 0.1")
 right.axis("off")
 left.set_ylabel("direction of feature")
 left.set_title("cross-curvature (diagonal left out)")

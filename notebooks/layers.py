@@ -222,12 +222,13 @@ sweep = all_layers[(all_layers["embedding"] == "identity")].assign(
     share=lambda table: table["owned"] / table["features"]
 )
 figure, axes = plots.panels(1, 2, width=0.8 * plots.PAGE, height=2.1)
-for ax, key, title in zip(axes, ("share", "nc"), ("features that own a direction", "NC r²"), strict=True):
-    for (layers, group), color in zip(sweep.groupby("layers"), plots.COLORS, strict=False):
+TITLES = {"share": "features that own a direction", "nc": "neuron contributions, r²"}
+for ax, (key, title) in zip(axes, TITLES.items(), strict=True):
+    for (layers, group), dash in zip(sweep.groupby("layers"), (":", "--", "-"), strict=False):
         line = group.groupby("multiple")[key].agg(["mean", "min", "max"])
         name = "1 layer" if layers == 1 else f"{layers} layers"
-        ax.plot(line.index, line["mean"], "o-", ms=3, lw=1.2, color=color, label=name)
-        ax.vlines(line.index, line["min"], line["max"], color=color, lw=0.8)
+        ax.plot(line.index, line["mean"], "o", ls=dash, ms=3, lw=1.2, color=plots.OURS, label=name)
+        ax.vlines(line.index, line["min"], line["max"], color=plots.OURS, lw=0.8)
     ax.set(xlabel="directions a feature", ylabel=title, xscale="log", ylim=(0, 1.04))
     ax.set_xticks([0.5, 1, 1.5, 2, 4], ["½", "1", "1.5", "2", "4"])
     ax.minorticks_off()
@@ -297,7 +298,9 @@ for ax, (layers, kind) in zip(axes, sorted(CASES, key=lambda case: (case[1], cas
         spots = group[["left", "elsewhere"]].clip(lower=1e-6)
         color, marker = LOOK[name]
         ax.plot(spots["left"], spots["elsewhere"], marker, color=color, label=name, ms=2.5, mew=0, alpha=0.6)
-    ax.set(title=f"{layers} layer{'s' * (layers > 1)}, {kind}", xscale="log", yscale="log", xlabel="left")
+    ax.set(
+        title=f"{layers} layer{'s' * (layers > 1)}, {kind}", xscale="log", yscale="log", xlabel="left of the feature"
+    )
 axes[0].set_ylabel("changed elsewhere")
 figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5, markerscale=1.6)
 report.figure("off", figure)

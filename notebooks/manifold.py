@@ -289,7 +289,7 @@ for k, (name, parts) in enumerate(curves.items()):
         ax.set(xticks=[0, torch.pi / 2, torch.pi, 1.5 * torch.pi], yticks=[1], yticklabels=[], ylim=(0, 1.1))
         ax.set_xticklabels(["0", "π/2", "π", ""], size=7)
         ax.tick_params(pad=-3)
-        ax.set_title(f"{name}\ncircle {c + 1}: {part.shape[1]} units", fontsize=7, pad=8)
+        ax.set_title(f"{plots.called(name)}\ncircle {c + 1}: {part.shape[1]} units", fontsize=7, pad=8)
 report.figure("angles", figure)
 
 # %% [markdown]
@@ -323,19 +323,19 @@ report.table("errors", errors).round(3)
 # %%
 figure, (left, center) = plots.panels(1, 2, width=0.75 * plots.PAGE, height=2.0)
 position = torch.arange(5)
-left.bar(position, spectra[:, :5].mean(0), color=plots.OURS, width=0.6)
+left.bar(position, spectra[:, :5].mean(0), color=plots.PCA, width=0.6)
 left.plot(position, [0.5, 0.25, 0.25, 0, 0], "_", color="black", ms=16, mew=1.5)
-plots.name_line(left, 0.45, 0.47, "bars: the trained network", plots.OURS)
+plots.name_line(left, 0.45, 0.47, "bars: the trained network", plots.PCA)
 plots.name_line(left, 0.45, 0.42, "lines: exact doubling", "black")
 left.set(xlabel="dimension of a circle's gradients", ylabel="share of squared norm", xticks=position)
 left.set_xticklabels([str(i + 1) for i in range(5)])
 series = {"ours": (ours, plots.OURS, "o"), "SAE, embedding": (theirs[theirs.layer == "embed"], plots.SAE, "s"),
-          "SAE, GELU units": (theirs[theirs.layer == "gelu"], plots.COLORS[4], "^")}  # fmt: skip
+          "SAE, GELU units": (theirs[theirs.layer == "gelu"], plots.SAE, "^")}  # fmt: skip
 for name, (table, color, marker) in series.items():
     group = table.groupby("rows")["units"]
     center.fill_between(group.min().index, group.min(), group.max(), color=color, alpha=0.2, lw=0)
     center.plot(group.mean().index, group.mean(), marker + "-", color=color, ms=4)
-    plots.name_line(center, sizes[-1], group.mean().iloc[-1], name, color, xytext=(5, 0))
+    plots.name_line(center, sizes[-1], group.mean().iloc[-1], plots.called(name), color, xytext=(5, 0))
 center.set(xlabel="units in the dictionary", ylabel="units of a circle", xticks=sizes, ylim=(0, 6))
 report.figure("summary", figure)
 
@@ -409,7 +409,7 @@ for ax, name in zip(axes, REFERENCES, strict=True):
     ax.hlines(means["predicted"], place - 0.35, place + 0.35, color="black", lw=1.2)
     ax.plot(place - 0.12, means["dimensions"], "s", color=plots.PCA, ms=5)
     ax.plot(place + 0.12, means["units"], "o", color=plots.OURS, ms=5)
-    ax.set(xticks=place, ylim=(1, 6), title=f"references: {name}", xlim=(-0.6, len(shown) - 0.4))
+    ax.set(xticks=place, ylim=(0, 6), title=f"references: {name}", xlim=(-0.6, len(shown) - 0.4))
     ax.set_xticklabels(shown, rotation=20)
 axes[0].set_ylabel("directions of a circle")
 for y, color, words in ((5.6, "black", "— predicted"), (5.1, plots.PCA, "■ dimensions of gradients"),

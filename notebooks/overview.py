@@ -101,6 +101,7 @@ def between(ax, text):
 
 # %% [markdown]
 # The picture. A direction's sign is free, and each is drawn with the sign that makes its coefficient positive.
+# Directions are numbered by the feature they answer to.
 #
 # Where to go next: `xor` says why a direction has two rows, and `tms` tests over many seeds whether every feature owns
 # a direction.
@@ -113,20 +114,23 @@ drawn(axes[0], weights, "a network,\none sample", nodes=(x[0], f[0].detach()))
 between(axes[1], "→")
 drawn(axes[2], gradient, "its gradient\n$g$")
 between(axes[3], "≈")
-axes[4].barh(range(5), z.abs(), color="0.85", height=0.7)
-axes[4].barh(range(5), code.abs(), color=plots.OURS, height=0.7)
-axes[4].set(yticks=range(5), yticklabels=[f"$u_{v}$" for v in range(5)], xticks=[0, 1], ylim=(4.6, -0.6))
+by_feature = owner.argsort()
+axes[4].barh(range(5), z[by_feature].abs(), color="0.85", height=0.7)
+axes[4].barh(range(5), code[by_feature].abs(), color=plots.OURS, height=0.7)
+axes[4].set(
+    yticks=range(5), yticklabels=[f"$u_{i}$" for i in owner[by_feature].tolist()], xticks=[0, 1], ylim=(4.6, -0.6)
+)
 axes[4].set_title("sparse\ncode", fontsize=7.5)
 rows = d.directions()
 for place, v in enumerate(shown):
     between(axes[5 + 2 * place], "" if place == 0 else "+")
     part = {name: rows[name][v] * code[v].sign() for name in names}
-    drawn(axes[6 + 2 * place], part, f"{abs(float(code[v])):.1f} × $u_{v}$\nof feature {int(owner[v])}")
+    drawn(axes[6 + 2 * place], part, f"{abs(float(code[v])):.1f} × $u_{int(owner[v])}$\nof feature {int(owner[v])}")
 between(axes[-2], "")
 axes[-1].barh([i - 0.19 for i in range(5)], f[0].detach(), color="0.7", height=0.36)
 axes[-1].barh([i + 0.19 for i in range(5)], moved[0], color=plots.OURS, height=0.36)
 axes[-1].set(yticks=range(5), yticklabels=[f"$f_{i}$" for i in range(5)], ylim=(4.6, -0.6), xticks=[0, 1])
-axes[-1].set_title(f"half a step\nalong $u_{unit}$", fontsize=7.5)
+axes[-1].set_title(f"half a step\nalong $u_{int(owner[unit])}$", fontsize=7.5)
 report.figure("sample", figure)
 
 # %%

@@ -631,7 +631,7 @@ for line, name in enumerate(shown):
         ax = axes[9 * line + column]
         ax.imshow(1 - images["test"][i, 0], cmap="gray", vmin=0, vmax=1)
         corner = 2 * (cell % 14) - 2.5, 2 * (cell // 14) - 2.5
-        ax.add_patch(plots.plt.Rectangle(corner, 6, 6, fill=False, ec=plots.SAE, lw=1.2))  # pyright: ignore
+        ax.add_patch(plots.plt.Rectangle(corner, 6, 6, fill=False, ec=plots.OURS, lw=1.2))  # pyright: ignore
         ax.set(xlim=(-0.5, 27.5), ylim=(27.5, -0.5))
         ax.axis("off")
     title = f"read most by the direction of “{name}” (average precision {orientation[name]['precision']:.2f})"
@@ -645,7 +645,7 @@ for line, name in enumerate(shown):
     bars.tick_params(axis="x", length=0)
     bars.yaxis.tick_right()
     bars.spines[["left", "bottom"]].set_visible(False)
-axes[-1].set_xticklabels(fashion.CLASSES, rotation=90, fontsize=6.5)
+axes[-1].set_xticklabels(fashion.CLASSES, rotation=90)
 report.figure("directions", figure)
 
 # %% [markdown]

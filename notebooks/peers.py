@@ -51,7 +51,7 @@ LEVELS = {name: level for name, level in HOPED.items() if compared.runs(name, "s
 curves = report.table("time", pd.DataFrame(compared.curves(list(LEVELS))))
 
 # %%
-figure, axes = plots.panels(1, len(LEVELS), width=0.4 * len(LEVELS) * plots.PAGE, sharey=True, sharex=True)
+figure, axes = plots.panels(1, len(LEVELS), width=plots.COLUMN, height=1.9, sharey=True, sharex=True)
 for ax, name in zip(axes, LEVELS, strict=True):
     here = curves[curves["network"] == name]
     for _, line in here.groupby(["method", "seed"], sort=False):
@@ -65,9 +65,10 @@ for ax, name in zip(axes, LEVELS, strict=True):
     for seconds, away in best:
         ax.plot(seconds, away, "o", ms=3.5, mfc="none", color=plots.OURS)
     if best:
-        ax.annotate("best of three", min(best, key=lambda at: at[1]), (8, -3), color=plots.OURS, **look)
+        ax.annotate("best of three", min(best, key=lambda at: at[1]), (-6, -3), ha="right", color=plots.OURS, **look)
     ax.axhline(1 - LEVELS[name], color="0.7", lw=0.7, ls=":")
     ax.set(xscale="log", yscale="log", title=TITLES[name], xlabel="seconds of one core")
+    ax.minorticks_off()
     ax.margins(x=0.2)
 axes[0].set_ylabel("1 − own cosine, mean")
 report.figure("time", figure)

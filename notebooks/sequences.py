@@ -71,7 +71,9 @@ for ax, frame, title in zip(axes, (circuits, fits), ("induction", "a bit of thre
         spots = frame.loc[frame["method"] == method]  # pyright: ignore
         if len(spots):
             ax.plot(spots["left"], spots["elsewhere"], marker, color=color, ms=3.5, label=method, lw=0, alpha=0.75)
-    ax.set(title=title, xlabel="left", ylabel="changed elsewhere", xlim=(-0.03, None), ylim=(-0.02, None))
+    ax.set(
+        title=title, xlabel="left of the behaviour", ylabel="changed elsewhere", xlim=(-0.03, None), ylim=(-0.02, None)
+    )
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
 report.figure("removal", figure)
 

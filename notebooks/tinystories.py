@@ -495,7 +495,7 @@ report.values["heads"]
 order_b = (energy @ torch.arange(float(energy.shape[1]))).argsort()
 labels = list(story.behaving["test"])
 picked = (energy / general).amax(0).topk(24).indices.sort().values
-figure, axes = plots.panels(1, 2, height=4.2)
+figure, axes = plots.panels(1, 2, height=5.2)
 titles = ("share of the gradient in a head", "loss of log mass when the head is ablated")
 for ax, values, title in zip(axes, (energy, drop.clamp_min(0)), titles, strict=True):
     scale = values[:, picked] / values.amax(1, keepdim=True).clamp_min(1e-9)
@@ -503,9 +503,10 @@ for ax, values, title in zip(axes, (energy, drop.clamp_min(0)), titles, strict=T
     columns = [f"{int(h) // 16}.{int(h) % 16}" for h in picked]
     plots.heat(ax, scale[order_b], signed=False, rows=rows_told, columns=columns)
     ax.set(title=title, xlabel="block.head")
-    ax.tick_params(labelsize=5.5)
 axes[0].set_ylabel("behaviours, from those in early heads to those in late ones")
-figure.colorbar(axes[1].collections[0], ax=axes, label="as a share of the row's largest", shrink=0.6)
+figure.colorbar(
+    axes[1].collections[0], ax=axes, label="as a share of the row's largest", location="bottom", shrink=0.5, aspect=40
+)
 report.figure("ablation", figure)
 
 # %% [markdown]

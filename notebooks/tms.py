@@ -242,11 +242,12 @@ def draw_embedding(ax, truth, found, order):
     """A network's vectors in grey and, over them, those of the directions that own them; all at one length."""
     found = torch.nn.functional.normalize(found, dim=1)
     for feature, vector in enumerate(torch.nn.functional.normalize(truth, dim=1)):
-        color, v = plots.COLORS[feature], int(order[feature])
+        v = int(order[feature])
         arrow(ax, vector, "0.75", 5, mutation_scale=18, shrinkA=0, shrinkB=0)
         if v >= 0:  # a direction and its opposite are one
-            arrow(ax, 0.93 * found[v] * (found[v] @ vector).sign(), color, 1.4, mutation_scale=9, shrinkA=0, shrinkB=0)
-        ax.text(*(1.16 * vector).tolist(), feature, color=color, ha="center", va="center", weight="bold")
+            along = 0.93 * found[v] * (found[v] @ vector).sign()
+            arrow(ax, along, plots.OURS, 1.4, mutation_scale=9, shrinkA=0, shrinkB=0)
+        ax.text(*(1.16 * vector).tolist(), feature, ha="center", va="center")
     ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
     ax.axis("off")
 
@@ -317,8 +318,9 @@ effects = {
 }
 figure, ax = plt.subplots(figsize=(0.7 * plots.PAGE, 2.1))
 heights = (curve[:, -1].max().item() for curve in effects.values())
-for (name, curves), color, height in zip(effects.items(), (plots.OURS, plots.COLORS[5], "0.35"), heights, strict=True):
-    ax.plot(deltas, curves.T, color=color, lw=0.9, alpha=0.8)
+LOOKS = ((plots.OURS, "-"), (plots.OURS, "--"), ("0.35", "-"))
+for (name, curves), (color, dash), height in zip(effects.items(), LOOKS, heights, strict=True):
+    ax.plot(deltas, curves.T, color=color, ls=dash, lw=0.9, alpha=0.8)
     plots.name_line(ax, 1, height + (0.12 if name.startswith("other ") else 0), name, color)
 ax.set(xlabel="step δ", ylabel="change of the output", xlim=(-1, 1))
 report.figure("moves", figure)
@@ -355,10 +357,10 @@ for name, (sets, color, dash) in SETS.items():
     curves = torch.tensor([[study.floors.sparse_error(G_held_out, rows, kept) for kept in budgets] for rows in sets])
     error_by_kept[name] = dict(zip(map(str, budgets), curves.mean(0).tolist(), strict=True))
     ax.plot(budgets, curves.mean(0), color=color, ls=dash, lw=1.3)
-    plots.name_line(ax, *PLACES[name], name, color)
+    plots.name_line(ax, *PLACES[name], plots.called(name), color)
 for table, marker in ((main, "o"), (main_denser, "s")):
     ax.plot(table["kept"], table["error"], marker, color=plots.OURS, ms=4, mew=0)
-plots.name_line(ax, 0.25, 0.04, "points: ours, read by the encoder", plots.OURS)
+plots.name_line(ax, 0.25, 0.04, "points: directions, read by the encoder", plots.OURS)
 ax.set(xlabel="coefficients kept in a sample", ylabel="error on held-out samples", ylim=(0, 1), xlim=(0.2, 2.05))
 report.figure("error", figure)
 report.record(error_by_kept=error_by_kept)
@@ -569,10 +571,11 @@ for ax, impacts, title in ((left, d.impact(one_hot, 64), "directions"),
     ax.set_yticklabels(["0", "39"], rotation=0)
 left.set_ylabel("feature on")
 found, truth = tms.hidden_vectors(d.directions()), tms.feature_vectors(large)
-for name, text, color in (("W_in", "in-vectors", plots.OURS), ("W_out", "out-vectors", plots.COLORS[4])):
+for name, marker in (("W_in", "o"), ("W_out", "x")):
     own = torch.cosine_similarity(found[name], truth[name][by_impact.owner]).abs()
-    right.plot(own.sort().values, "o", color=color, ms=4 if name == "W_in" else 2, mew=0)
-    plots.name_line(right, 0, 0.95 if name == "W_in" else 0.905, text, color)
+    right.plot(own.sort().values, marker, color=plots.OURS, ms=3, mew=0.6, mfc="white")
+plots.name_line(right, 0, 0.95, "in-vectors (circles)", plots.OURS)
+plots.name_line(right, 0, 0.905, "and out-vectors (crosses)", plots.OURS)
 right.plot(random_cosine.sort().values, "o", color=plots.RANDOM, ms=3, mew=0)
 plots.name_line(right, 14, 0.58, "nearest of 40 random", plots.RANDOM)
 right.set(xlabel="feature, sorted", title="|cosine| with its vector", ylim=(0.4, 1.03))

@@ -233,19 +233,16 @@ report.figure("directions", figure)
 deltas = torch.linspace(-0.6, 0.6, 25).tolist()
 
 
-STYLE = dict(zip(INPUTS, [("0.55", ":"), *((color, "-") for color in plots.COLORS[:3])], strict=True))
-figure, axes = plots.panels(2, 3, height=1.5, sharex=True, sharey=True)
+figure, axes = plots.panels(2, 3, height=1.6, sharex=True, sharey=True)
 for k, (side, d) in enumerate(SIDES.items()):
     for ax, owner, (v, sign) in zip(axes[3 * k :], OWNERS, oriented(d), strict=False):
         moved = study.scores.responses(d, xor.INPUTS, [sign * delta for delta in deltas], [v])[0, :, :, 0] - outputs
+        tint = {name: plots.OURS if name == owner else "0.35" for name in INPUTS}
         for name, line in zip(INPUTS, moved.T, strict=True):
-            color, dash = STYLE[name]
-            ax.plot(deltas, line, color=color, ls=dash, lw=2.2 if name == owner else 1.1, label=name)
+            ax.plot(deltas, line, color=tint[name], lw=2.2 if name == owner else 1.0)
+        ends = {name: (float(line[-1]), tint[name]) for name, line in zip(INPUTS, moved.T, strict=True)}
+        plots.name_ends(ax, deltas[-1], ends, gap=0.24)
         ax.set_title(f"{side} of {owner}")
-handles = axes[0].get_legend_handles_labels()
-legend = figure.legend(*handles, title="input", title_fontsize=7, loc="outside right center")
-for handle in legend.legend_handles:
-    handle.set(linewidth=1.5)
 figure.supxlabel("step δ", size=8)
 figure.supylabel("change of the output", size=8)
 report.figure("moves", figure)
@@ -303,25 +300,24 @@ report.record(
 
 # %%
 SHOWN = {
-    "two sets, L1, constant: encoder rows": ("encoder rows", plots.OURS, "o"),
-    "two sets, L1, constant: decoder rows": ("decoder rows", plots.COLORS[5], "s"),
-    "one set, L1, constant (draft)": ("one set (draft)", plots.COLORS[3], "^"),
-    "principal components": ("principal components", plots.PCA, "D"),
-    "random directions": ("random", plots.RANDOM, "v"),
+    "two sets, L1, constant: encoder rows": ("encoder rows", plots.OURS),
+    "two sets, L1, constant: decoder rows": ("decoder rows", plots.OURS),
+    "one set, L1, constant (draft)": ("one set (draft)", plots.OURS),
+    "principal components": ("principal components", plots.PCA),
+    "random directions": ("random", plots.RANDOM),
 }
-figure, ax = plt.subplots(figsize=(0.75 * plots.PAGE, 2.2))
-for k, (name, (text, color, marker)) in enumerate(SHOWN.items()):
-    for i in range(3):
-        y = ratios[name][:, i].clamp(min=0.5)
-        x = i + 0.15 * (k - 2) + 0.02 * (torch.arange(len(y)) - (len(y) - 1) / 2)
-        ax.plot(x, y, marker, color=color, ms=4, mew=0, alpha=0.85, label=text if i == 0 else None)
-ax.hlines(DRAFT, torch.arange(3) - 0.42, torch.arange(3) + 0.42, color="black", lw=1)
-ax.text(0.45, DRAFT[0], "the draft's ratio", size=7, va="center")
-ax.set(yscale="log", xticks=range(3), xticklabels=OWNERS, xlabel="input", ylabel="own over next activation")
-ax.set_yticks([0.5, 1, 2, 5, 10, 20, 50, 100], ["owns none", "1", "2", "5", "10", "20", "50", "≥ 100"])
-ax.set_ylim(0.4, 140)
-ax.minorticks_off()
-ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+figure, axes = plots.panels(1, 3, height=1.6, sharex=True, sharey=True)
+for i, ax in enumerate(axes):
+    for k, (name, (_, color)) in enumerate(SHOWN.items()):
+        x = ratios[name][:, i].clamp(min=0.5)
+        y = k + 0.12 * (torch.arange(len(x)) - (len(x) - 1) / 2)
+        ax.plot(x, y, "o", color=color, ms=3.5, mew=0, alpha=0.85)
+    ax.axvline(DRAFT[i], color="black", lw=1)
+    ax.set(xscale="log", xlim=(0.35, 150), ylim=(4.6, -0.6), title=OWNERS[i], xlabel="own over next activation")
+    ax.set_xticks([0.5, 1, 2, 5, 10, 20, 100], ["none", "1", "2", "5", "10", "20", "≥100"])
+    ax.minorticks_off()
+axes[0].set_yticks(range(5), [text for text, _ in SHOWN.values()])
+plots.name_line(axes[0], DRAFT[0], 1.5, "the draft's", "black")
 report.figure("seeds", figure)
 
 # %% [markdown]
