@@ -223,21 +223,21 @@ counted = {name: summary.by_examples(rows) for name, rows in given.items()}
 
 
 def course(ax, name: str) -> None:
-    """Cost by examples; ends are named, and moved apart where they are close; at least three ticks."""
+    """Cost by examples; ends are named, a name being raised where one below is close; at least three ticks."""
     table, _ = counted[name]
     ends = {method: table.loc[method].dropna() for method in LINES if method in table.index}
-    ends = dict(sorted(((m, v) for m, v in ends.items() if len(v) > 1), key=lambda item: -item[1].iloc[-1]))
-    top, bottom = (np.log(list(ends.values())[i].iloc[-1]) for i in (0, -1))
-    for place, (method, values) in enumerate(ends.items()):
+    ends = dict(sorted(((m, v) for m, v in ends.items() if len(v) > 1), key=lambda item: item[1].iloc[-1]))
+    for method, values in ends.items():
         ax.plot(values.index, values, LINES[method], color=color(method), lw=1.2, marker="o", ms=2.5)
-        even = np.exp(top + (bottom - top) * place / max(len(ends) - 1, 1))
-        ax.annotate(method, (values.index[-1], values.iloc[-1]), (values.index[-1] * 1.6, even), size=7,
+    ax.set(xscale="log", yscale="log", xlabel="labelled examples", title=name)
+    (low, high), height = ax.get_ylim(), 0.0
+    for method, values in ends.items():
+        height = max(values.iloc[-1], height * (high / low) ** 0.075)
+        ax.annotate(method, (values.index[-1], values.iloc[-1]), (values.index[-1] * 1.8, height), size=7,
                     color=color(method), va="center",
                     arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.6", "relpos": (0, 0.5)})  # fmt: skip
-    ax.set(xscale="log", yscale="log", xlabel="labelled examples", title=name)
     ax.set_xticks(list(table.columns), [str(n) for n in table.columns])
     ax.minorticks_off()
-    low, high = ax.get_ylim()
     if high < 30 * low:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 6)))
         ax.yaxis.set_major_formatter("{x:g}")

@@ -489,6 +489,18 @@ d = coupled_fits[0]
 owner, matrix = d.impact(torch.eye(9)).argmax(0), ed.interactions(d, dense_x)
 order = torch.argsort(owner, stable=True).tolist()  # by feature
 names = [str(int(owner[v])) for v in order]
+spot = {int(v): torch.tensor(2 * torch.pi * i / len(order)) for i, v in enumerate(order)}
+TINT = {"product": plots.OURS, "sum": plots.TRUTH, "neither": plots.RANDOM}
+
+
+def join(ax, a: int, b: int) -> None:
+    """A line between two directions, as wide as their cross-curvature, named by what joins their features."""
+    features, ends = tuple(sorted((int(owner[a]), int(owner[b])))), torch.stack([spot[a], spot[b]])
+    kind = "product" if features in pairs else "sum" if features in control else "neither"
+    middle = 0.62 * ends.cos().mean(), 0.62 * ends.sin().mean()
+    ax.text(*map(float, middle), kind, color=TINT[kind], size=7, ha="center", va="center")
+    ax.plot(ends.cos(), ends.sin(), color=TINT[kind], lw=10 * abs(float(matrix[a, b])), zorder=1)
+
 
 # %%
 figure, (left, center, right) = plots.panels(1, 3, height=2.2)
@@ -496,18 +508,10 @@ shown = matrix[order][:, order].clone()
 plots.heat(left, shown.fill_diagonal_(0), signed=True, rows=names, columns=names, limit=0.5, label=" ")
 used = maps.together(d, dense_x)[order][:, order]
 plots.heat(center, used, signed=False, rows=names, columns=names, limit=1.0, label=" ")
-spot = {int(v): torch.tensor(2 * torch.pi * i / len(order)) for i, v in enumerate(order)}
 for a in spot:
     for b in spot:
-        size = abs(float(matrix[a, b]))
-        if a < b and size > 0.1:
-            ends = torch.stack([spot[a], spot[b]])
-            both_owners = tuple(sorted((int(owner[a]), int(owner[b]))))
-            kind = "product" if both_owners in pairs else "sum" if both_owners in control else "neither"
-            tint = {"product": plots.OURS, "sum": plots.TRUTH, "neither": plots.RANDOM}[kind]
-            at = 0.62 * ends.cos().mean(), 0.62 * ends.sin().mean()
-            right.text(*map(float, at), kind, color=tint, size=7, ha="center", va="center")
-            right.plot(ends.cos(), ends.sin(), color=tint, lw=10 * size, zorder=1, solid_capstyle="round")
+        if a < b and abs(float(matrix[a, b])) > 0.1:
+            join(right, a, b)
 for v, place in spot.items():
     plots.node(right, float(place.cos()), float(place.sin()), "white", 13, str(int(owner[v])))
 right.set(aspect="equal", xlim=(-1.25, 1.25), ylim=(-1.25, 1.25))

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -58,6 +59,27 @@ def test_nothing_is_printed_in_the_margins() -> None:
         below = ink[height - 36 :].copy()
         below[:, width // 2 - 10 : width // 2 + 10] = False  # the page's number
         assert not below.any(), f"page {number}: something is below the text"
+
+
+ROOMS = {False: 86.3 / 25.4 * 72, True: 178 / 25.4 * 72}  # points: a column of the template, the page's width
+PLOTS = {
+    name: (options, "wide: true" in options or section == "appendix.typ")
+    for section, text in INCLUDED.items()
+    for name, options in re.findall(r'^#plot\("(\w+)"(.*)\)\[', text, re.M)
+}
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_figures_type_is_seven_points_as_printed(name: str) -> None:
+    """Indices of formulas may be smaller, seven tenths of their line."""
+    (options, wide), pdf = PLOTS[name], (ROOT / "figures" / f"{name}.pdf").read_bytes()
+    own = float(re.findall(rb"/MediaBox \[ [\d.]+ [\d.]+ ([\d.]+)", pdf)[0])
+    asked = ROOMS[wide] * float((re.findall(r"width: (\d+)%", options) or ["0"])[0]) / 100
+    scale = min(ROOMS[wide], max(own, asked)) / own
+    drawings = [zlib.decompress(stream) for stream in re.findall(rb"stream\n(x.*?)\nendstream", pdf, re.S)]
+    sizes = {float(size) * scale for drawing in drawings for size in re.findall(rb"/F\d\S* ([\d.]+) Tf", drawing)}
+    lines = {size for size in sizes if not any(abs(size - 0.7 * other) < 0.02 for other in sizes)}
+    assert lines and min(lines) > 6.9, sorted(sizes)
 
 
 def test_what_is_missing_stops_the_build_and_is_named() -> None:
