@@ -898,7 +898,8 @@ for ax, v in zip(axes, drawn_units, strict=True):
     steps_along = torch.linspace(-2, 2, 17)
     p, moved = course(v, steps_along)
     looks = ((plots.OURS, "-"), ("0.35", "-"), ("0.35", "--"))
-    for (color, dash), k in zip(looks, (p.amax(0) - p.amin(0)).topk(3).indices.tolist(), strict=True):
+    three = (p.amax(0) - p.amin(0)).topk(3).indices.tolist()
+    for (color, dash), k in zip(looks, sorted(three, key=lambda k: -float(p[8, k])), strict=True):  # its own is blue
         ax.plot(steps_along, p[:, k], color=color, ls=dash, label=fashion.CLASSES[k])
     ax.plot(steps_along, moved, color="black", ls=":", label="others")
     ax.set(title=names[shown[v]].replace("_", " "), xlabel="step along the direction")
