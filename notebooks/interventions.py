@@ -497,7 +497,7 @@ def join(ax, a: int, b: int) -> None:
     """A line between two directions, as wide as their cross-curvature, named by what joins their features."""
     features, ends = tuple(sorted((int(owner[a]), int(owner[b])))), torch.stack([spot[a], spot[b]])
     kind = "product" if features in pairs else "sum" if features in control else "neither"
-    middle = 0.62 * ends.cos().mean(), 0.62 * ends.sin().mean()
+    middle = 0.55 * ends.cos().mean(), 0.55 * ends.sin().mean()
     ax.text(*map(float, middle), kind, color=TINT[kind], size=7, ha="center", va="center")
     ax.plot(ends.cos(), ends.sin(), color=TINT[kind], lw=10 * abs(float(matrix[a, b])), zorder=1)
 
