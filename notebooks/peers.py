@@ -59,13 +59,13 @@ for ax, name in zip(axes, LEVELS, strict=True):
         ax.plot(line["seconds"], (1 - line["own_cosine"]).clip(lower=1e-6), "o-", color=color, ms=2.5, lw=0.9)
     first, last = here[here["method"] == OURS].nsmallest(1, "own_cosine").iloc[0], here[here["method"] == SPD].iloc[-1]
     look = {"textcoords": "offset points", "size": 7}
-    ax.annotate("directions", (first["seconds"], 1 - first["own_cosine"]), (-16, 5), color=plots.OURS, **look)
+    ax.annotate("directions", (first["seconds"], 1 - first["own_cosine"]), (0, 5), color=plots.OURS, **look)
     plots.name_line(ax, last["seconds"], max(1 - last["own_cosine"], 1e-6), SPD, plots.PEER)
     best = [(about["seconds"], 1 - q["refitted"].mean().item()) for q, about in compared.runs(name, "best").values()]
     for seconds, away in best:
         ax.plot(seconds, away, "o", ms=3.5, mfc="none", color=plots.OURS)
     if best:
-        ax.annotate("best of three", min(best, key=lambda at: at[1]), (-6, -3), ha="right", color=plots.OURS, **look)
+        ax.annotate("best of three", min(best, key=lambda at: at[1]), (0, -11), ha="center", color=plots.OURS, **look)
     ax.axhline(1 - LEVELS[name], color="0.7", lw=0.7, ls=":")
     ax.set(xscale="log", yscale="log", title=TITLES[name], xlabel="seconds of one core")
     ax.minorticks_off()
