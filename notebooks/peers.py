@@ -59,7 +59,7 @@ for ax, name in zip(axes, LEVELS, strict=True):
         ax.plot(line["seconds"], (1 - line["own_cosine"]).clip(lower=1e-6), "o-", color=color, ms=2.5, lw=0.9)
     first, last = here[here["method"] == OURS].nsmallest(1, "own_cosine").iloc[0], here[here["method"] == SPD].iloc[-1]
     look = {"textcoords": "offset points", "size": 7}
-    ax.annotate("directions", (first["seconds"], 1 - first["own_cosine"]), (0, 5), color=plots.OURS, **look)
+    ax.annotate("directions", (first["seconds"], 1 - first["own_cosine"]), (-14, 3), color=plots.OURS, **look)
     plots.name_line(ax, last["seconds"], max(1 - last["own_cosine"], 1e-6), SPD, plots.PEER)
     best = [(about["seconds"], 1 - q["refitted"].mean().item()) for q, about in compared.runs(name, "best").values()]
     for seconds, away in best:
