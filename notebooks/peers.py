@@ -61,11 +61,13 @@ for ax, name in zip(axes, LEVELS, strict=True):
     look = {"textcoords": "offset points", "size": 7}
     ax.annotate("directions", (first["seconds"], 1 - first["own_cosine"]), (-14, 3), color=plots.OURS, **look)
     plots.name_line(ax, last["seconds"], max(1 - last["own_cosine"], 1e-6), SPD, plots.PEER)
-    best = [(about["seconds"], 1 - q["refitted"].mean().item()) for q, about in compared.runs(name, "best").values()]
-    for seconds, away in best:
+    more = [(about["seconds"], 1 - q["refitted"].mean().item()) for q, about in compared.runs(name, "more").values()]
+    for seconds, away in more:
         ax.plot(seconds, away, "o", ms=3.5, mfc="none", color=plots.OURS)
-    if best:
-        ax.annotate("best of three", min(best, key=lambda at: at[1]), (0, -11), ha="center", color=plots.OURS, **look)
+    if more:
+        ax.annotate(
+            "a tenth more directions", min(more, key=lambda at: at[1]), (0, -11), ha="center", color=plots.OURS, **look
+        )
     ax.axhline(1 - LEVELS[name], color="0.7", lw=0.7, ls=":")
     ax.set(xscale="log", yscale="log", title=TITLES[name], xlabel="seconds of one core")
     ax.minorticks_off()
@@ -82,8 +84,8 @@ report.figure("time", figure)
 # here. One of its three runs on five features does not find every feature. Ours are about ten times sooner there, not
 # fifty times, as had been hoped. On forty features SPD has 200 components a weight, as published, and batches a quarter
 # as large, chosen after a smaller setting had failed on this seed. Its one run finds all features, to a cosine of
-# .9999, in some four hundred seconds. One fit of ours ends below the level. Open: the best of three fits, twenty seeds,
-# in some twelve seconds; 18 come nearer than SPD, and two lose a feature.
+# .9999, in some four hundred seconds. The line of ours has as many directions as features, and on this seed loses one.
+# Open: a tenth more directions than features, twenty seeds, in some ten seconds; all are as near as SPD.
 
 # %%
 speeds = report.table("speed", pd.DataFrame(compared.speeds(curves.to_dict("records"), LEVELS)))
@@ -238,31 +240,31 @@ middle.assign(method=middle["method"].map(plots.called)).round(4)
 # %% [markdown]
 # `dense errors`: SPD's own score of the identity, how many importances are wrong if two components should be on.
 #
-# **Forty in ten.** First all that was run on this network, then twenty seeds of ours, from files: one fit, and of
-# three fits the one with the lowest training error. Some seeds miss a feature: see the least cosine.
+# **Forty in ten.** First all that was run on this network, then twenty seeds of ours, from files: with as many
+# directions as features, and with a tenth more. With as many some seeds lose a feature: see the least cosine.
 
 # %%
 shown["large"]
 
 # %%
 cosines = pd.DataFrame([
-    {"fits": of, "seed": seed, "learned": tensors["learned"].mean().item(),
+    {"directions": of, "seed": seed, "learned": tensors["learned"].mean().item(),
      "least, learned": tensors["learned"].min().item(),
      "refitted": tensors["refitted"].mean().item(), "least, refitted": tensors["refitted"].min().item(),
      "seconds": about["seconds"]}
-    for of, method in (("one", "ours"), ("best of three", "best"))
+    for of, method in (("as many as features", "ours"), ("a tenth more", "more"))
     for seed, (tensors, about) in compared.runs("large", method).items()
 ])  # fmt: skip
 report.table("forty", cosines)
 near = 0.99  # the least cosine of a feature that counts as found
 report.record(
     forty={
-        str(of): {name: results.spread(part[name].tolist()) for name in part if name not in ("fits", "seed")}
+        str(of): {name: results.spread(part[name].tolist()) for name in part if name not in ("directions", "seed")}
         | {"found": int((part["least, refitted"] > near).sum()), "runs": len(part), "near": near}
-        for of, part in cosines.groupby("fits")
+        for of, part in cosines.groupby("directions")
     }
 )
-cosines.groupby("fits")[["refitted", "least, refitted", "seconds"]].agg(["count", "mean", "min"]).round(5)
+cosines.groupby("directions")[["refitted", "least, refitted", "seconds"]].agg(["count", "mean", "min"]).round(5)
 
 # %% [markdown]
 # **Circuits.** L3D's score: from each row the input that it owns and what it makes of it, $\hat a$, against the row of
@@ -425,8 +427,8 @@ def claim(key, statement, values, comparison, bound, worst=min):
 inputs = r2[r2["method"] == REFITTED]
 claim("five", "Five features in two dimensions: mean own cosine of refitted directions, worst seed",
       of("tms", REFITTED, "own cosine"), ">=", 0.9999)  # fmt: skip
-claim("forty", "Forty features in ten dimensions: mean own cosine of the refitted best of three fits, worst seed",
-      cosines.loc[cosines["fits"] == "best of three", "refitted"], ">=", 0.9995)  # fmt: skip
+claim("forty", "Forty features in ten dimensions: mean own cosine with a tenth more directions, refitted, worst seed",
+      cosines.loc[cosines["directions"] == "a tenth more", "refitted"], ">=", 0.9995)  # fmt: skip
 claim("identity", "A frozen identity has one gradient a feature: least cosine with W_in[i] W_out[:, i], worst seed",
       middle[middle["method"] == REFITTED]["least cosine with W_in[i] W_out[:, i]"], ">=", 0.99)  # fmt: skip
 claim(
