@@ -167,7 +167,8 @@ main = report.table("recovery", pd.DataFrame(rows))
 NAMES = {
     "mean_cosine": "cosine", "least_cosine": "least cosine", "mean_reader": "reader", "least_reader": "least reader",
     "least_selectivity": "least selectivity", "nc": "NC r²", "least_nc": "least NC r²", "nc sd": "NC r², sd",
-    "full": "all owned", "fit_cpu_seconds": "seconds of a fit", "cpu seconds": "seconds of a fit", "seconds": "seconds of a fit",
+    "full": "all owned", "fit_cpu_seconds": "seconds of a fit",
+    "cpu seconds": "seconds of a fit", "seconds": "seconds of a fit",
 }  # fmt: skip
 main.rename(columns=NAMES).round(3)
 
