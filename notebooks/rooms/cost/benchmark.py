@@ -216,20 +216,30 @@ def plain_pass(target: Target, examples: Sequence[Tensor]) -> Callable[[], None]
     return run
 
 
-def seconds(work: Mapping[str, Callable[[], object]], repeats: int = 5, limit: float = 4.0) -> dict[str, float]:
+def seconds(
+    work: Mapping[str, Callable[[], object]], repeats: int = 5, limit: float = 1.0, idle: int = 1
+) -> dict[str, float]:
     """Median CPU seconds of each piece of work; each in turn in every round, so that all meet the same machine.
 
-    The first time counts for nothing. What has taken more than ``limit`` seconds in all is not repeated.
+    The first ``idle`` times count for nothing. What has taken more than ``limit`` seconds in all is not repeated.
     """
     taken: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(repeats + 1):
+    for number in range(repeats + idle):
         for name, call in work.items():
-            if number > 1 and sum(taken[name]) > limit:
+            if number > idle and sum(taken[name]) > limit:
                 continue
             start = time.process_time()
             call()
             taken[name].append(time.process_time() - start)
-    return {name: statistics.median(values[1:]) for name, values in taken.items()}
+    return {name: statistics.median(values[idle:]) for name, values in taken.items()}
+
+
+def costs(
+    work: Mapping[str, Callable[[], object]], repeats: int = 5, limit: float = 1.0
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds and peak memory of each piece of work; memory is that of the first time, which has no part in seconds."""
+    memory = {name: peak_memory(call) for name, call in work.items()}
+    return seconds(work, repeats, limit, idle=0), memory
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.target import Target
-from rooms.cost.benchmark import peak_memory, seconds
+from rooms.cost.benchmark import costs
 
 
 def ones(f: Tensor) -> Tensor:
@@ -36,6 +36,6 @@ def captures(
         source.prefixes = prefixes if way == "prefixes" else None
         source.gradients(examples, ones)
 
-    took = seconds({way: (lambda way=way: run(way)) for way in ("whole", "prefixes")}, repeats)
-    measured = {way: {"seconds": took[way], "bytes": peak_memory(lambda way=way: run(way))} for way in took}
+    took, peaks = costs({way: (lambda way=way: run(way)) for way in ("whole", "prefixes")}, repeats)
+    measured = {way: {"seconds": took[way], "bytes": peaks[way]} for way in took}
     return {**measured, "ends": [*prefixes.ends(len(examples[0]), 1), source.outputs[0]]}
