@@ -49,7 +49,7 @@ def effects(
         u, at = d.decoder.select(some), samples[some] % p
         shown = alike(examples, (tensor[samples[some].to(tensor.device) // p] for tensor in examples))  # (v, m, …)
         if measured.along is None:
-            pairs = [first_order(readout.before, u.select([i]), [x[i] for x in shown]) for i in range(u.n)]
+            pairs = [first_order(readout.before, u.select([i]), tuple(x[i] for x in shown)) for i in range(u.n)]
             place = torch.arange(at.shape[1]) * p + at
             h, y = (torch.stack([one[j][i] for one, i in zip(pairs, place, strict=True)]).flatten(2) for j in range(2))
         else:
