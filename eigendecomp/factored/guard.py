@@ -66,7 +66,7 @@ class Guard:
                 c = cotangents(f.detach())
                 shape = c.shape[0], 1 if whole else c.shape[1], c.shape[2]
                 weights.append(torch.randn(shape, generator=self.generator).to(c))
-                total = (weights[-1].unsqueeze(-1) * c).sum(2)
+                total = torch.einsum("epr,eprk->epk", weights[-1].expand(c.shape[:3]), c)
                 own = torch.autograd.grad(f, chosen, total, allow_unused=True, materialize_grads=True)
             totals = {name: totals[name].to(g) + g.view(totals[name].shape) for name, g in zip(totals, own)}
             self._check_alone(examples, f.detach())

@@ -128,14 +128,14 @@ def collect(
     n, e = len(measured.z), len(examples[0])
     known = Known(d, measured, shown, labels, (e, n // e), view.by, view.threshold, view.top, view.middle)
     mapped = isinstance(shown, Images)
-    rows = torch.tensor([[*first, *others] if mapped else first for first, others in known.chosen])
-    found = effects(d, measured, examples, rows, len(known.chosen[0][0]), name, view.steps)
+    samples = torch.tensor([[*first, *others] if mapped else first for first, others in known.chosen])
+    moved = effects(d, measured, examples, samples, len(known.chosen[0][0]), name, view.steps)
     directions = []
-    bar = tqdm(found, total=d.decoder.n, disable=not view.progress, desc="page: directions", leave=False)
+    bar = tqdm(moved, total=d.decoder.n, disable=not view.progress, desc="page: directions", leave=False)
     for v, (effect, y) in enumerate(bar):
         maps = None
         if mapped:
-            some = tuple(tensor[rows[v].to(tensor.device)] for tensor in examples)
+            some = tuple(tensor[samples[v].to(tensor.device)] for tensor in examples)
             maps = spatial_maps(d.target, d.settings.divergence, d.decoder.select([v]), some, y)
         directions.append(known.direction(v, effect, maps))
     used = sorted({one["e"] for direction in directions for one in direction["samples"]})

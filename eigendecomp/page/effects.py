@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import KLDivergence
-from eigendecomp.page.measure import MEMORY, Measured, single
+from eigendecomp.page.measure import MEMORY, Measured, first_order, single
 from eigendecomp.page.samples import plain
 from eigendecomp.support.examples import Examples, alike
 from eigendecomp.target import Target
@@ -34,7 +33,7 @@ def effects(
     d: Decomposition,
     measured: Measured,
     examples: Examples,
-    rows: Int[Tensor, "v m"],
+    samples: Int[Tensor, "v m"],
     top: int,
     name: Callable[[int], str],
     steps: Sequence[float] | None,
@@ -45,21 +44,23 @@ def effects(
     p, width = readout.before.outputs(single(examples)).shape[1:]
     norm = torch.stack([value.square().sum() for value in target.chosen.values()]).sum().sqrt().item()
     deltas = sorted({*map(float, STEPS if steps is None else steps)} - {0.0})
-    size = MEMORY // (4 * (len(deltas) + 1) * (target.size + 8 * rows.shape[1] * p * width))
+    size = MEMORY // (4 * (len(deltas) + 1) * (target.size + 8 * samples.shape[1] * p * width))
     for some in torch.arange(d.decoder.n).split(max(1, min(size, TOGETHER))):
-        u, at = d.decoder.select(some), rows[some] % p
-        parts = tuple(tensor[rows[some].to(tensor.device) // p] for tensor in examples)  # (v, m, …)
+        u, at = d.decoder.select(some), samples[some] % p
+        shown = alike(examples, (tensor[samples[some].to(tensor.device) // p] for tensor in examples))  # (v, m, …)
         if measured.along is None:
-            h, y = first_order(readout.before, u, parts, at)
+            pairs = [first_order(readout.before, u.select([i]), tuple(x[i] for x in shown)) for i in range(u.n)]
+            place = torch.arange(at.shape[1]) * p + at
+            h, y = (torch.stack([one[j][i] for one, i in zip(pairs, place, strict=True)]).flatten(2) for j in range(2))
         else:
-            h, y = measured.features[rows[some]], measured.along[rows[some], some[:, None]]
+            h, y = measured.features[samples[some]], measured.along[samples[some], some[:, None]]
         f, y = readout(h), readout.along(y)
-        still, parts = divergence.predict(f[:, :top]).mean(1), tuple(tensor[:, :top] for tensor in parts)
+        still, shown = divergence.predict(f[:, :top]).mean(1), alike(shown, (tensor[:, :top] for tensor in shown))
         activation = divergence.root(f[:, :top], y[:, :top]).norm(dim=-1).mean(1)
         # Up to twice over the mean activation, but no farther than the norm of w.
         units = [min(1 / a, norm / STEPS[-1]) if a > 0 else 0.0 for a in activation.tolist()]
         sizes = [[delta * (unit if steps is None else 1.0) for delta in deltas] for unit in units]
-        lines = pushed(readout.before, u, parts, at[:, :top], torch.tensor(sizes).to(still), predict)
+        lines = pushed(readout.before, u, shown, at[:, :top], torch.tensor(sizes).to(still), predict)
         for i, far in enumerate(sizes):
             course = [(0.0, still[i])] + [pair for pair in zip(far, lines[i], strict=True) if pair[0]]
             yield effect(y[i, :top].mean(0), dict(course), isinstance(divergence, KLDivergence), name), y[i]
@@ -81,53 +82,29 @@ def effect(
     }
 
 
-def first_order(
-    target: Target, u: Directions, parts: Examples, at: Int[Tensor, "v e"]
-) -> tuple[Float[Tensor, "v e k"], Float[Tensor, "v e k"]]:
-    """The outputs f of each direction's own examples (v, e, …), at the positions ``at``, and J u."""
-    chosen, changes = of(target, u)
-
-    def along(change: dict[str, Tensor], at: Tensor, *part: Tensor) -> tuple[Tensor, Tensor]:
-        f = lambda values: own(target.call(alike(parts, part), values), at)  # noqa: E731
-        return torch.func.jvp(f, (chosen,), (change,))[:2]
-
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward derivative
-        f, y = each(along, changes, at, *parts)
-    return f, y
-
-
 def pushed(
     target: Target,
     u: Directions,
-    parts: Examples,
+    examples: Examples,
     at: Int[Tensor, "v e"],
     sizes: Float[Tensor, "v d"],
     predict: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "v d k"]:
-    """The mean prediction of each direction's own examples (v, e, …) with w + δ u for each of its δ."""
+    """The mean prediction of each direction's own examples (v, e, …), at positions ``at``, with w + δ u for each δ."""
     if not sizes.shape[1]:
         return sizes.new_zeros(len(sizes), 0, 0)
-    chosen, changes = of(target, u)
+    chosen = {name: value.detach() for name, value in target.chosen.items()}
+    changes = {name: u.dense(name).view(-1, *value.shape) for name, value in chosen.items()}
 
-    def course(change: dict[str, Tensor], sizes: Tensor, at: Tensor, *part: Tensor) -> Tensor:
+    def course(change: dict[str, Tensor], sizes: Tensor, at: Tensor, *own: Tensor) -> Tensor:
         def end(delta: Tensor) -> Tensor:
             values = {name: value + delta * change[name] for name, value in chosen.items()}
-            return predict(own(target.call(alike(parts, part), values), at)).mean(0)
+            f = target.call(alike(examples, own), values)
+            return predict(f.gather(1, at.to(f.device)[:, None, None].expand(-1, 1, f.shape[2])).squeeze(1)).mean(0)
 
         return each(end, sizes)  # what comes before the parameters is run once for all steps
 
-    return each(course, changes, sizes, at, *parts).nan_to_num()  # what overflows is not drawn
-
-
-def of(target: Target, u: Directions) -> tuple[dict[str, Tensor], dict[str, Float[Tensor, "v *shape"]]]:
-    """The chosen parameters, and the directions in their shapes."""
-    chosen = {name: value.detach() for name, value in target.chosen.items()}
-    return chosen, {name: u.dense(name).view(-1, *value.shape) for name, value in chosen.items()}
-
-
-def own(f: Float[Tensor, "e p k"], at: Int[Tensor, " e"]) -> Float[Tensor, "e k"]:
-    """Each example's output at its position."""
-    return f.gather(1, at.to(f.device)[:, None, None].expand(-1, 1, f.shape[2])).squeeze(1)
+    return each(course, changes, sizes, at, *examples).nan_to_num()  # what overflows is not drawn
 
 
 def each(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -140,5 +117,5 @@ def each(function: Callable[..., Any], *arguments: Any) -> Any:
             raise
         except RuntimeError as error:
             log.warning("torch.func.vmap cannot run this model, so directions are taken one by one: %s", error)
-    rows = [function(*tree_map(lambda tensor, i=i: tensor[i], arguments)) for i in range(count)]
-    return tree_map(lambda *row: torch.stack(row), *rows)
+    results = [function(*tree_map(lambda tensor, i=i: tensor[i], arguments)) for i in range(count)]
+    return tree_map(lambda *one: torch.stack(one), *results)

@@ -115,8 +115,8 @@ def shares(u: Directions) -> tuple[list[list[float]], dict[str, Float[Tensor, "v
     tensors, heads = u.norms(by_tensor=True).double().square(), {}
     for key, shape in u.shapes.items():
         if HEADS.get(key.rsplit(".", 1)[-1]) == len(shape):
-            parts = (u.select([v]).dense(key)[0] for v in range(u.n))  # one at a time: they may be large
-            heads[key] = torch.stack([part.double().square().flatten(1).sum(1) for part in parts])
+            formed = (u.select([v]).dense(key)[0] for v in range(u.n))  # one at a time: they may be large
+            heads[key] = torch.stack([one.double().square().flatten(1).sum(1) for one in formed])
     return (tensors / tensors.sum(1, keepdim=True)).tolist(), heads
 
 

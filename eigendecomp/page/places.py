@@ -20,19 +20,19 @@ from eigendecomp.target import Target
 
 
 def spatial_maps(
-    target: Target, divergence: Divergence, u: Directions, part: Examples, y: Float[Tensor, "e k"]
+    target: Target, divergence: Divergence, u: Directions, images: Examples, y: Float[Tensor, "e k"]
 ) -> Float[Tensor, "e h w"] | None:
     """How much each place adds to the activations of these images: maps that add up to them; None without places.
 
     A module adds, at every place of its output, its output's change along u times what that change does later. Modules
-    whose outputs have no places (a linear head) are left out, so their part is missing from the sum.
+    whose outputs have no places (a linear head) are left out, so what they add is missing from the sum.
 
     Args:
         u: one direction.
         y: J u.
     """
     with torch.enable_grad():
-        calls, f = recorded(target, part)
+        calls, f = recorded(target, images)
         if not calls:
             return None
         c = curvature_times(divergence, f.detach(), y)
@@ -56,7 +56,7 @@ class Call(NamedTuple):
     output: Float[Tensor, "e c h w"]
 
 
-def recorded(target: Target, part: Examples) -> tuple[list[Call], Float[Tensor, "e k"]]:
+def recorded(target: Target, images: Examples) -> tuple[list[Call], Float[Tensor, "e k"]]:
     """A run of the model: the calls of modules with chosen parameters and places in their output, and the outputs."""
     calls: list[Call] = []
     hooks = []
@@ -73,7 +73,7 @@ def recorded(target: Target, part: Examples) -> tuple[list[Call], Float[Tensor, 
         if names:
             hooks.append(module.register_forward_hook(hook, with_kwargs=True))
     try:
-        f = target.call(part).flatten(0, 1)
+        f = target.call(images).flatten(0, 1)
     finally:
         for handle in hooks:
             handle.remove()

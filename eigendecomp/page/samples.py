@@ -84,8 +84,8 @@ class Text:
 
     def examples(self, numbers: Sequence[int]) -> dict[str, Any]:
         ids: dict[str, int] = {}
-        rows = {e: [ids.setdefault(token, len(ids)) for token in self.strings[e]] for e in numbers}
-        return {"examples": rows, "vocabulary": list(ids)}
+        tokens = {e: [ids.setdefault(token, len(ids)) for token in self.strings[e]] for e in numbers}
+        return {"examples": tokens, "vocabulary": list(ids)}
 
     def sample(self, e: int, p: int, strength: Mapping[str, Float[Tensor, "e p"]]) -> dict[str, Any]:
         if self.whole:
@@ -150,14 +150,14 @@ class Vectors:
     kind: Kind = "vector"
 
     def __init__(self, inputs: Tensor, p: int, features: Sequence[str] | None) -> None:
-        rows = inputs.detach().double().cpu()
-        rows = rows.unsqueeze(1) if rows.ndim == 1 else rows
-        self.rows = rows.unsqueeze(1).expand(-1, p, -1) if rows.ndim == 2 else rows
-        if self.rows.ndim != 3 or self.rows.shape[1] != p:
+        vectors = inputs.detach().double().cpu()
+        vectors = vectors.unsqueeze(1) if vectors.ndim == 1 else vectors
+        self.vectors = vectors.unsqueeze(1).expand(-1, p, -1) if vectors.ndim == 2 else vectors
+        if self.vectors.ndim != 3 or self.vectors.shape[1] != p:
             raise ValueError(
                 f"kind='vector' shows inputs (examples, numbers) or (examples, {p}, numbers), not {tuple(inputs.shape)}"
             )
-        size = self.rows.shape[-1]
+        size = self.vectors.shape[-1]
         if size > WIDEST:
             raise ValueError(f"a vector of {size} numbers cannot be seen as bars (at most {WIDEST}); use kind='image'")
         if features is not None and len(features) != size:
@@ -165,15 +165,15 @@ class Vectors:
         self.features = [str(i) for i in range(size)] if features is None else [str(name) for name in features]
 
     def examples(self, numbers: Sequence[int]) -> dict[str, Any]:
-        rows = {e: plain(self.rows[e], 3) for e in numbers}
-        return {"examples": rows, "features": self.features, "largest": plain(self.rows.abs().max())}
+        vectors = {e: plain(self.vectors[e], 3) for e in numbers}
+        return {"examples": vectors, "features": self.features, "largest": plain(self.vectors.abs().max())}
 
     def sample(self, e: int, p: int, strength: Mapping[str, Float[Tensor, "e p"]]) -> dict[str, Any]:
         return {}
 
     def about(self, e: int, p: int) -> str | None:
-        row = self.rows[e, p].abs()
-        return self.features[int(row.argmax())] if row.max() > 0 else None
+        sizes = self.vectors[e, p].abs()
+        return self.features[int(sizes.argmax())] if sizes.max() > 0 else None
 
 
 def renderer(

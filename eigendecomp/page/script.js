@@ -40,7 +40,7 @@ function percent(x) {
 const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const visible = (token) => token.replace(/\n/g, "¶");
 // A name on its own; that a token begins with a space is part of its name.
-const called = (name) => [/^\s/.test(name) && h("span", { class: "cut" }, "␣"), visible(name).trim()];
+const called = (name) => [/^\s/.test(name) && h("span", { class: "faint" }, "␣"), visible(name).trim()];
 const signed = (x, text = number(x)) => (x > 0 ? `+${text}` : text);
 
 // ---- the list
@@ -96,7 +96,7 @@ let shown = [];
 function list() {
   shown = listed();
   bodies.replaceChildren(...shown.map((direction) => direction.row));
-  $("found").textContent = shown.length === directions.length ? count(shown.length, "direction") : `${shown.length} of ${count(directions.length, "direction")}`;
+  $("matches").textContent = shown.length === directions.length ? count(shown.length, "direction") : `${shown.length} of ${count(directions.length, "direction")}`;
   for (const head of document.querySelectorAll("#list th")) {
     if (head.dataset.key === state.key) head.setAttribute("aria-sort", state.down ? "descending" : "ascending");
     else head.removeAttribute("aria-sort");
@@ -109,18 +109,18 @@ function words(sample) {
   return data.examples[sample.e].slice(sample.from, sample.to).map((id) => data.vocabulary[id]);
 }
 function hits(tokens) {
-  const found = new Set();
+  const matched = new Set();
   const query = state.query.toLowerCase();
-  if (!query) return found;
+  if (!query) return matched;
   const text = tokens.join("").toLowerCase();
   for (let at = text.indexOf(query); at >= 0; at = text.indexOf(query, at + 1)) {
     let start = 0;
     tokens.forEach((token, i) => {
-      if (start < at + query.length && start + token.length > at) found.add(i);
+      if (start < at + query.length && start + token.length > at) matched.add(i);
       start += token.length;
     });
   }
-  return found;
+  return matched;
 }
 const tipOf = (sample) => `${sample.label ? `${sample.label}\n` : ""}impact ${number(sample.impact, 4)}\nactivation ${number(sample.activation, 4)}\nz ${number(sample.z, 4)} (one reference)\nexample ${sample.e}${data.positions > 1 ? `, position ${sample.p}` : ""}`;
 
@@ -135,7 +135,7 @@ function text(sample, largest) {
   return h("li", {},
     h("div", { class: "value", "data-tip": tipOf(sample) }, number(sample[state.measure]), h("span", { class: "meter", style: { width: `${largest ? (100 * sample[state.measure]) / largest : 0}%` } })),
     h("div", {}, sample.label && h("span", { class: "label" }, sample.label),
-      h("p", { class: "text" }, sample.from > 0 && h("span", { class: "cut" }, "…"), spans, sample.to < data.examples[sample.e].length && h("span", { class: "cut" }, "…"))));
+      h("p", { class: "text" }, sample.from > 0 && h("span", { class: "faint" }, "…"), spans, sample.to < data.examples[sample.e].length && h("span", { class: "faint" }, "…"))));
 }
 
 function places(map) {
@@ -198,9 +198,9 @@ function redraw() {
 
 // ---- beside the samples
 
-function bars(rows, { link, format = number, title }) {
-  const largest = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-30);
-  return h("ul", { class: "rows", "aria-label": title }, rows.map(([name, value]) => h("li", {},
+function bars(entries, { link, format = number, title }) {
+  const largest = Math.max(...entries.map(([, value]) => Math.abs(value)), 1e-30);
+  return h("ul", { class: "bars", "aria-label": title }, entries.map(([name, value]) => h("li", {},
     h("span", { class: "name", title: String(name) }, link ? h("a", { href: `#${name}` }, `${name}  `, h("span", { class: "soft" }, named(directions[name]) || `→ ${promotes(directions[name])}`)) : called(String(name))),
     h("span", { class: "amount" }, format(value)),
     h("span", { class: "track" }, h("span", { class: value < 0 ? "fill minus" : "fill", style: { width: `${(100 * Math.abs(value)) / largest}%` } })))));

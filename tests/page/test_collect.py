@@ -16,9 +16,12 @@ from PIL import Image
 from torch import nn
 
 import eigendecomp as ed
+from eigendecomp.curvature import jacobian
+from eigendecomp.directions import Directions
 from eigendecomp.page import collect, known, measure
 from eigendecomp.page.readout import Readout
 from eigendecomp.page.samples import Images, Text
+from eigendecomp.target import Target
 
 NASTY = "<script>document.title='broken'</script>"
 WORDS = ["[start]", " once", " upon", " a", " time", "<b>", NASTY, "</script>", " é\u2028", "&amp;", "\n", ' "quote"']
@@ -134,6 +137,54 @@ def test_few_at_a_time_or_all_at_once_is_the_same(monkeypatch: pytest.MonkeyPatc
     alone = measure.measure(d, (x,), 3, 0)
     for name in ("activation", "impact", "z", "interactions"):
         torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_not_kept_is_computed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pages, speech) -> None:
+    monkeypatch.setattr(measure, "MEMORY", 1)
+    data = page_data(speech[0].browse(speech[1], tmp_path / "a.html", names=WORDS))
+    for direction, kept in zip(data["directions"], page_data(pages["text"])["directions"], strict=True):
+        for side in ("promoted", "suppressed"):
+            values, expected = ([value for _, value in one[side]] for one in (direction, kept))
+            assert values == pytest.approx(expected, rel=2e-3, abs=1e-5)
+
+
+class Once(torch.autograd.Function):
+    """tanh, without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y := x.tanh())
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad * (1 - ctx.saved_tensors[0].square())
+
+
+class Bent(nn.Module):
+    """Two layers with a function between them, and a third that is not run."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.unused = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(2, 2)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize("function", [torch.tanh, Once.apply])
+def test_the_change_of_outputs_is_their_jacobian_times_directions(function: Any) -> None:
+    torch.manual_seed(0)
+    target, x = Target(Bent(function).double()), torch.randn(4, 2, 3, dtype=torch.float64)
+    u = Directions.random(target.shapes, 5, 2, dtype=torch.float64)
+    f, y = measure.first_order(target, u, (x,), 3)
+    torch.testing.assert_close(f, target.outputs((x,)).flatten(0, 1))
+    plain = Target(Bent(torch.tanh).double())
+    plain.model.load_state_dict(target.model.state_dict())
+    expected = torch.einsum("nkw,vw->nvk", jacobian(plain, (x,)), u.flat(target.names))
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_the_numbers_in_the_page_are_the_packages(pages: dict[str, Path], speech) -> None:
@@ -417,7 +468,7 @@ def test_searches_texts_labels_and_tokens(kind: str, chrome, pages: dict[str, Pa
     visit = Visit(chrome, pages[kind])
     visit.page.fill("#search", "no such words")
     assert visit.numbers() == []
-    assert visit.page.inner_text("#found") == "0 of 6 directions"
+    assert visit.page.inner_text("#matches") == "0 of 6 directions"
     visit.page.keyboard.press("Escape")
     visit.page.fill("#search", "once upon" if kind == "text" else "dog")
     data = page_data(pages[kind])
