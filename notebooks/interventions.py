@@ -45,8 +45,8 @@ import eigendecomp as ed
 from eigendecomp import study
 from eigendecomp.report import plots, results
 from eigendecomp.study.moves import Move, along, displaced
-from eigendecomp.targets.toys import manifold, product, tms
-from rooms.interventions import maps
+from eigendecomp.targets.toys import manifold, tms
+from rooms.interventions import maps, product
 
 # %%
 plots.style()

@@ -1,9 +1,8 @@
 """Seeing every use of chosen parameters in a forward pass, whatever module or function makes it.
 
 The pass runs under a dispatch mode that is shown every operation below autograd. A weight is recognised by the memory
-it lies in, through any view, transpose or copy. Each use
-(:mod:`eigendecomp.factored.operations`) is recorded with its input and with the place of its output in the graph of
-derivatives, to which backward passes can then be run.
+it lies in, through any view, transpose or copy. Each use (:mod:`eigendecomp.factored.operations`) is recorded with its
+input and with the place of its output in the graph of derivatives, to which backward passes can then be run.
 """
 
 import warnings

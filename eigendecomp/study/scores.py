@@ -65,11 +65,6 @@ def cosines(a: Float[Tensor, "v d"], b: Float[Tensor, "w d"]) -> Float[Tensor, "
     return torch.nn.functional.normalize(a, dim=-1) @ torch.nn.functional.normalize(b, dim=-1).T
 
 
-def top_share(values: Float[Tensor, "n v"], k: int) -> Float[Tensor, " n"]:
-    """The share of each sample's total that its k largest entries carry."""
-    return values.topk(min(k, values.shape[1]), -1).values.sum(-1) / values.sum(-1).clamp_min(1e-30)
-
-
 @dataclass(frozen=True)
 class Thresholds(Sparsity):
     """Keep what reaches its direction's own threshold."""

@@ -5,8 +5,7 @@ pieces, so that most words are one token, and a context of 256. GPT-Neo's blocks
 and attention to the last 256 positions; within a context of 256 the two are the same, so ours are all plain
 causal ones. ``train_stories.py`` makes the files in ``data/stories``.
 
-All that depends on transformer-lens is in this module. It, transformers and datasets are imported when first
-used.
+All that depends on transformer-lens is in this module. It, transformers and datasets are imported when first used.
 """
 
 from __future__ import annotations
@@ -266,9 +265,8 @@ def load_hub_model(name: str = "tiny-stories-1M", device: str = "cpu", **options
     """A model of the Hugging Face hub, by transformer-lens's name for it, its weights as they were trained.
 
     ``tiny-stories-1M`` has larger sisters, ``-3M``, ``-8M``, ``-28M``, ``-33M``; ``options`` go to
-    ``HookedTransformer.from_pretrained``. A cached copy is used as it is. Raises ``ValueError`` for an
-    unknown name and ``ConnectionError``, within two seconds, if the model is not cached and the hub is out
-    of reach.
+    ``HookedTransformer.from_pretrained``. A cached copy is used as it is. Raises ``ValueError`` for an unknown name and
+    ``ConnectionError``, within two seconds, if the model is not cached and the hub is out of reach.
     """
     lens = need("language", "transformer_lens")
     loading = need("language", "transformer_lens.loading_from_pretrained")
@@ -306,10 +304,9 @@ def load_hub_stories(n: int, split: Literal["train", "validation"] = "validation
 def hub(repository: str, kind: Literal["model", "dataset"], needed: Sequence[str]) -> Iterator[list[Path]]:
     """The files of a hub repository that ``needed`` names (patterns), if all are cached; else none.
 
-    Within it the hub's libraries are offline in the first case and online in the second. They read
-    HF_HUB_OFFLINE when they are imported, and without it try a missing network for 23 s, or 141 s for a
-    cached model: hence the switch, and the probe before anything is asked of the network. Raises
-    ``ConnectionError`` with the remedies.
+    Within it the hub's libraries are offline in the first case and online in the second. They read HF_HUB_OFFLINE when
+    they are imported, and without it try a missing network for 23 s, or 141 s for a cached model: hence the switch, and
+    the probe before anything is asked of the network. Raises ``ConnectionError`` with the remedies.
     """
     constants = need("language", "huggingface_hub.constants")
     home = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
