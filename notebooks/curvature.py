@@ -418,7 +418,7 @@ probes = {"XOR": xor.INPUTS[1:], "TMS 5-2": tms.one_hot(5)}  # samples of one ki
 compared = tuple(probes)
 both = (first_order, direct)
 found = {(name, how): [rows_of(how(name, seed)) for seed in seeds] for name in compared for how in both}
-eigenvectors = {name: study.floors.mean_hessian_directions(roots[name], counts[name]) for name in models}
+eigenvectors = {name: criteria.mean_hessian_directions(roots[name], counts[name]) for name in models}
 
 
 def alike(a, b):

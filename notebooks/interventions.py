@@ -356,7 +356,7 @@ rows = []
 for case in cases:
     d = case.fits[0]
     numbers, owner = owners(case, d)
-    sizes = {v: case.probe.step_for(along(d, v), case.on[:, owner[v]], 2 * level) for v in numbers}
+    sizes = {v: case.probe.matched(along(d, v), case.on[:, owner[v]], 2 * level)[0] for v in numbers}
     for i, a in enumerate(numbers):
         for b in numbers[i + 1 :]:
             value = study.moves.interference(d, (a, sizes[a]), (b, sizes[b]), case.probe)

@@ -7,7 +7,7 @@ follow from the two sides (eq. 10 and 11). Which way to go is decided for every 
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -235,15 +235,8 @@ def contract(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k
     if torch.is_grad_enabled() or size >= examples:
         return order(term, left, right)
     # Without derivatives no intermediate number stays, so a few examples at a time take less memory and time.
-    return torch.cat([order(few, left, right) for few in split(term, size)], 1)
-
-
-def split(term: Term, size: int) -> Iterator[Term]:
-    """The rows of ``size`` examples at a time."""
-    a, b = term
-    for start in range(0, a.shape[1], size):
-        some = slice(start, start + size)
-        yield a.some(some), b.some(some)
+    some = (slice(start, start + size) for start in range(0, examples, size))
+    return torch.cat([order((term[0].some(few), term[1].some(few)), left, right) for few in some], 1)
 
 
 def by_rows(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:

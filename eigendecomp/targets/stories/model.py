@@ -69,13 +69,19 @@ def load_model(folder: Path | None = None, device: str = "cpu") -> HookedTransfo
     if missing:
         raise ValueError(f"{path} does not hold the parameters of its configuration: {sorted(missing)}")
     model.load_state_dict(weights, strict=False)  # the attention masks are not in the file
-    model.set_tokenizer(_tokenizer(folder, add_bos_token=True))
+    model.set_tokenizer(load_tokenizer(folder, add_bos_token=True))
     return model.eval()
 
 
-def load_tokenizer(folder: Path | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path | None = None, **options: Any) -> PreTrainedTokenizerFast:
     """The shipped model's tokenizer: it adds no end token by itself, and any text comes back unchanged."""
-    return _tokenizer(folder)
+    path = _checked("tokenizer.json", folder)
+    return need("language", "transformers").PreTrainedTokenizerFast(
+        tokenizer_file=str(path), bos_token=END, eos_token=END, pad_token=END, name_or_path="", **options
+    )
+
+
+_shipped_tokenizer = functools.cache(load_tokenizer)
 
 
 def load_stories(split: Split = "test", folder: Path | None = None) -> list[str]:
@@ -133,18 +139,6 @@ def _checked(name: str, folder: Path | None) -> Path:
             "both again"
         )
     return path
-
-
-def _tokenizer(folder: Path | None, **options: Any) -> PreTrainedTokenizerFast:
-    path = _checked("tokenizer.json", folder)
-    return need("language", "transformers").PreTrainedTokenizerFast(
-        tokenizer_file=str(path), bos_token=END, eos_token=END, pad_token=END, name_or_path="", **options
-    )
-
-
-@functools.cache
-def _shipped_tokenizer() -> PreTrainedTokenizerFast:
-    return _tokenizer(None)
 
 
 @torch.no_grad()
@@ -210,13 +204,7 @@ def _rescale(w: Tensor, b: Tensor, mean: Tensor, scale: Tensor) -> None:
 
 
 def token_windows(
-    stories: Sequence[str],
-    n: int,
-    length: int,
-    seed: int = 0,
-    *,
-    at_start: float = 0.25,
-    tokenizer: PreTrainedTokenizerFast | None = None,
+    stories: Sequence[str], n: int, length: int, seed: int = 0, *, at_start: float = 0.25
 ) -> Int[Tensor, "n length"]:
     """``n`` windows of ``length`` tokens, the same ones for the same stories and seed.
 
@@ -229,7 +217,7 @@ def token_windows(
     """
     if n < 1 or length < 1:
         raise ValueError(f"n is {n} and length is {length}; both must be at least 1")
-    tokenizer = tokenizer or _shipped_tokenizer()
+    tokenizer = _shipped_tokenizer()
     begin: int = tokenizer.bos_token_id or 0  # type: ignore[assignment]
     encoded = tokenizer(list(stories), add_special_tokens=False)["input_ids"] if len(stories) else []
     rows = [[begin, *ids] for ids in encoded if len(ids) >= length]  # type: ignore[misc]
@@ -261,7 +249,7 @@ def readable(token: int, tokenizer: PreTrainedTokenizerFast | None = None) -> st
 # ---------------------------------------------------------------------------------------------- from the hub
 
 
-def load_hub_model(name: str = "tiny-stories-1M", device: str = "cpu", **options: Any) -> HookedTransformer:
+def load_hub_model(name: str = "tiny-stories-1M", **options: Any) -> HookedTransformer:
     """A model of the Hugging Face hub, by transformer-lens's name for it, its weights as they were trained.
 
     ``tiny-stories-1M`` has larger sisters, ``-3M``, ``-8M``, ``-28M``, ``-33M``; ``options`` go to
@@ -278,8 +266,7 @@ def load_hub_model(name: str = "tiny-stories-1M", device: str = "cpu", **options
     needed = ["config.json", "tokenizer*.json", "*.[sb][ai][fn]*"]  # .safetensors or .bin
     with hub(repository, "model", needed), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        options = {**UNPROCESSED, **options}
-        return lens.HookedTransformer.from_pretrained(name, device=device, **options).eval()
+        return lens.HookedTransformer.from_pretrained(name, **{"device": "cpu", **UNPROCESSED, **options}).eval()
 
 
 def load_hub_stories(n: int, split: Literal["train", "validation"] = "validation") -> list[str]:
@@ -341,13 +328,13 @@ def _complete(paths: list[Path]) -> bool:
     return len(paths) >= (int(count[1]) if count else 1)
 
 
-def _reachable(address: str, seconds: float = 1.0) -> bool:
-    """Whether anything answers at the address, through the proxies that are set, within ``seconds``."""
+def _reachable(address: str) -> bool:
+    """Whether anything answers at the address within a second, through the proxies that are set."""
     answers: list[bool] = []
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=seconds).close()
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=1.0).close()
             answers.append(True)
         except urllib.error.HTTPError as error:  # a refusal is an answer, but not one of a proxy or a gateway
             answers.append(error.code != 407 and error.code < 500)
@@ -356,5 +343,5 @@ def _reachable(address: str, seconds: float = 1.0) -> bool:
 
     thread = threading.Thread(target=ask, daemon=True)  # a name server that is silent keeps no one waiting
     thread.start()
-    thread.join(seconds)
+    thread.join(1.0)
     return answers == [True]
