@@ -116,7 +116,7 @@ with torch.no_grad():
 named = next(i for i in range(p.shape[1]) if stories.readable(i) == " named")
 says = p[:, named] > 0.5
 v = int(impact[says].mean(0).argmax())
-reading = study.readings.read(d, new)["blocks.7.mlp.W_in"].flatten(0, 1)
+reading = study.readings.apply_readers(d, new)["blocks.7.mlp.W_in"].flatten(0, 1)
 reading = reading * reading.pow(3).sum(0).sign()  # a reader's sign is free: its rare, strong side counts
 activation = d.activation(new[:48])  # which takes a pass a direction: fewer samples
 n = len(activation)

@@ -120,7 +120,7 @@ class Guard:
         if self.tolerance >= 1e-3:
             return
         half = (torch.randint(2, c.shape, generator=self.generator) == 1).to(c.device)
-        one, other = (self._backward(examples, c * part) for part in (half, ~half))
+        one, other = (self._backward(examples, c * mask) for mask in (half, ~half))
         while self.tolerance < 1e-3 and differing(
             {name: one[name] + other[name] for name in own}, own, self.tolerance / 30
         ):

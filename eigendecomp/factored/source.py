@@ -114,12 +114,12 @@ class Capture:
         for use, plan, delta in zip(trace.uses, reading.plans, self._pulled(reading, trace, c, first), strict=True):
             by_name[plan.name].append((use, plan, delta))
         parts: list[Part] = []
-        found = {name: gradient_of(name, some, c, first, self.target.dtype) for name, some in by_name.items()}
-        through(self.recorder, trace, found)
+        gradients = {name: gradient_of(name, some, c, first, self.target.dtype) for name, some in by_name.items()}
+        through(self.recorder, trace, gradients)
         formed = self._formed(examples, c, first)
         for name, shape in self.target.shapes.items():
-            if name in found:
-                gradient = found[name]
+            if name in gradients:
+                gradient = gradients[name]
             elif name not in self.fallback:  # never used
                 gradient = Factored.zero(name, shape, c.new_zeros((c.shape[1] - first) * c.shape[2], len(c), 0))
             else:

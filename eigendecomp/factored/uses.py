@@ -52,13 +52,13 @@ class UseSource:
 
     def factors(self, examples: Sequence[Tensor], cotangents: Cotangents) -> dict[str, list[Factors]]:
         """Every use's input and output gradient, the latter scaled so that the use's gradient has unit norm."""
-        found = self.captured.factors(examples, cotangents)
+        factors = self.captured.factors(examples, cotangents)
         if not self.unit:
-            return found
-        norms = self.made(found).square_norms().sqrt().unflatten(0, (len(examples[0]), self.positions, -1))
+            return factors
+        norms = self.made(factors).square_norms().sqrt().unflatten(0, (len(examples[0]), self.positions, -1))
         norms = norms.clamp_min(TINY * norms.amax((1, 2), keepdim=True)).clamp_min(torch.finfo(norms.dtype).tiny)
         scale = norms.reciprocal().movedim(2, 0).unsqueeze(-1)
-        return {name: [(x, delta * scale) for x, delta in uses] for name, uses in found.items()}
+        return {name: [(x, delta * scale) for x, delta in uses] for name, uses in factors.items()}
 
     def made(self, factors: dict[str, list[Factors]], index: Int[Tensor, " m"] | slice = slice(None)) -> Gradients:
         """Gradients of some of the uses from the factors of all."""

@@ -30,8 +30,8 @@ def average_precision(scores: Float[Tensor, "n v"], concepts: Bool[Tensor, "n m"
     total = concepts.sum(0)
     if not total.all():
         raise ValueError(f"concept {int((total == 0).nonzero()[0])} is true of no sample; leave it out")
-    rows = scores.T.contiguous()
-    rank = len(scores) - torch.searchsorted(rows.sort(1).values, rows, out_int32=True)  # how many score as much or more
+    own = scores.T.contiguous()
+    rank = len(scores) - torch.searchsorted(own.sort(1).values, own, out_int32=True)  # how many score as much or more
     return torch.stack([_precision(rank[:, concept]) for concept in concepts.unbind(1)], 1)
 
 

@@ -105,10 +105,10 @@ class Probe:
     def among(self, samples: Bool[Tensor, " n"]) -> "Probe":
         """The same probe on some of its samples alone; the model is run on the examples that hold any."""
         examples, other = as_examples(self.inputs), copy.copy(self)
-        rows = samples if self.samples is None else self.samples.masked_scatter(self.samples, samples)
-        rows = rows.view(len(examples[0]), -1)
-        held = rows.any(1)
-        other.inputs, other.samples = tuple(tensor[held] for tensor in examples), rows[held].flatten()
+        mask = samples if self.samples is None else self.samples.masked_scatter(self.samples, samples)
+        mask = mask.view(len(examples[0]), -1)
+        held = mask.any(1)
+        other.inputs, other.samples = tuple(tensor[held] for tensor in examples), mask[held].flatten()
         other.base = self.base[samples]
         return other
 
@@ -284,11 +284,11 @@ class Subspace:
 
     def __init__(self, d: Decomposition, numbers: Sequence[int]) -> None:
         few = d.decoder.select(list(numbers))
-        self.rows = {name: few.dense(name).detach() for name in few.shapes}
+        self.directions = {name: few.dense(name).detach() for name in few.shapes}
         self.free = [torch.zeros(len(numbers), requires_grad=True)]
 
     def __call__(self) -> dict[str, Tensor]:
-        return {name: torch.tensordot(self.free[0], row, 1) for name, row in self.rows.items()}
+        return {name: torch.tensordot(self.free[0], u, 1) for name, u in self.directions.items()}
 
 
 class Full:

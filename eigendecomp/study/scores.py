@@ -105,12 +105,12 @@ def responses(
     """f(x, w + δ u_v) for all directions (or those named), steps δ and inputs."""
     numbers = range(d.decoder.n) if directions is None else directions
     examples = (inputs,) if isinstance(inputs, Tensor) else inputs
-    rows = []
+    outputs = []
     for number in numbers:
         for step in steps:
             with d.perturbed({number: step}) as model:
-                rows.append(model(*examples))
-    return torch.stack(rows).unflatten(0, (len(numbers), len(steps)))
+                outputs.append(model(*examples))
+    return torch.stack(outputs).unflatten(0, (len(numbers), len(steps)))
 
 
 def gradient_rows(d: Decomposition, inputs: Inputs, seed: int = 0) -> Float[Tensor, "n w"]:

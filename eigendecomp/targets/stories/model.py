@@ -220,20 +220,20 @@ def token_windows(
     tokenizer = _shipped_tokenizer()
     begin: int = tokenizer.bos_token_id or 0  # type: ignore[assignment]
     encoded = tokenizer(list(stories), add_special_tokens=False)["input_ids"] if len(stories) else []
-    rows = [[begin, *ids] for ids in encoded if len(ids) >= length]  # type: ignore[misc]
-    if not rows:
+    sequences = [[begin, *ids] for ids in encoded if len(ids) >= length]  # type: ignore[misc]
+    if not sequences:
         longest = max((len(ids) for ids in encoded), default=0)  # type: ignore[arg-type]
         raise ValueError(
             f"no story has {length} tokens (of {len(stories)} stories the longest has {longest}): "
             f"ask for a shorter length or give longer stories"
         )
     generator = torch.Generator().manual_seed(seed)
-    passes = -(-n // len(rows))
-    chosen = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])[:n].tolist()
+    passes = -(-n // len(sequences))
+    chosen = torch.cat([torch.randperm(len(sequences), generator=generator) for _ in range(passes)])[:n].tolist()
     draws = torch.rand(n, 2, generator=generator, dtype=torch.float64).tolist()
     windows = []
     for story, (kind, place) in zip(chosen, draws, strict=True):
-        ids = rows[story]
+        ids = sequences[story]
         start = 0 if kind < at_start else 1 + int(place * (len(ids) - length))
         windows.append(ids[start : start + length])
     return torch.tensor(windows)

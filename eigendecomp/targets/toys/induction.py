@@ -165,9 +165,9 @@ def truth(model: Induction, sequences: Sequences) -> Truth:
     weights = {name: named[name] for names in HEADS.values() for name in names}
     f = model(sequences.inputs)
     over = {k: f.gather(2, wanted[k].unsqueeze(2))[..., 0] - f.mean(2) for k in FEATURES}
-    rows = [
+    gradients = [
         torch.autograd.grad(over[k][samples[k]].mean(), list(weights.values()), retain_graph=True) for k in FEATURES
     ]
-    objects = {name: torch.stack(parts) for name, *parts in zip(weights, *rows, strict=True)}
+    objects = {name: torch.stack(parts) for name, *parts in zip(weights, *gradients, strict=True)}
     shown = torch.stack([samples[k].flatten() for k in FEATURES])
     return Truth(sequences.inputs, objects, HEADS, samples=shown)
