@@ -55,8 +55,9 @@ class Reading:
         """Whether a parameter or a derived one is left to the oracle."""
         return self.roots(name)[0] in self.fallback
 
-    def recognises(self, trace: Trace, examples: int) -> bool:
-        """Whether every use in a run of so many examples is the one that a plan was made for."""
+    def recognises(self, trace: Trace) -> bool:
+        """Whether every use in a run is the one that a plan was made for."""
+        examples = len(trace.output.output)
         return len(trace.uses) == len(self.plans) and all(
             plan.recognises(use, examples) for use, plan in zip(trace.uses, self.plans, strict=True)
         )

@@ -18,7 +18,6 @@ from eigendecomp.support import parallel
 from eigendecomp.target import Target
 
 SMALL = 1e-3  # a gradient below this share of all parameters' may be off by the rounding of the others
-Piece = tuple[Sequence[Tensor], Cotangents]
 
 
 class Mistaken(Exception):
@@ -45,7 +44,7 @@ class Guard:
 
     def wrong(
         self,
-        pieces: Sequence[Piece],
+        pieces: Sequence[tuple[Sequence[Tensor], Cotangents]],
         weighted: Callable[[Float[Tensor, " n"]], Mapping[str, Tensor]],
         whole: bool = False,
     ) -> list[str]:

@@ -93,7 +93,7 @@ class Prefixes:
             raise
         except Exception as error:  # whatever a model says of inputs that are too short for it
             raise NotCausal from error
-        if not self.readings[q].recognises(trace, len(trace.output.output)):
+        if not self.readings[q].recognises(trace):
             raise NotCausal
         return self.readings[q], trace, some
 

@@ -22,7 +22,7 @@ from eigendecomp.gradients import Gradients
 from eigendecomp.store.layout import Layout
 from eigendecomp.support import files, parallel
 from eigendecomp.support.checkpoint import differences
-from eigendecomp.support.examples import Feed, Shuffled
+from eigendecomp.support.examples import Shuffled
 
 FORMAT = 1
 MANIFEST = "store.safetensors"
@@ -156,9 +156,8 @@ class StoredBatches:
 
     def __init__(self, shards: Shards, generator: torch.Generator) -> None:
         self.shards = shards
-        self.feed: Feed = Shuffled((torch.zeros(len(shards)),), len(shards), generator)
+        self.feed = Shuffled((torch.zeros(len(shards)),), len(shards), generator)
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
         """The gradients of ``size`` samples; their references were drawn when they were captured."""
-        assert isinstance(self.feed, Shuffled)
         return self.shards.gradients(self.feed.indices(size)[parallel.share(size)])

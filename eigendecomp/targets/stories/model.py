@@ -29,10 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from jaxtyping import Int
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from eigendecomp.support import files
 from eigendecomp.support.extras import need
 
 if TYPE_CHECKING:
@@ -99,22 +97,10 @@ def build_model(config: dict[str, Any], seed: int = 0) -> HookedTransformer:
         return lens.HookedTransformer(lens.HookedTransformerConfig(**{"device": "cpu", **config}, seed=seed))
 
 
-def save_model(model: HookedTransformer, config: dict[str, Any], path: Path) -> None:
-    """Write the parameters to a safetensors file with ``config`` in its metadata, all or nothing."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    files.replace(path, save(tensors, {"config": json.dumps(config)}))
-
-
 def read_stories(path: Path) -> list[str]:
     """The stories of a gzip file, separated by ``<|endoftext|>``, without blank space around their lines."""
     text = gzip.decompress(Path(path).read_bytes()).decode()
     return [re.sub(r"\s*\n\s*", "\n", story).strip() for story in text.split(END) if story.strip()]
-
-
-def write_stories(stories: Sequence[str], path: Path) -> None:
-    """Write the file that ``read_stories`` reads; the same stories give the same bytes."""
-    text = f"\n{END}\n".join(stories) + "\n"
-    Path(path).write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
 def sha256(path: Path) -> str:

@@ -119,13 +119,7 @@ def data(n: int, generator: torch.Generator) -> Sequences:
 
 
 def train(
-    *,
-    seed: int,
-    steps: int = 2000,
-    batch_size: int = 64,
-    learning_rate: float = 5e-3,
-    width: int = 48,
-    size: int = 24,
+    *, seed: int, steps: int = 2000, batch_size: int = 64, learning_rate: float = 5e-3, width: int = 48, size: int = 24
 ) -> tuple[Induction, dict[str, float]]:
     """A trained network, and by feature the mean probability of the token that the feature says, on fresh data."""
     generator = torch.Generator().manual_seed(seed)
