@@ -123,7 +123,7 @@ class State:
         self.draw.set_state(tensors["draw"])
         self.batches.feed.restore(under("data/", tensors))
         self.last_kept = tensors["last_kept"].to(self.last_kept.device)
-        self.step, self.histories = numbers["step"], [History.read(history) for history in numbers["histories"]]
+        self.step, self.histories = numbers["step"], [History.from_plain(history) for history in numbers["histories"]]
 
 
 @torch.enable_grad()
@@ -147,7 +147,7 @@ def fit(
     """
     state = State(target, settings, batches)
     if checkpoint is not None:
-        checkpoint.read(state)
+        checkpoint.resume(state)
     hidden, gradients = not (progress and parallel.leads()), None
     bar = tqdm(total=settings.steps, initial=state.step, disable=hidden, desc="fit", mininterval=0.5)
     try:

@@ -418,7 +418,7 @@ probes = {"XOR": xor.INPUTS[1:], "TMS 5-2": tms.one_hot(5)}  # samples of one ki
 compared = tuple(probes)
 both = (first_order, direct)
 found = {(name, how): [rows_of(how(name, seed)) for seed in seeds] for name in compared for how in both}
-eigenvectors = {name: study.floors.mean_hessian_directions(roots[name], counts[name]) for name in models}
+eigenvectors = {name: criteria.mean_hessian_directions(roots[name], counts[name]) for name in models}
 
 
 def alike(a, b):
@@ -611,7 +611,7 @@ def judged(name, of):
     return {
         "rebuilt": results.spread([criteria.rebuilt_hessians(roots[name], row).trace for row in rows]),
         "concentrated": results.spread([criteria.strongest_share(roots[name], row) for row in rows]),
-        "pure": results.spread([study.scores.top_share(strength.T, 1).mean().item() for strength in strengths]),
+        "pure": results.spread([study.scores.largest_share(strength).mean().item() for strength in strengths]),
         "stable": alike(rows, rows[1:] + rows[:1]),
         "owned": results.spread([float(study.scores.ownership(strength).owned) for strength in strengths]),
     }
@@ -682,7 +682,7 @@ def both_criteria(root, rows):
         "error": rebuilt.error,
         "error with UᵀU": rebuilt.plain_error,
         "trace, strongest": criteria.strongest_share(root, rows),
-        "strongest of Σ uᵀHu": study.scores.top_share(activation.square(), 1).mean().item(),
+        "strongest of Σ uᵀHu": study.scores.largest_share(activation.square().T).mean().item(),
     }
 
 

@@ -45,8 +45,8 @@ import eigendecomp as ed
 from eigendecomp import study
 from eigendecomp.report import plots, results
 from eigendecomp.study.moves import Move, along, displaced
-from eigendecomp.targets.toys import manifold, product, tms
-from rooms.interventions import maps
+from eigendecomp.targets.toys import manifold, tms
+from rooms.interventions import maps, product
 
 # %%
 plots.style()
@@ -356,7 +356,7 @@ rows = []
 for case in cases:
     d = case.fits[0]
     numbers, owner = owners(case, d)
-    sizes = {v: case.probe.step_for(along(d, v), case.on[:, owner[v]], 2 * level) for v in numbers}
+    sizes = {v: case.probe.matched(along(d, v), case.on[:, owner[v]], 2 * level)[0] for v in numbers}
     for i, a in enumerate(numbers):
         for b in numbers[i + 1 :]:
             value = study.moves.interference(d, (a, sizes[a]), (b, sizes[b]), case.probe)

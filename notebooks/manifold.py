@@ -61,6 +61,7 @@ from eigendecomp.curvature import hessian_root
 from eigendecomp.report import plots, results
 from eigendecomp.targets.toys import manifold
 from rooms.curvature import criteria
+from rooms.own_sample import OwnSample
 
 plots.style()
 target_steps = 5000
@@ -365,7 +366,7 @@ report.figure("summary", figure)
 
 # %%
 PREDICTED = {"coordinate": (2, 2), "radius": (3, 3), "copy": (3, 4), "double": (3, 4), "triple": (3, 4)}
-REFERENCES = {"zero": ed.Constant(0.0), "drawn": manifold.OwnSample(circles=circles)}
+REFERENCES = {"zero": ed.Constant(0.0), "drawn": OwnSample(circles=circles)}
 networks, fidelity = {"double": model}, {"double": explained}
 for task in PREDICTED.keys() - networks.keys() if results.profile() == "paper" else {"coordinate"}:
     found = manifold.train(planes, width, hidden, seed=target_seed, steps=target_steps, task=task)

@@ -33,9 +33,8 @@ import torch
 
 from eigendecomp import study
 from eigendecomp.report import plots, results
-from eigendecomp.study.peers import scores
 from eigendecomp.targets.toys import circuits
-from rooms.peers import compared, networks
+from rooms.peers import compared, networks, scores
 from rooms.peers.compared import OURS, REFITTED, SPD, Problem
 
 plots.style()

@@ -116,7 +116,7 @@ with torch.no_grad():
 named = next(i for i in range(p.shape[1]) if stories.readable(i) == " named")
 says = p[:, named] > 0.5
 v = int(impact[says].mean(0).argmax())
-reading = study.readings.read(d, new)["blocks.7.mlp.W_in"].flatten(0, 1)
+reading = study.readings.apply_readers(d, new)["blocks.7.mlp.W_in"].flatten(0, 1)
 reading = reading * reading.pow(3).sum(0).sign()  # a reader's sign is free: its rare, strong side counts
 activation = d.activation(new[:48])  # which takes a pass a direction: fewer samples
 n = len(activation)
@@ -287,7 +287,7 @@ except ValueError as error:
 # | twins | one thing was split | fewer directions, or one name for the pair |
 # | on at over a tenth of samples | too many kept; samples sum over positions | `BatchTopK(2 / n)`; `samples="uses"` |
 # | all are of a story's beginning | inputs that begin alike | inputs from everywhere (`at_start=0`) |
-# | impact and reader differ | the model's certainty leaks | read by `study.readings.read` |
+# | impact and reader differ | the model's certainty leaks | read by `study.readings.apply_readers` |
 # | contexts have nothing in common | another weight does it | `*.W_in`, `*.W_V`, later blocks; `ed.Mean()` |
 # | an edit breaks everything | the step is not small | smaller; from labels, a closed form (notebook `edits`) |
 # | "… an adapter cannot change" | weights by head, bare parameters | `d.edit(steps)` |

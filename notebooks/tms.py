@@ -49,6 +49,7 @@ from eigendecomp import study
 from eigendecomp.curvature import hessian_root
 from eigendecomp.report import plots, results
 from eigendecomp.targets.toys import tms
+from rooms.hidden import feature_vectors, hidden_vectors
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 plots.style()
@@ -83,7 +84,7 @@ networks = {"tied": tied, "untied": tms.untie(tied), "free": free}
 
 
 def lengths(network):
-    return {name: vectors.norm(dim=1) for name, vectors in tms.feature_vectors(network).items()}
+    return {name: vectors.norm(dim=1) for name, vectors in feature_vectors(network).items()}
 
 
 report.record(target={
@@ -157,7 +158,7 @@ denser = fit_all("untied", **{**BEST, "sparsity": ed.BatchTopK(0.25)})
 # %%
 def cosines(directions, network, owner):
     """|cos| of each direction's hidden vectors with its owner's, and the largest over directions for each feature."""
-    found, truth = tms.hidden_vectors(directions), tms.feature_vectors(network)
+    found, truth = hidden_vectors(directions), feature_vectors(network)
     pairs = {"W_in": "in-vector", "W_out": "out-vector"}
     scores = {}
     for name, vectors in found.items():
@@ -231,7 +232,7 @@ main_denser[["seed", "owned", "error", "kept"]].round(3)
 # %%
 d, network = fits[0], networks["untied"]
 order = study.scores.ownership(d.impact(alone, 64)).clearest(5)  # the direction of each feature
-found, truth = tms.hidden_vectors(d.directions()), tms.feature_vectors(network)
+found, truth = hidden_vectors(d.directions()), feature_vectors(network)
 
 
 def arrow(ax, vector, color, width, **options):
@@ -482,7 +483,7 @@ figure, axes = plots.panels(1, 3, width=0.8 * plots.PAGE, height=1.85)
 for ax, (name, title) in zip(axes, zip(SETTINGS, ("draft", "draft, two sets", "L3D"), strict=True), strict=True):
     example = compared[name, "tied"][0]
     mine = study.scores.ownership(example.impact(alone, 64)).clearest(5)
-    draw_embedding(ax, tms.feature_vectors(tied)["W_in"], tms.hidden_vectors(example.directions())["W_in"], mine)
+    draw_embedding(ax, feature_vectors(tied)["W_in"], hidden_vectors(example.directions())["W_in"], mine)
     ax.set_title(title)
 report.figure("settings", figure)
 
@@ -515,7 +516,7 @@ large_tied, large_loss = tms.train(40, 10, tied=True, seed=target_seed, steps=20
 large = tms.untie(large_tied)
 draw = torch.Generator().manual_seed(2)
 X_large, X_large_held_out = (tms.data(n, 40, draw, none_empty=True) for n in (large_samples, held_out // 2))
-size = tms.feature_vectors(large)["W_in"].norm(dim=1)
+size = feature_vectors(large)["W_in"].norm(dim=1)
 report.record(large_target={"loss": large_loss, "length": results.spread(size)})
 print(f"loss {large_loss:.3f}; lengths of the 40 vectors from {size.min():.2f} to {size.max():.2f}: none is left out")
 
@@ -541,7 +542,7 @@ G, G_large = (study.scores.gradient_rows(d, x[:2000]) for x in (X_large, X_large
 kept = large_scores["kept"].mean()
 large_components = study.floors.principal_directions(G, 40)
 large_random = study.floors.random_directions(d.target.shapes, 40, 1, seed=0)
-random_cosine = study.scores.max_cosine(large_random.dense("W_in")[:, 0], tms.feature_vectors(large)["W_in"])
+random_cosine = study.scores.max_cosine(large_random.dense("W_in")[:, 0], feature_vectors(large)["W_in"])
 large_floors = {
     "principal components": {"error": study.floors.sparse_error(G_large, large_components, kept)},
     "random": {
@@ -570,7 +571,7 @@ for ax, impacts, title in ((left, d.impact(one_hot, 64), "directions"),
     ax.set_xticklabels(["0", "39"], rotation=0)
     ax.set_yticklabels(["0", "39"], rotation=0)
 left.set_ylabel("feature on")
-found, truth = tms.hidden_vectors(d.directions()), tms.feature_vectors(large)
+found, truth = hidden_vectors(d.directions()), feature_vectors(large)
 for name, marker in (("W_in", "o"), ("W_out", "x")):
     own = torch.cosine_similarity(found[name], truth[name][by_impact.owner]).abs()
     right.plot(own.sort().values, marker, color=plots.OURS, ms=3, mew=0.6, mfc="white")

@@ -23,8 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from safetensors.torch import save
+from sample import write_stories
 from torch import Tensor
 
+from eigendecomp.support import files
 from eigendecomp.targets.stories import model as st
 
 if TYPE_CHECKING:
@@ -37,6 +40,12 @@ SHAPE: dict[str, Any] = dict(  # TinyStories-1M's, but for the vocabulary and th
     d_model=64, n_layers=8, n_heads=16, d_head=4, d_mlp=256, n_ctx=256, d_vocab=VOCABULARY,
     act_fn="gelu_new", normalization_type="LN", use_attn_scale=False,
 )  # fmt: skip
+
+
+def save_model(model: HookedTransformer, config: dict[str, Any], path: Path) -> None:
+    """Write the parameters to a safetensors file with ``config`` in its metadata, all or nothing."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    files.replace(path, save(tensors, {"config": json.dumps(config)}))
 
 
 def fast_logits(
@@ -220,7 +229,7 @@ def train(
             held = float(story_losses(model, validation).sum() / sum(len(ids) - 1 for ids in validation))
             history.append(dict(minutes=round(elapsed, 1), step=step, train=average, validation=held))
             print(" ".join(f"{k} {v:.4g}" for k, v in history[-1].items()), flush=True)
-            st.save_model(model, config, path)
+            save_model(model, config, path)
             due += min(3.0, minutes / 5)
     return {
         "seed": seed,
@@ -309,9 +318,9 @@ def main() -> None:
         training = texts[: -2 * HELD_OUT]
         if not args.evaluate:
             args.out.mkdir(parents=True, exist_ok=True)
-            st.write_stories(training[:SHIPPED_TRAIN], args.out / "train.txt.gz")
-            st.write_stories(texts[-2 * HELD_OUT : -HELD_OUT], args.out / "validation.txt.gz")
-            st.write_stories(texts[-HELD_OUT:], args.out / "test.txt.gz")
+            write_stories(training[:SHIPPED_TRAIN], args.out / "train.txt.gz")
+            write_stories(texts[-2 * HELD_OUT : -HELD_OUT], args.out / "validation.txt.gz")
+            write_stories(texts[-HELD_OUT:], args.out / "test.txt.gz")
             train_tokenizer(training, VOCABULARY, args.out / "tokenizer.json")
         encoded = encode_stories(training, args.out)
     if not args.evaluate:

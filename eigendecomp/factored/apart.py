@@ -52,7 +52,7 @@ def find_apart(
     for i, (use, plan) in enumerate(zip(trace.uses, plans, strict=True)):
         if i in good:
             with suppress(NotUnderstood):
-                plan.apart = Plan.of(use, layout, e, plan.shape, plan.spread)
+                plan.apart = Plan.of(use, layout, e, plan.shape, plan.growing)
     mixing = [use for use, plan in zip(trace.uses, plans, strict=True) if plan.apart is None]
     kept = zip(trace.kept.items(), range(len(trace.uses), len(first)))
     return next((number for (number, node), i in kept if i in good and all_through(trace.output, node, mixing)), None)

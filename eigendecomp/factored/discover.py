@@ -55,8 +55,9 @@ class Reading:
         """Whether a parameter or a derived one is left to the oracle."""
         return self.roots(name)[0] in self.fallback
 
-    def recognises(self, trace: Trace, examples: int) -> bool:
-        """Whether every use in a run of so many examples is the one that a plan was made for."""
+    def recognises(self, trace: Trace) -> bool:
+        """Whether every use in a run is the one that a plan was made for."""
+        examples = len(trace.output.output)
         return len(trace.uses) == len(self.plans) and all(
             plan.recognises(use, examples) for use, plan in zip(trace.uses, self.plans, strict=True)
         )
@@ -130,12 +131,12 @@ def plans_of(
         derived = trace.derived.get(use.name)
         shape = recorder.target.shapes[use.name] if derived is None else tuple(derived[0].output.shape)
         try:
-            if torch.equal(use.output, other.output) and use.key not in recorder.constant:
-                recorder.constant.add(use.key)
+            if torch.equal(use.output, other.output) and use.occurrence not in recorder.constant:
+                recorder.constant.add(use.occurrence)
                 continue
             layout, *more = find_layouts(use, other, delta)
             sure = sure and not more
-            plans.append(Plan.of(use, layout, len(c), shape, use.spread(other, len(c))))
+            plans.append(Plan.of(use, layout, len(c), shape, use.growing_axes(other, len(c))))
         except NotUnderstood as reason:
             reasons = dict.fromkeys(trace.roots(use.name), str(reason)) | reasons
     return plans, reasons, sure
@@ -153,16 +154,16 @@ def find_layouts(use: Use, fewer: Use, deltas: Sequence[Float[Tensor, "e *shape"
     """
     count, less = len(deltas[0]), fewer.by_sample(fewer.output).shape
     shape = use.by_sample(use.output).shape
-    own, found = torch.eye(count, dtype=torch.bool, device=deltas[0].device), []
+    own, layouts = torch.eye(count, dtype=torch.bool, device=deltas[0].device), []
     for axis in range(1 if use.first_axis_alone else len(shape)):
         smaller = [*shape[:axis], shape[axis] // count * (count - 1), *shape[axis + 1 :]]
         if shape[axis] % count == 0 and smaller == list(less):
             for layout in (Layout(axis, True), Layout(axis, False))[: shape[axis] // count]:
                 if not any(layout.split(use.by_sample(delta), count, 1)[~own].any() for delta in deltas):
-                    found.append(layout)
-    if not found:
+                    layouts.append(layout)
+    if not layouts:
         raise NotUnderstood("samples do not lie along one axis")
-    return found
+    return layouts
 
 
 def activations(recorder: Recorder, trace: Trace) -> float:

@@ -18,7 +18,6 @@ from eigendecomp.support import parallel
 from eigendecomp.target import Target
 
 SMALL = 1e-3  # a gradient below this share of all parameters' may be off by the rounding of the others
-Piece = tuple[Sequence[Tensor], Cotangents]
 
 
 class Mistaken(Exception):
@@ -45,7 +44,7 @@ class Guard:
 
     def wrong(
         self,
-        pieces: Sequence[Piece],
+        pieces: Sequence[tuple[Sequence[Tensor], Cotangents]],
         weighted: Callable[[Float[Tensor, " n"]], Mapping[str, Tensor]],
         whole: bool = False,
     ) -> list[str]:
@@ -120,7 +119,7 @@ class Guard:
         if self.tolerance >= 1e-3:
             return
         half = (torch.randint(2, c.shape, generator=self.generator) == 1).to(c.device)
-        one, other = (self._backward(examples, c * part) for part in (half, ~half))
+        one, other = (self._backward(examples, c * mask) for mask in (half, ~half))
         while self.tolerance < 1e-3 and differing(
             {name: one[name] + other[name] for name in own}, own, self.tolerance / 30
         ):

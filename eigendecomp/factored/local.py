@@ -63,10 +63,10 @@ class Local(Use):
     def signature(self) -> tuple:
         return *super().signature, self.operation, tuple(self.own), len(self.leaves)
 
-    def spread(self, fewer: Use, examples: int) -> tuple[int | None, ...]:
+    def growing_axes(self, fewer: Use, examples: int) -> tuple[int | None, ...]:
         """The axis of every argument that grows with the examples, 0 for a number that does."""
         assert isinstance(fewer, Local)
-        found: list[int | None] = []
+        growing: list[int | None] = []
         for i, (a, b) in enumerate(zip(self.leaves, fewer.leaves, strict=True)):
             pairs = list(zip(a.shape, b.shape)) if isinstance(a, Tensor) else [] if a == b else [(a, b)]
             axes = [axis for axis, (n, less) in enumerate(pairs) if n != less]
@@ -74,8 +74,8 @@ class Local(Use):
                                           for axis in axes for n in pairs[axis][:1])  # fmt: skip
             if not known or (i in self.own and axes and a.stride(axes[0])):  # a weight for each sample
                 raise NotUnderstood(str(self.operation))
-            found.append(axes[0] if axes else None)
-        return tuple(found)
+            growing.append(axes[0] if axes else None)
+        return tuple(growing)
 
     def check(self, plan: Plan, examples: int) -> None:
         """Raises :class:`NotUnderstood` if the operation on one sample gives another output, or torch cannot."""
@@ -106,16 +106,16 @@ class Local(Use):
             given = torch.einsum("pl,ce...l->pce...l", own.view(positions, -1), given.movedim(at, -1))
             given = given.movedim(-1, at + 1).flatten(0, 1)
         plain = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        grow = {i: axis for i, axis in enumerate(plan.spread) if axis is not None}
+        grow = {i: axis for i, axis in enumerate(plan.growing) if axis is not None}
         data = [i for i in grow if isinstance(plain[i], Tensor) and i not in self.own]
         weights = [plain[i][tuple(slice(None if stride else 1) for stride in plain[i].stride())] for i in self.own]
 
-        def one(c: Tensor, *parts: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        def one(c: Tensor, *inputs: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
             def run(*values: Tensor) -> Tensor:
                 leaves = [leaf // examples if i in grow and isinstance(leaf, int) else leaf
                           for i, leaf in enumerate(plain)]  # fmt: skip
-                for i, part in zip(data, parts, strict=True):
-                    leaves[i] = part
+                for i, x in zip(data, inputs, strict=True):
+                    leaves[i] = x
                 for i, value in zip(self.own, values, strict=True):
                     sizes = [n // examples if grow.get(i) == axis else n for axis, n in enumerate(plain[i].shape)]
                     leaves[i] = value.expand(sizes)
@@ -129,22 +129,22 @@ class Local(Use):
         split = [Layout(grow[i], layout.major).split(plain[i], examples) for i in data]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says which operations it takes one by one
-            found, outputs = torch.func.vmap(torch.func.vmap(one), (0, *[None] * len(split)))(given, *split)
-        return torch.cat([g.flatten(2) for g in found], 2).transpose(0, 1).flatten(0, 1), outputs[0]
+            pulled, outputs = torch.func.vmap(torch.func.vmap(one), (0, *[None] * len(split)))(given, *split)
+        return torch.cat([g.flatten(2) for g in pulled], 2).transpose(0, 1).flatten(0, 1), outputs[0]
 
 
-def through(recorder: "Recorder", trace: "Trace", found: dict[str, Part | Float[Tensor, "n w"]]) -> None:
+def through(recorder: "Recorder", trace: "Trace", gradients: dict[str, Part | Float[Tensor, "n w"]]) -> None:
     """Pull the gradients of outputs that are read as parameters back to the parameters that they are made of."""
     for name, (node, roots) in trace.derived.items():
-        if name not in found:
+        if name not in gradients:
             continue
         if node.edge is None:  # made without gradient
-            del found[name]
+            del gradients[name]
             continue
         leaves = [Node(recorder.target.chosen[root]).settle() for root in roots]
-        c = numbers(found.pop(name)).to(node.output.dtype).view(-1, *node.output.shape)
+        c = numbers(gradients.pop(name)).to(node.output.dtype).view(-1, *node.output.shape)
         for root, g in zip(roots, recorder.pull(node, leaves, c), strict=True):
-            found[root] = g.flatten(1) + (numbers(found[root]) if root in found else 0)
+            gradients[root] = g.flatten(1) + (numbers(gradients[root]) if root in gradients else 0)
 
 
 def numbers(part: Part | Float[Tensor, "n w"]) -> Float[Tensor, "n w"]:

@@ -110,7 +110,7 @@ class Use(Node, ABC):
     weight: Weight
     index: Int[Tensor, "..."]
     data: Tensor
-    key: tuple = ()  # which of a run's operations it is
+    occurrence: tuple = ()  # which of a run's operations it is
 
     @property
     def name(self) -> str:
@@ -133,7 +133,7 @@ class Use(Node, ABC):
         """How a use with two sides splits the parameter's axes; none for a gradient that is formed."""
         return Axes()
 
-    def spread(self, fewer: "Use", examples: int) -> tuple:
+    def growing_axes(self, fewer: "Use", examples: int) -> tuple:
         """Where samples lie in the arguments, from the same use in a run of an example less, if that must be known."""
         return ()
 
@@ -172,16 +172,16 @@ class Plan:
     shape: tuple[int, ...]  # of the parameter
     entries: Tensor  # that the use meets
     axes: Axes
-    spread: tuple
+    growing: tuple  # the axes of its arguments along which samples lie, if that must be known
     apart: "Plan | None" = None  # the same with positions as samples, where outputs depend on their own position alone
     numbers: float = 0.0  # held for each example and draw, about
     others: list[Weight] = field(default_factory=list)  # further tensors that were seen to hold the same entries
 
     @classmethod
-    def of(cls, use: Use, layout: Layout, examples: int, shape: tuple[int, ...], spread: tuple) -> Self:
+    def of(cls, use: Use, layout: Layout, examples: int, shape: tuple[int, ...], growing: tuple) -> Self:
         """Raises :class:`NotUnderstood` where the gradient cannot be read so."""
         entries, axes = use.entries(layout, examples), use.axes(shape)
-        plan = cls(type(use), use.signature, use.weight, layout, shape, entries, axes, spread)
+        plan = cls(type(use), use.signature, use.weight, layout, shape, entries, axes, growing)
         use.check(plan, examples)
         return plan
 

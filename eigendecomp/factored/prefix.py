@@ -40,26 +40,26 @@ class Prefixes:
 
     Args:
         whole: captures whole sequences.
-        cut: of every input, whether it has the positions along its second axis.
+        sequential: of every input, whether it has the positions along its second axis.
     """
 
-    def __init__(self, whole: "Capture", cut: Sequence[bool]) -> None:
-        self.whole, self.cut = whole, cut
+    def __init__(self, whole: "Capture", sequential: Sequence[bool]) -> None:
+        self.whole, self.sequential = whole, sequential
         self.readings: dict[int, Reading] = {}  # by the length of a prefix
 
     @classmethod
     def find(cls, whole: "Capture", examples: Sequence[Tensor]) -> Self | None:
         """What captures prefixes of a model that gives for them what it gives for these whole examples; else None."""
         p, plans = whole.outputs[0], whole.reading.plans
-        found = cls(whole, [x.ndim > 1 and x.shape[1] == p for x in examples])
-        if p < 2 * LEAST or not any(found.cut) or all(plan.apart is not None for plan in plans):
+        prefixes = cls(whole, [x.ndim > 1 and x.shape[1] == p for x in examples])
+        if p < 2 * LEAST or not any(prefixes.sequential) or all(plan.apart is not None for plan in plans):
             return None
         f = whole.run(examples)[1]
         try:
-            _, trace, _ = found.run(examples, p // 2)
+            _, trace, _ = prefixes.run(examples, p // 2)
         except NotCausal:
             return None
-        return found if bool(alike(trace, f)) else None
+        return prefixes if bool(alike(trace, f)) else None
 
     def ends(self, e: int, draws: int) -> list[int]:
         """Where the samples of a piece end and those of the next one begin, so that e examples take least work."""
@@ -84,7 +84,7 @@ class Prefixes:
         Raises:
             NotCausal: if other operations are run than for the whole sequence.
         """
-        some = [x[:, :q].contiguous() if cut else x for x, cut in zip(examples, self.cut, strict=True)]
+        some = [x[:, :q].contiguous() if along else x for x, along in zip(examples, self.sequential, strict=True)]
         try:
             trace = self.whole.run(some)[0]
             if q not in self.readings:
@@ -93,7 +93,7 @@ class Prefixes:
             raise
         except Exception as error:  # whatever a model says of inputs that are too short for it
             raise NotCausal from error
-        if not self.readings[q].recognises(trace, len(trace.output.output)):
+        if not self.readings[q].recognises(trace):
             raise NotCausal
         return self.readings[q], trace, some
 
@@ -127,9 +127,9 @@ def shorter(reading: Reading, trace: Trace, q: int) -> Reading:
     plans = []
     for use, plan in zip(trace.uses, reading.plans, strict=True):
         shape = tuple(trace.derived[use.name][0].output.shape) if use.name in trace.derived else plan.shape
-        plans.append(Plan.of(use, plan.layout, e, shape, plan.spread))
+        plans.append(Plan.of(use, plan.layout, e, shape, plan.growing))
         if plan.apart is not None:
-            plans[-1].apart = Plan.of(use, Layout(positions=q), e, shape, plan.spread)
+            plans[-1].apart = Plan.of(use, Layout(positions=q), e, shape, plan.growing)
     return replace(reading, outputs=(q, k), plans=plans)
 
 

@@ -1,16 +1,15 @@
 """Seeing every use of chosen parameters in a forward pass, whatever module or function makes it.
 
 The pass runs under a dispatch mode that is shown every operation below autograd. A weight is recognised by the memory
-it lies in, through any view, transpose or copy. Each use
-(:mod:`eigendecomp.factored.operations`) is recorded with its input and with the place of its output in the graph of
-derivatives, to which backward passes can then be run.
+it lies in, through any view, transpose or copy. Each use (:mod:`eigendecomp.factored.operations`) is recorded with its
+input and with the place of its output in the graph of derivatives, to which backward passes can then be run.
 """
 
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,12 +25,23 @@ COPIES = {aten.clone.default, aten._to_copy.default}
 FEW_SAMPLES = 128  # up to so many, one backward pass for all cotangents beats one for each
 
 
+class Occurrence(NamedTuple):
+    """Which of a run's operations with weights one is."""
+
+    operation: Any
+    names: tuple[str, ...]  # of the weights' parameters
+    number: int  # from one on, of this operation with these
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.number} of {' and '.join(self.names)}"
+
+
 class Trace(TorchDispatchMode):
     """Records every use of the chosen parameters during a forward pass.
 
     Args:
         storages: where the parameters' entries lie.
-        constant: keys of the operations whose outputs are the same for all examples. A lookup copies the weight;
+        constant: the operations whose outputs are the same for all examples. A lookup copies the weight;
             another output is read as a parameter.
         made: the storages of such outputs, from earlier runs.
         keep: numbers of operations whose outputs are wanted; None for all.
@@ -41,7 +51,7 @@ class Trace(TorchDispatchMode):
     def __init__(
         self,
         storages: Mapping[int, Storage],
-        constant: Collection[tuple] = (),
+        constant: Collection[Occurrence] = (),
         made: dict[tuple, Storage] | None = None,
         keep: Collection[int] | None = (),
         noise: torch.Generator | None = None,
@@ -54,7 +64,7 @@ class Trace(TorchDispatchMode):
         self.unknown: dict[str, str] = {}  # parameter: the operation that is not understood
         self.made = {} if made is None else made
         self.derived: dict[str, tuple[Node, tuple[str, ...]]] = {}  # outputs read as parameters, and of which
-        self.met: Counter[tuple] = Counter()  # operations with weights
+        self.met: Counter[tuple] = Counter()  # operations with weights, by their parameters
         self.waiting: list[Node] = []  # for their place in the graph
         self.alive: list[Tensor] = []  # copies of weights, kept so that their memory is not used again
         self.output: Node
@@ -100,15 +110,15 @@ class Trace(TorchDispatchMode):
         """Record the uses in one operation; where one is not understood, its parameter and the operation."""
         names, count = tuple(dict.fromkeys(weight.name for weight in met)), len(self.uses)
         self.met[call.operation, names] += 1
-        key = call.operation, names, self.met[call.operation, names]
-        if key in self.constant and KINDS.get((call.operation, 0)) is not Embedding:
-            return self._derive(key, names, call.output)
+        which = Occurrence(call.operation, names, self.met[call.operation, names])
+        if which in self.constant and KINDS.get((call.operation, 0)) is not Embedding:
+            return self._derive(which, call.output)
         for name in names:
             try:
-                self._add(self._uses(call, name, plain), key)
+                self._add(self._uses(call, name, plain), which)
             except NotUnderstood:
                 try:
-                    self._add([Local.of(call, name, self.weight)], key)
+                    self._add([Local.of(call, name, self.weight)], which)
                 except NotUnderstood:
                     self.unknown = dict.fromkeys(self.roots(name), str(call.operation)) | self.unknown
         if self.noise is not None and len(self.uses) > count:
@@ -129,23 +139,23 @@ class Trace(TorchDispatchMode):
                 raise NotUnderstood(str(call.operation))
         return uses
 
-    def _add(self, uses: Sequence[Use], key: tuple) -> None:
+    def _add(self, uses: Sequence[Use], which: Occurrence) -> None:
         for use in uses:
-            use.key = key
-            if key in self.constant and isinstance(use, Embedding):
-                rows = use.weight.index[use.data]
-                self._copied(use.output, use.weight.copy(use.output, tuple(use.data.flatten().tolist()), rows))
+            use.occurrence = which
+            if which in self.constant and isinstance(use, Embedding):
+                entries = use.weight.index[use.data]
+                self._copied(use.output, use.weight.copy(use.output, tuple(use.data.flatten().tolist()), entries))
             else:
                 self.uses.append(use)
                 self.waiting.append(use)
 
-    def _derive(self, key: tuple, names: Sequence[str], out: Tensor) -> None:
+    def _derive(self, which: Occurrence, out: Tensor) -> None:
         """Read the output of an operation as a parameter."""
-        name, place = f"{key[0]} {key[2]} of {' and '.join(names)}", (key, out.shape, out.stride())
+        name, place = str(which), (which, out.shape, out.stride())
         if place not in self.made:
             counting = torch.arange(out.numel(), device=out.device).view(out.shape)
             self.made[place] = Storage(name, laid_out(counting, out))
-        self.derived[name] = Node(out), tuple(dict.fromkeys(root for each in names for root in self.roots(each)))
+        self.derived[name] = Node(out), tuple(dict.fromkeys(root for each in which.names for root in self.roots(each)))
         self.waiting.append(self.derived[name][0])
         self._copied(out, self.made[place])
 
@@ -169,7 +179,7 @@ class Recorder:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.constant: set[tuple] = set()  # keys of the operations whose outputs all examples share
+        self.constant: set[Occurrence] = set()  # the operations whose outputs all examples share
         self.made: dict[tuple, Storage] = {}  # where these lie
         self.batched = True  # whether torch can batch the model's backward pass
         self.shared = self.look_again()

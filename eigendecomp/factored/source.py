@@ -83,7 +83,7 @@ class Capture:
     def gradients(self, examples: Sequence[Tensor], cotangents: Callable[[Tensor], Tensor]) -> Gradients:
         """The gradients of the examples' samples, all held at once, whatever the budget."""
         trace, f = self.run(examples)
-        if not self.reading.recognises(trace, len(trace.output.output)):
+        if not self.reading.recognises(trace):
             self.leave(dict.fromkeys(self.target.names, DIFFERENT))
             self.say(self.target.names)
             return self.gradients(examples, cotangents)
@@ -114,12 +114,12 @@ class Capture:
         for use, plan, delta in zip(trace.uses, reading.plans, self._pulled(reading, trace, c, first), strict=True):
             by_name[plan.name].append((use, plan, delta))
         parts: list[Part] = []
-        found = {name: gradient_of(name, some, c, first, self.target.dtype) for name, some in by_name.items()}
-        through(self.recorder, trace, found)
+        gradients = {name: gradient_of(name, some, c, first, self.target.dtype) for name, some in by_name.items()}
+        through(self.recorder, trace, gradients)
         formed = self._formed(examples, c, first)
         for name, shape in self.target.shapes.items():
-            if name in found:
-                gradient = found[name]
+            if name in gradients:
+                gradient = gradients[name]
             elif name not in self.fallback:  # never used
                 gradient = Factored.zero(name, shape, c.new_zeros((c.shape[1] - first) * c.shape[2], len(c), 0))
             else:
@@ -318,7 +318,7 @@ class CapturedSource(Capture):
         """A recorded run in which every use is recognised, its uses, and the outputs."""
         self.prepare(examples)
         trace, f = self.run(examples)
-        if not self.reading.recognises(trace, len(trace.output.output)):
+        if not self.reading.recognises(trace):
             raise ValueError(DIFFERENT)
         return trace, [use for use in trace.uses if isinstance(use, Product)], f
 

@@ -7,7 +7,7 @@ follow from the two sides (eq. 10 and 11). Which way to go is decided for every 
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -216,8 +216,8 @@ class Patches(Side):
         total: Tensor | None = None
         for offset in itertools.product(*map(range, self.kernel)):
             moves = zip(offset, self.dilation, self.places, self.stride, strict=True)
-            cut = [slice(o * d, o * d + (places - 1) * s + 1, s) for o, d, places, s in moves]
-            here = products[:, *cut, *cut]
+            window = [slice(o * d, o * d + (places - 1) * s + 1, s) for o, d, places, s in moves]
+            here = products[:, *window, *window]
             total = here.clone() if total is None else total.add_(here)
         assert total is not None
         return total.reshape(1, len(flat), t, t)
@@ -235,15 +235,8 @@ def contract(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k
     if torch.is_grad_enabled() or size >= examples:
         return order(term, left, right)
     # Without derivatives no intermediate number stays, so a few examples at a time take less memory and time.
-    return torch.cat([order(few, left, right) for few in split(term, size)], 1)
-
-
-def split(term: Term, size: int) -> Iterator[Term]:
-    """The rows of ``size`` examples at a time."""
-    a, b = term
-    for start in range(0, a.shape[1], size):
-        some = slice(start, start + size)
-        yield a.some(some), b.some(some)
+    some = (slice(start, start + size) for start in range(0, examples, size))
+    return torch.cat([order((term[0].some(few), term[1].some(few)), left, right) for few in some], 1)
 
 
 def by_rows(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v k r"]) -> Float[Tensor, "c e v"]:
@@ -272,8 +265,8 @@ def by_folding(term: Term, left: Float[Tensor, "v k l"], right: Float[Tensor, "v
     """The side that an example's cotangents share meets the directions first, once for all of them."""
     (a, b), (v, k) = term, left.shape[:2]
     shared, own, first, second = (a, b, left, right) if a.shape[0] == 1 else (b, a, right, left)
-    rows = shared.dot(first)[0].unflatten(-1, (v, k)).transpose(1, 2)  # (e, v, t, k)
-    folded = (rows @ own.within(second)).flatten(2)  # (e, v, t·d)
+    met = shared.dot(first)[0].unflatten(-1, (v, k)).transpose(1, 2)  # (e, v, t, k)
+    folded = (met @ own.within(second)).flatten(2)  # (e, v, t·d)
     return (folded @ own.values.flatten(2).permute(1, 2, 0)).permute(2, 0, 1)
 
 
@@ -290,12 +283,12 @@ class Factored(Part):
     """Gradients of one tensor as Σ over uses and positions of left ⊗ right; formed only where that is cheaper.
 
     Args:
-        rows: the axes of the tensor that the left side runs over.
+        left_axes: the axes of the tensor that the left side runs over.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], rows: tuple[int, ...], terms: Sequence[Term]) -> None:
+    def __init__(self, name: str, shape: tuple[int, ...], left_axes: tuple[int, ...], terms: Sequence[Term]) -> None:
         self.names = (name,)
-        self.shape, self.rows, self.terms = shape, rows, list(terms)
+        self.shape, self.left_axes, self.terms = shape, left_axes, list(terms)
         self.formed: Formed | None = None
 
     @classmethod
@@ -310,22 +303,22 @@ class Factored(Part):
     def inner(self, directions: Directions) -> Float[Tensor, "n v"]:
         """Eq. 10."""
         if self.formed is None and (
-            not directions.tensor[self.names[0]].splits(self.rows)
+            not directions.tensor[self.names[0]].splits(self.left_axes)
             or self.better_formed(directions.n, directions.tensor[self.names[0]].terms)
         ):
             self.form()
         if self.formed is not None:
             return self.formed.inner(directions)
-        left, right = directions.pair(self.names[0], self.rows)
+        left, right = directions.pair(self.names[0], self.left_axes)
         return sum_of([contract(term, left, right) for term in self.terms]).transpose(0, 1).flatten(0, 1)
 
     def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
         """Eq. 10 with directions that each sample has to itself."""
-        if self.formed is None and not own.tensor[self.names[0]].splits(self.rows):
+        if self.formed is None and not own.tensor[self.names[0]].splits(self.left_axes):
             self.form()
         if self.formed is not None:
             return self.formed.inner_own(own)
-        left, right = own.pair(self.names[0], self.rows)
+        left, right = own.pair(self.names[0], self.left_axes)
         product = [a.dot_own(left, self.draws) * b.dot_own(right, self.draws) for a, b in self.terms]
         return sum_of([one.sum(2).unflatten(2, (-1, left.shape[1])).sum(3) for one in product]).flatten(0, 1)
 
@@ -359,11 +352,11 @@ class Factored(Part):
 
     def better_formed(self, v: int, k: int) -> bool:
         """Whether numbers, samples × parameters, cost less than the factors do, for v directions of rank k."""
-        weights, rows = math.prod(self.shape), [max(a.count, b.count) for a, b in self.terms]
-        n = rows[0] // max(self.terms[0][0].shape[2], 1)
+        weights, counts = math.prod(self.shape), [max(a.count, b.count) for a, b in self.terms]
+        n = counts[0] // max(self.terms[0][0].shape[2], 1)
         factored = PASSES * sum(min(rows_cost(term, v, k), folding_cost(term, v, k)) for term in self.terms)
         factored += sum(side.norm_cost for term in self.terms for side in term)
-        formed = PASSES * weights * (2 * v * (n + k) + OPS_PER_ELEMENT * (n + v)) + 2 * sum(rows) * weights
+        formed = PASSES * weights * (2 * v * (n + k) + OPS_PER_ELEMENT * (n + v)) + 2 * sum(counts) * weights
         return formed < factored
 
     def form(self) -> None:
@@ -381,7 +374,7 @@ class Factored(Part):
 
     def _tensors(self, matrices: Float[Tensor, "n l r"]) -> Float[Tensor, "n *shape"]:
         """Matrices of the left by the right side, in the order of the tensor's own axes."""
-        order = [*self.rows, *(axis for axis in range(len(self.shape)) if axis not in self.rows)]
+        order = [*self.left_axes, *(axis for axis in range(len(self.shape)) if axis not in self.left_axes)]
         tensor = matrices.reshape(-1, *(self.shape[axis] for axis in order))
         return tensor.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
 
@@ -397,7 +390,8 @@ class Factored(Part):
         if self.formed is not None:
             return self.formed.sample(n)
         e, c = divmod(n, self.draws)
-        return Factored(self.names[0], self.shape, self.rows, [(a.select(e, c), b.select(e, c)) for a, b in self.terms])
+        own = [(a.select(e, c), b.select(e, c)) for a, b in self.terms]
+        return Factored(self.names[0], self.shape, self.left_axes, own)
 
 
 def _weighted_outer(a: Side, b: Side, weights: Float[Tensor, "c e"]) -> Float[Tensor, "l r"]:

@@ -18,7 +18,7 @@ from eigendecomp.factored.terms import Factored, Side, Term
 from eigendecomp.gradients import Cotangents, Gradients
 from eigendecomp.reference import Draws
 from eigendecomp.support import parallel
-from eigendecomp.support.examples import Examples, Feed, Shuffled, alike
+from eigendecomp.support.examples import Examples, Shuffled, chunks
 
 TINY = 1e-9  # of an example's largest gradient: below it a use has no gradient, and is not scaled up
 HELD_BYTES = 1 << 28  # uses up to this size are kept instead of being captured at every step
@@ -52,13 +52,13 @@ class UseSource:
 
     def factors(self, examples: Sequence[Tensor], cotangents: Cotangents) -> dict[str, list[Factors]]:
         """Every use's input and output gradient, the latter scaled so that the use's gradient has unit norm."""
-        found = self.captured.factors(examples, cotangents)
+        factors = self.captured.factors(examples, cotangents)
         if not self.unit:
-            return found
-        norms = self.made(found).square_norms().sqrt().unflatten(0, (len(examples[0]), self.positions, -1))
+            return factors
+        norms = self.made(factors).square_norms().sqrt().unflatten(0, (len(examples[0]), self.positions, -1))
         norms = norms.clamp_min(TINY * norms.amax((1, 2), keepdim=True)).clamp_min(torch.finfo(norms.dtype).tiny)
         scale = norms.reciprocal().movedim(2, 0).unsqueeze(-1)
-        return {name: [(x, delta * scale) for x, delta in uses] for name, uses in found.items()}
+        return {name: [(x, delta * scale) for x, delta in uses] for name, uses in factors.items()}
 
     def made(self, factors: dict[str, list[Factors]], index: Int[Tensor, " m"] | slice = slice(None)) -> Gradients:
         """Gradients of some of the uses from the factors of all."""
@@ -89,8 +89,7 @@ class HeldUses:
 
     def __init__(self, source: UseSource, examples: Examples, draws: Draws, generator: torch.Generator) -> None:
         self.source, pieces = source, []
-        for start in range(0, len(examples[0]), CHUNK):
-            some = alike(examples, (tensor[start : start + CHUNK] for tensor in examples))
+        for some in chunks(examples, CHUNK):
             asked = draws.again((len(some[0]), source.captured.outputs[0]), 1, generator)
             pieces.append(source.factors(some, asked))
         self.factors = {
@@ -99,9 +98,8 @@ class HeldUses:
             for name, uses in pieces[0].items()
         }  # fmt: skip
         count = len(examples[0]) * source.positions
-        self.feed: Feed = Shuffled((torch.zeros(count),), count, generator)
+        self.feed = Shuffled((torch.zeros(count),), count, generator)
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
         """The gradients of ``size`` uses."""
-        assert isinstance(self.feed, Shuffled)
         return self.source.made(self.factors, self.feed.indices(size)[parallel.share(size)])

@@ -174,10 +174,10 @@ class Results:
         figure.savefig(stem.with_suffix(".png"), dpi=200)
         plt.show()
 
-    def table(self, panel: str, rows: pd.DataFrame) -> pd.DataFrame:
+    def table(self, panel: str, frame: pd.DataFrame) -> pd.DataFrame:
         """Write a table as CSV and hand it back for display."""
-        rows.to_csv(folder() / f"{self.name}_{panel}.csv", index=False, float_format="%.6g")
-        return rows
+        frame.to_csv(folder() / f"{self.name}_{panel}.csv", index=False, float_format="%.6g")
+        return frame
 
     def write(self) -> Path:
         """Write NAME.json with settings, versions and wall time, and NAME_claims.json beside it."""

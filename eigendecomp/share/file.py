@@ -57,7 +57,7 @@ def load(cls: type[Decomposition], path: str | Path, model: nn.Module) -> Decomp
         settings = settings_from(metadata["settings"])
         target = Target(model, settings.parameters, settings.group)
         check_target(target, metadata, path)
-        history = History.read(metadata["history"])
+        history = History.from_plain(metadata["history"])
         n = settings.n_directions - len(history.pruned)
         decoder = unpack("decoder", tensors, target, settings, n)
         encoder = decoder if settings.tied else unpack("encoder", tensors, target, settings, n)

@@ -86,23 +86,19 @@ def named(repo: str | Path) -> None:
 def card(d: Decomposition) -> str:
     """A model card in Markdown: how to load it, what decided the fit, what happened in it, and over what it is."""
     model, size = type(d.target.model).__name__, sum(p.numel() for p in d.target.chosen.values())
+    decided = {**d.settings.as_json(), "threshold": d.threshold}
+    settings = [(key, json.dumps(value, ensure_ascii=False)) for key, value in decided.items()]
     parts = [
         "---\nlibrary_name: eigendecomp\ntags:\n- eigendecomp\n- interpretability\n---\n",
         f"# {d.decoder.n} directions in the parameter space of a {model}\n",
         f"Sparse low-rank directions over {size:,} parameters, learned to rebuild per-sample gradients.\n",
         "```python\nimport eigendecomp as ed\n\nd = ed.Decomposition.from_pretrained(repo_or_folder, model)  "
         "# the model with the weights that were decomposed\n```\n",
-        "## Settings\n\n" + table(("setting", "value"), settings(d)),
+        "## Settings\n\n" + table(("setting", "value"), settings),
         "## History\n\n" + table(tuple(d.history.by_step()), history(d)),
         "## Parameters\n\n" + table(("parameter", "shape"), d.decoder.shapes.items()),
     ]
     return "\n".join(parts)
-
-
-def settings(d: Decomposition) -> Iterator[tuple[str, str]]:
-    """Every setting and the threshold, as JSON."""
-    for key, value in {**d.settings.as_json(), "threshold": d.threshold}.items():
-        yield key, json.dumps(value, ensure_ascii=False)
 
 
 def history(d: Decomposition) -> Iterator[tuple[str, ...]]:

@@ -48,7 +48,7 @@ def readout(
     whole("k", k)
     embedding = unembedding if embedding is None else embedding
     check(unembedding, embedding, names)
-    words = [one for part in factors(d, unembedding.shape[1]) for one in said(part, unembedding, embedding, k, names)]
+    words = [one for along in factors(d, unembedding.shape[1]) for one in said(along, unembedding, embedding, k, names)]
     if not words:
         raise ValueError(
             f"no factor is {unembedding.shape[1]} long, as a row of the unembedding {tuple(unembedding.shape)} is; "
@@ -70,22 +70,22 @@ def check(unembedding: Tensor, embedding: Tensor, names: Names | None) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class AxisFactors:
     """The factors along one axis of a parameter, of all directions."""
 
     parameter: str
     axis: int
     side: Side | None
-    rows: Float[Tensor, "v k width"]
+    factors: Float[Tensor, "v k width"]
 
 
-def factors(d: Decomposition, width: int) -> Iterator[Part]:
+def factors(d: Decomposition, width: int) -> Iterator[AxisFactors]:
     """The factor matrices of that width; a Tucker core is none."""
     for name, held in d.decoder.factors.items():
         matrices = held if d.decoder.factorization == "cp" else held[1:]
-        for axis, rows in enumerate(matrices):
-            if rows.shape[-1] == width:
-                yield Part(name, axis, side(d.target.model, name, axis), rows)
+        for axis, matrix in enumerate(matrices):
+            if matrix.shape[-1] == width:
+                yield AxisFactors(name, axis, side(d.target.model, name, axis), matrix)
 
 
 def side(model: nn.Module, name: str, axis: int) -> Side | None:
@@ -100,15 +100,15 @@ def side(model: nn.Module, name: str, axis: int) -> Side | None:
     return "writes" if (axis == 1) == turned else "reads"
 
 
-def said(part: Part, unembedding: Tensor, embedding: Tensor, k: int, names: Names | None) -> Iterator[Words]:
+def said(along: AxisFactors, unembedding: Tensor, embedding: Tensor, k: int, names: Names | None) -> Iterator[Words]:
     """One row for each direction and term."""
-    matrix = embedding if part.side == "reads" else unembedding
-    scores = part.rows @ matrix.to(part.rows).T
+    matrix = embedding if along.side == "reads" else unembedding
+    scores = along.factors @ matrix.to(along.factors).T
     k = min(k, len(matrix))
     for v, terms in enumerate(scores):
         for term, row in enumerate(terms):
             ends = [listed(row, (sign * row).topk(k).indices, names) for sign in (1, -1)]
-            yield Words(v, part.parameter, part.axis, term, part.side, *ends)
+            yield Words(v, along.parameter, along.axis, term, along.side, *ends)
 
 
 def listed(row: Tensor, index: Tensor, names: Names | None) -> list[tuple[str | int, float]]:

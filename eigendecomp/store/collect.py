@@ -21,7 +21,7 @@ from eigendecomp.settings import Settings
 from eigendecomp.share.file import pack_pool
 from eigendecomp.storage import fingerprint
 from eigendecomp.store.layout import Layout
-from eigendecomp.store.shards import CONSTANT, FORMAT, Folder, digest, read
+from eigendecomp.store.shards import CONSTANT, FORMAT, Folder, digest, read_file
 from eigendecomp.support import files
 from eigendecomp.support.examples import Examples, Inputs, Named, alike, chunks, fetch
 from eigendecomp.support.random import generator
@@ -76,9 +76,9 @@ class Collection:
     def _attempt(self, folder: Folder, progress: bool) -> None:
         tensors, metadata, each = self._manifest()
         folder.begin(tensors, metadata)
-        layout, tied = Layout.read(metadata["layout"]), digest(metadata["identity"])
+        layout, tied = Layout.from_plain(metadata["layout"]), digest(metadata["identity"])
         size, samples = metadata["examples"], metadata["samples"]
-        held = read(folder.path, folder.manifest)[1]["shards"]
+        held = read_file(folder.path, folder.manifest)[1]["shards"]
         if held is not None and all(folder.shard(number).exists() for number in range(held)):
             return
         total = self._announced(folder, size, samples, each, progress)

@@ -22,7 +22,7 @@ from eigendecomp.sparsity import BatchTopK, Sparsity
 from eigendecomp.storage import fingerprint
 from eigendecomp.store.collect import Collection, sources
 from eigendecomp.store.layout import Layout
-from eigendecomp.store.shards import CONSTANT, FORMAT, Folder, Shards, StoredBatches, read
+from eigendecomp.store.shards import CONSTANT, FORMAT, Folder, Shards, StoredBatches, read_file
 from eigendecomp.support import files, parallel
 from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.checks import real, whole
@@ -103,7 +103,7 @@ class GradientStore(Shown):
         folder = Folder(path)
         if not folder.manifest.is_file():
             raise ValueError(f"{str(path)!r} is not a store of gradients; make one with GradientStore.collect")
-        tensors, metadata = read(folder.path, folder.manifest)
+        tensors, metadata = read_file(folder.path, folder.manifest)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} is not a store that this version reads (format {FORMAT})")
         settings = settings_from(metadata["settings"])
@@ -115,7 +115,7 @@ class GradientStore(Shown):
         pool = settings.pool(Outputs.of(target, seen)) if seen else tensors["pool"].to(target.device)
         constants = {key.removeprefix(CONSTANT): x for key, x in tensors.items() if key.startswith(CONSTANT)}
         shards = Shards.open(
-            folder, metadata["shards"], metadata["identity"], Layout.read(metadata["layout"]), target.shapes,
+            folder, metadata["shards"], metadata["identity"], Layout.from_plain(metadata["layout"]), target.shapes,
             constants, target.device, progress and parallel.leads(),
         )  # fmt: skip
         return cls(target, settings, metadata["draws"], pool, seen, metadata["identity"], shards)

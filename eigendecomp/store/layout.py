@@ -65,7 +65,7 @@ class Stored:
                         constants[f"{place}/{number}/{name}"] = side.index
                 terms.append((sides[0][0], sides[1][0]))
             if not fewer(part, tensors):
-                return cls(own, list(part.rows), terms), tensors, constants
+                return cls(own, list(part.left_axes), terms), tensors, constants
         values = torch.cat([value.flatten(1) for value in part.dense().values()], 1)
         return cls(own, [], []), {f"{place}/numbers": values}, {}
 
@@ -118,7 +118,7 @@ class Layout:
         return cls(parts), tensors, constants
 
     @classmethod
-    def read(cls, plain: Sequence[Mapping[str, Any]]) -> Self:
+    def from_plain(cls, plain: Sequence[Mapping[str, Any]]) -> Self:
         """What :meth:`plain` wrote."""
         parts = []
         for one in plain:

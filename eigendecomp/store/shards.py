@@ -22,7 +22,7 @@ from eigendecomp.gradients import Gradients
 from eigendecomp.store.layout import Layout
 from eigendecomp.support import files, parallel
 from eigendecomp.support.checkpoint import differences
-from eigendecomp.support.examples import Feed, Shuffled
+from eigendecomp.support.examples import Shuffled
 
 FORMAT = 1
 MANIFEST = "store.safetensors"
@@ -50,7 +50,7 @@ class Folder:
             ValueError: if it holds anything else.
         """
         if self.manifest.exists():
-            if told := differences(read(self.path, self.manifest)[1]["identity"], metadata["identity"]):
+            if told := differences(read_file(self.path, self.manifest)[1]["identity"], metadata["identity"]):
                 raise ValueError(
                     f"{str(self.path)!r} is a store of other gradients ({told}); delete it or choose another path"
                 )
@@ -76,7 +76,7 @@ class Folder:
             )
 
 
-def read(folder: Path, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_file(folder: Path, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One file of a store; ValueError, with what to do, if it is missing, damaged or not of it."""
     try:
         return files.read(path)
@@ -116,7 +116,7 @@ class Shards:
         tied, tensors, counts = digest(identity), [], []
         for number in tqdm(range(count), desc="store", leave=False, disable=not progress, mininterval=0.5):
             path = folder.shard(number)
-            metadata = read(folder.path, path)[1]
+            metadata = read_file(folder.path, path)[1]
             if metadata.get("store") != tied or metadata.get("number") != number:
                 raise ValueError(
                     f"{str(path)!r} is a shard of another store: delete that file and call GradientStore.collect "
@@ -144,11 +144,11 @@ class Shards:
         local, back = (numbers - starts[shard])[order], order.argsort()
         shards, counts = shard[order].unique_consecutive(return_counts=True)
         pieces = list(zip(shards.tolist(), local.split(counts.tolist()), strict=True))
-        rows = {}
+        tensors = {}
         for key, each in self.layout.each().items():
             parts = [self.tensors[place][key][some // each] for place, some in pieces]
-            rows[key] = (parts[0] if len(parts) == 1 else torch.cat(parts)[back]).to(self.device)
-        return self.layout.gradients(self.shapes, rows, self.constants)
+            tensors[key] = (parts[0] if len(parts) == 1 else torch.cat(parts)[back]).to(self.device)
+        return self.layout.gradients(self.shapes, tensors, self.constants)
 
 
 class StoredBatches:
@@ -156,9 +156,8 @@ class StoredBatches:
 
     def __init__(self, shards: Shards, generator: torch.Generator) -> None:
         self.shards = shards
-        self.feed: Feed = Shuffled((torch.zeros(len(shards)),), len(shards), generator)
+        self.feed = Shuffled((torch.zeros(len(shards)),), len(shards), generator)
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
         """The gradients of ``size`` samples; their references were drawn when they were captured."""
-        assert isinstance(self.feed, Shuffled)
         return self.shards.gradients(self.feed.indices(size)[parallel.share(size)])

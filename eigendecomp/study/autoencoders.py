@@ -67,8 +67,8 @@ class Autoencoder:
         sizes = torch.tensor([float(steps[unit]) for unit in units])
 
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            rows = output.movedim(axis, -1)
-            z = self.encode(rows)[..., units] if how == "scale" else torch.ones(*rows.shape[:-1], len(units))
+            x = output.movedim(axis, -1)
+            z = self.encode(x)[..., units] if how == "scale" else torch.ones(*x.shape[:-1], len(units))
             return output + ((z * sizes) @ self.decoder[units]).movedim(-1, axis)
 
         handle = model.get_submodule(module).register_forward_hook(hook)

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 from eigendecomp.support.random import generator
 
 RESTARTS = 3  # of which the best is kept
+STEPS, STEPS_OF_PRODUCTS = 30, 20  # of k-means on inputs and on gradients, at most
 SEEN = 16384  # rows, drawn at random, among which starts are sought
 
 
@@ -27,7 +28,7 @@ def inputs(
     for _ in range(restarts):
         some = x[torch.randperm(len(x), generator=draw)[: max(SEEN, count)]]
         centres = some[distant_starts(some, torch.ones(len(some), 1), count, draw)]
-        centres, nearest, close = settled(x, centres, 30, refill=True)
+        centres, nearest, close = settled(x, centres, STEPS, refill=True)
         restarted.append((close.mean().item(), centres, nearest))
     return max(restarted, key=lambda one: one[0])[1:]
 
@@ -82,7 +83,7 @@ def gradients(
             some = torch.randperm(len(x), generator=draw)[: max(SEEN, count)]
             start = some[distant_starts(x[some], delta[some], count, draw, signed)]
             a, b = x[start].clone(), delta[start].clone()
-        restarted.append(settled_products(x, delta, a, b, signed, 20))
+        restarted.append(settled_products(x, delta, a, b, signed, STEPS_OF_PRODUCTS))
     return max(restarted, key=lambda one: one[0])[1:]
 
 

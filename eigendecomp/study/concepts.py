@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from eigendecomp.support.random import generator
 
 DRAWS = 4000  # of the bootstrap
+RARE = 0.05  # share of the samples that a concept is true of, at most, for purity
 CANDIDATES = 10  # units among which a concept's team is sought
 
 
@@ -30,8 +31,8 @@ def average_precision(scores: Float[Tensor, "n v"], concepts: Bool[Tensor, "n m"
     total = concepts.sum(0)
     if not total.all():
         raise ValueError(f"concept {int((total == 0).nonzero()[0])} is true of no sample; leave it out")
-    rows = scores.T.contiguous()
-    rank = len(scores) - torch.searchsorted(rows.sort(1).values, rows, out_int32=True)  # how many score as much or more
+    own = scores.T.contiguous()
+    rank = len(scores) - torch.searchsorted(own.sort(1).values, own, out_int32=True)  # how many score as much or more
     return torch.stack([_precision(rank[:, concept]) for concept in concepts.unbind(1)], 1)
 
 
@@ -89,19 +90,17 @@ def resolve(
     return Resolution(unit, single, _diagonal(torch.stack(sums, 1), truth))
 
 
-def purity(
-    scores: Float[Tensor, "n v"], concepts: Bool[Tensor, "n m"], top: int = 20, most: float = 0.05
-) -> Float[Tensor, " v"]:
-    """The largest share of each unit's ``top`` samples that one concept is true of; concepts of at most ``most``.
+def purity(scores: Float[Tensor, "n v"], concepts: Bool[Tensor, "n m"], top: int = 20) -> Float[Tensor, " v"]:
+    """The largest share of each unit's ``top`` samples that one concept is true of, of concepts that are ``RARE``.
 
     Units that are on in fewer samples are judged by those alone; one that is never on has purity 0.
 
     Raises:
         ValueError: if no concept is rare enough.
     """
-    rare = concepts[:, concepts.double().mean(0) <= most].to(scores.dtype)
+    rare = concepts[:, concepts.double().mean(0) <= RARE].to(scores.dtype)
     if not rare.shape[1]:
-        raise ValueError(f"every concept is true of more than {most:.0%} of the samples")
+        raise ValueError(f"every concept is true of more than {RARE:.0%} of the samples")
     value, index = scores.topk(min(top, len(scores)), 0)
     on = (value > 0).to(scores.dtype)
     held = torch.einsum("kvm,kv->vm", rare[index], on) / on.sum(0).clamp_min(1).unsqueeze(1)

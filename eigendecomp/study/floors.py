@@ -13,12 +13,6 @@ def principal_directions(g: Float[Tensor, "n w"], n_directions: int) -> Float[Te
     return torch.linalg.svd(g, full_matrices=False).Vh[:n_directions]
 
 
-def mean_hessian_directions(root: Float[Tensor, "n k w"], n_directions: int) -> Float[Tensor, "v w"]:
-    """The leading eigenvectors of the mean Hessian, dense and of any rank, from R(x) with H(x) = RᵀR."""
-    rows = root.flatten(0, 1)
-    return torch.linalg.eigh(rows.mT @ rows).eigenvectors.mT.flip(0)[:n_directions]
-
-
 def random_directions(
     shapes: Shapes, n_directions: int, rank: int, factorization: Factorization = "cp", *, seed: int
 ) -> Directions:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from eigendecomp.curvature import push_forward
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
+from eigendecomp.divergence import SquaredError
 from eigendecomp.support.examples import Inputs, as_examples
 from eigendecomp.support.models import moved, standard
 from eigendecomp.target import Target
@@ -104,10 +105,10 @@ class Probe:
     def among(self, samples: Bool[Tensor, " n"]) -> "Probe":
         """The same probe on some of its samples alone; the model is run on the examples that hold any."""
         examples, other = as_examples(self.inputs), copy.copy(self)
-        rows = samples if self.samples is None else self.samples.masked_scatter(self.samples, samples)
-        rows = rows.view(len(examples[0]), -1)
-        held = rows.any(1)
-        other.inputs, other.samples = tuple(tensor[held] for tensor in examples), rows[held].flatten()
+        mask = samples if self.samples is None else self.samples.masked_scatter(self.samples, samples)
+        mask = mask.view(len(examples[0]), -1)
+        held = mask.any(1)
+        other.inputs, other.samples = tuple(tensor[held] for tensor in examples), mask[held].flatten()
         other.base = self.base[samples]
         return other
 
@@ -144,10 +145,6 @@ class Probe:
         if reached is None:
             raise ValueError(f"no step was found that moves the samples by {level:g} standard deviations")
         return reached
-
-    def step_for(self, move: Move, on: Bool[Tensor, " n"], level: float) -> float:
-        """The step of :meth:`matched` alone."""
-        return self.matched(move, on, level)[0]
 
     def selectivity(self, move: Move, on: Bool[Tensor, " n"], level: float) -> float:
         """The mean effect on the samples ``on`` over the mean effect elsewhere, where the former is ``level``."""
@@ -255,10 +252,8 @@ def push_either_way(
 
 def predicted(d: Decomposition, probe: Probe) -> Float[Tensor, "n v"]:
     """‖J u‖ in standard deviations of the output: each sample's effect of a unit step, to first order."""
-    from eigendecomp.divergence import SquaredError  # S = 2I, whatever the fit's divergence
-
-    examples = as_examples(probe.inputs)
-    return push_forward(d.target, SquaredError(), d.decoder, examples).norm(dim=-1) / (2**0.5 * probe.unit)
+    moved = push_forward(d.target, SquaredError(), d.decoder, as_examples(probe.inputs))  # S = 2I
+    return moved.norm(dim=-1) / (2**0.5 * probe.unit)
 
 
 def interference(d: Decomposition, a: tuple[int, float], b: tuple[int, float], probe: Probe) -> float:
@@ -274,11 +269,10 @@ def interference(d: Decomposition, a: tuple[int, float], b: tuple[int, float], p
 
 @dataclass
 class Tuned:
-    """A change of the weights that was learned, how it is written, and what it did step by step."""
+    """A change of the weights that was learned, and the numbers that it is written with."""
 
     change: dict[str, Tensor]
-    free: list[Tensor]  # the numbers that were learned
-    path: list[dict[str, float]]
+    free: list[Tensor]
 
     @property
     def size(self) -> int:
@@ -290,11 +284,11 @@ class Subspace:
 
     def __init__(self, d: Decomposition, numbers: Sequence[int]) -> None:
         few = d.decoder.select(list(numbers))
-        self.rows = {name: few.dense(name).detach() for name in few.shapes}
+        self.directions = {name: few.dense(name).detach() for name in few.shapes}
         self.free = [torch.zeros(len(numbers), requires_grad=True)]
 
     def __call__(self) -> dict[str, Tensor]:
-        return {name: torch.tensordot(self.free[0], row, 1) for name, row in self.rows.items()}
+        return {name: torch.tensordot(self.free[0], u, 1) for name, u in self.directions.items()}
 
 
 class Full:
@@ -334,25 +328,20 @@ def tune(
     until: float = 0.0,
     steps: int = 500,
     learning_rate: float = 1e-2,
-    watch: Callable[[dict[str, Tensor]], dict[str, float]] | None = None,
 ) -> Tuned:
     """Lower ``loss(outputs)`` on the inputs with Adam by what ``change`` leaves free, until it is ``until`` or less.
 
-    ``watch`` is asked for other numbers of the changed weights at every tenth step. The model itself stays as it is.
+    The model itself stays as it is.
     """
     examples = as_examples(inputs)
     optimizer = torch.optim.Adam(change.free, lr=learning_rate, fused=True)
-    path = []
     for step in range(steps + 1):
         moved = change()
         values = {name: p.detach() + moved[name] if name in moved else p for name, p in target.chosen.items()}
         value = loss(target.call(examples, values).flatten(0, 1))
-        done = value.item() <= until or step == steps
-        if watch is not None and (step % 10 == 0 or done):
-            path.append({"step": step, "loss": value.item(), **watch({k: v.detach() for k, v in moved.items()})})
-        if done:
+        if value.item() <= until or step == steps:
             break
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-    return Tuned({name: value.detach().clone() for name, value in change().items()}, change.free, path)
+    return Tuned({name: value.detach().clone() for name, value in change().items()}, change.free)

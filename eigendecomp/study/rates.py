@@ -35,15 +35,13 @@ def in_use(used: Float[Tensor, "n v"], least: float = 0.002) -> Bool[Tensor, " v
     return (used != 0).double().mean(0) >= least
 
 
-def by_group(
-    used: Float[Tensor, "n v"], strength: Float[Tensor, "g p v"], least: float = 0.002
-) -> dict[str, int | float]:
+def by_group(used: Float[Tensor, "n v"], strength: Float[Tensor, "g p v"]) -> dict[str, int | float]:
     """How well units in use belong to single groups, such as circles, each probed at p points.
 
     ``live`` units, the least ``share`` of a unit's squared strength that comes from one group, and the ``units`` that
     carry 90% of a group's squared strength: their mean over groups, ``fewest units`` and ``most units``.
     """
-    live = in_use(used, least)
+    live = in_use(used)
     energy = strength.square().mean(1)[:, live]
     if not live.any():
         return {"live": 0, "share": 0.0, "units": 0.0, "fewest units": 0, "most units": 0}

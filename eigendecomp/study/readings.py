@@ -71,16 +71,16 @@ def readers(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str
     ``inputs`` are a few examples that show how the weights are used; ``side`` is ``"encoder"`` or ``"decoder"``.
     """
     axes = _source(d, inputs).axes()
-    return {name: _pair(_rows(d, side), name, uses[-1])[0] for name, uses in axes.items()}
+    return {name: _pair(_directions(d, side), name, uses[-1])[0] for name, uses in axes.items()}
 
 
 def writers(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, Float[Tensor, "v k o"]]:
     """Each direction's output-side factors in every weight: where it acts. See :func:`readers`."""
     axes = _source(d, inputs).axes()
-    return {name: _pair(_rows(d, side), name, uses[-1])[1] for name, uses in axes.items()}
+    return {name: _pair(_directions(d, side), name, uses[-1])[1] for name, uses in axes.items()}
 
 
-def read(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, Float[Tensor, "e t v"]]:
+def apply_readers(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, Float[Tensor, "e t v"]]:
     """Readers applied to the inputs of every weight: {parameter: (examples, positions, directions)}.
 
     Signed at rank one; at a higher rank the norm over the rank's terms. Takes a forward pass and no reference.
@@ -88,7 +88,7 @@ def read(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, F
     Raises:
         ValueError: if a chosen parameter is not a weight that multiplies.
     """
-    examples, rows = as_examples(inputs), _rows(d, side)
+    examples, directions = as_examples(inputs), _directions(d, side)
     source = _source(d, examples)
     axes = source.axes()
     pieces: dict[str, list[Tensor]] = {name: [] for name in axes}
@@ -96,22 +96,22 @@ def read(d: Decomposition, inputs: Inputs, side: str = "encoder") -> dict[str, F
         products: dict[str, Tensor] = {}
         for name, sides in source.inputs(some).items():
             for data, use in zip(sides, axes[name], strict=True):
-                reader = _pair(rows, name, use)[0]
+                reader = _pair(directions, name, use)[0]
                 products[name] = products.get(name, 0) + data.dot(reader)[0].unflatten(-1, reader.shape[:2])
         for name, values in products.items():
             pieces[name].append((values.squeeze(-1) if values.shape[-1] == 1 else values.norm(dim=-1)).detach())
     return {name: torch.cat(parts) for name, parts in pieces.items()}
 
 
-def _rows(d: Decomposition, side: str) -> Directions:
+def _directions(d: Decomposition, side: str) -> Directions:
     if side not in ("encoder", "decoder"):
         raise ValueError(f"side={side!r} must be 'encoder' or 'decoder'")
     return d.encoder if side == "encoder" else d.decoder
 
 
-def _pair(rows: Directions, name: str, use: Axes) -> tuple[Tensor, Tensor]:
+def _pair(directions: Directions, name: str, use: Axes) -> tuple[Tensor, Tensor]:
     """Input side and output side."""
-    left, right = rows.pair(name, use.left)
+    left, right = directions.pair(name, use.left)
     return (left, right) if use.input_is_left else (right, left)
 
 

@@ -92,7 +92,7 @@ def strength(d: Decomposition, truth: Truth, references: int = 16) -> Float[Tens
 
 def by_feature(impact: Float[Tensor, "samples v"], truth: Truth) -> Float[Tensor, "features v"]:
     """Means over the samples of each feature."""
-    return impact if truth.samples is None else torch.stack([impact[rows].mean(0) for rows in truth.samples])
+    return impact if truth.samples is None else torch.stack([impact[shown].mean(0) for shown in truth.samples])
 
 
 def moved(
@@ -106,7 +106,7 @@ def moved(
     return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
-def recovered(strength: Float[Tensor, "features v"], rows: Parts, truth: Truth) -> Recovery:
+def recovered(strength: Float[Tensor, "features v"], directions: Parts, truth: Truth) -> Recovery:
     """The scores of directions held as numbers, (v, *shape) by parameter, with their strengths on the truth's inputs.
 
     A parameter that is not among them has no part in any direction.
@@ -115,7 +115,7 @@ def recovered(strength: Float[Tensor, "features v"], rows: Parts, truth: Truth) 
         ValueError: if no parameter of the truth is among them.
     """
     owned, selective = owners(strength)
-    own = owned_parts(rows, owned, truth)
+    own = owned_parts(directions, owned, truth)
     cosine, reader = {}, {}
     for layer, names in truth.layers.items():
         flat = [torch.cat([parts[name].flatten(1) for name in names], 1) for parts in (own, truth.objects)]
@@ -143,13 +143,13 @@ def owners(strength: Float[Tensor, "features v"]) -> tuple[Int[Tensor, " feature
     return torch.where(value > 0, index, -1), torch.where(value > 0, owner.selectivity[index], 0)
 
 
-def owned_parts(rows: Parts, index: Int[Tensor, " features"], truth: Truth) -> dict[str, Float[Tensor, "features _"]]:
+def owned_parts(directions: Parts, index: Int[Tensor, " features"], truth: Truth) -> dict[str, Tensor]:
     """By parameter of the truth, the part of the direction that each feature owns; zero where there is none."""
-    if not truth.objects.keys() & rows.keys():
-        raise ValueError(f"directions over {list(rows)} have no part in the truth's parameters {list(truth.objects)}")
+    if not truth.objects.keys() & directions.keys():
+        raise ValueError(f"directions over {[*directions]} have no part in the truth's parameters {[*truth.objects]}")
     parts = {}
     for name, whole in truth.objects.items():
-        mine = rows[name].detach()[index.clamp_min(0)] if name in rows else torch.zeros_like(whole)
+        mine = directions[name].detach()[index.clamp_min(0)] if name in directions else torch.zeros_like(whole)
         parts[name] = mine * (index >= 0).view(-1, *[1] * (mine.ndim - 1))
     return parts
 
@@ -181,19 +181,19 @@ def each(scores: Mapping[str, Float[Tensor, " features"]], kind: str) -> dict[st
 # ---- floors
 
 
-def random_strength(d: Decomposition, rows: Directions, truth: Truth) -> Tensor:
-    """Impacts that other low-rank rows would have as encoders of this decomposition's gradients."""
-    return _strength(d, lambda g: g.inner(rows), truth, 16)
+def random_strength(d: Decomposition, directions: Directions, truth: Truth) -> Tensor:
+    """Impacts that other low-rank directions would have as encoders of this decomposition's gradients."""
+    return _strength(d, lambda g: g.inner(directions), truth, 16)
 
 
-def dense_strength(d: Decomposition, rows: Parts, truth: Truth, references: int = 16) -> Tensor:
-    """The same for rows held as numbers."""
-    flat = torch.cat([rows[name].flatten(1) for name in d.target.shapes], 1)
+def dense_strength(d: Decomposition, directions: Parts, truth: Truth, references: int = 16) -> Tensor:
+    """The same for directions held as numbers."""
+    flat = torch.cat([directions[name].flatten(1) for name in d.target.shapes], 1)
     return _strength(d, lambda g: g.flat() @ flat.T, truth, references)
 
 
-def _strength(d: Decomposition, read: Callable[[Gradients], Tensor], truth: Truth, references: int) -> Tensor:
-    impact = torch.cat([read(g).abs() for g in d.gradients(truth.inputs, references, 0)])
+def _strength(d: Decomposition, inner: Callable[[Gradients], Tensor], truth: Truth, references: int) -> Tensor:
+    impact = torch.cat([inner(g).abs() for g in d.gradients(truth.inputs, references, 0)])
     return by_feature(impact.unflatten(0, (-1, references)).mean(1), truth)
 
 

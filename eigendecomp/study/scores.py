@@ -65,11 +65,6 @@ def cosines(a: Float[Tensor, "v d"], b: Float[Tensor, "w d"]) -> Float[Tensor, "
     return torch.nn.functional.normalize(a, dim=-1) @ torch.nn.functional.normalize(b, dim=-1).T
 
 
-def top_share(values: Float[Tensor, "n v"], k: int) -> Float[Tensor, " n"]:
-    """The share of each sample's total that its k largest entries carry."""
-    return values.topk(min(k, values.shape[1]), -1).values.sum(-1) / values.sum(-1).clamp_min(1e-30)
-
-
 @dataclass(frozen=True)
 class Thresholds(Sparsity):
     """Keep what reaches its direction's own threshold."""
@@ -110,12 +105,12 @@ def responses(
     """f(x, w + δ u_v) for all directions (or those named), steps δ and inputs."""
     numbers = range(d.decoder.n) if directions is None else directions
     examples = (inputs,) if isinstance(inputs, Tensor) else inputs
-    rows = []
+    outputs = []
     for number in numbers:
         for step in steps:
             with d.perturbed({number: step}) as model:
-                rows.append(model(*examples))
-    return torch.stack(rows).unflatten(0, (len(numbers), len(steps)))
+                outputs.append(model(*examples))
+    return torch.stack(outputs).unflatten(0, (len(numbers), len(steps)))
 
 
 def gradient_rows(d: Decomposition, inputs: Inputs, seed: int = 0) -> Float[Tensor, "n w"]:

@@ -52,7 +52,7 @@ class Checkpoint:
         self.written = time.monotonic()
         self.taken = self.written - start
 
-    def read(self, state: Kept) -> None:
+    def resume(self, state: Kept) -> None:
         """Put what is kept, if anything is, into ``state``.
 
         Raises:

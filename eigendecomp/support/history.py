@@ -45,7 +45,7 @@ class History(Shown):
         return [*lines.items(), *([("pruned", f"{len(self.pruned)} directions")] if self.pruned else [])]
 
     @classmethod
-    def read(cls, plain: Mapping[str, Any]) -> Self:
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
         """The history whose fields a file holds; ValueError if they are not lists of numbers."""
         for name, values in plain.items():
             if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):

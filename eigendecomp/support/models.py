@@ -228,18 +228,6 @@ def same_kind(a: Tensor, b: Tensor) -> bool:
     return (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
 
 
-@contextmanager
-def plain_operations(onednn: bool) -> Iterator[None]:
-    """Without the shortcuts of torch that have no forward derivative: fused attention, and an LSTM by oneDNN."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
 class Arguments:
     """How a model takes its examples: by position, or by the keywords that the first examples have."""
 
@@ -263,10 +251,19 @@ class Arguments:
 
 @contextmanager
 def as_run(device: str, onednn: bool) -> Iterator[None]:
-    """How a model is run: in the precision of the processes, without operations that cannot be looked into."""
+    """How a model is run: in the precision of the processes, without operations that cannot be looked into.
+
+    Those are shortcuts of torch without forward derivative: fused attention, and an LSTM by oneDNN.
+    """
     mixed = parallel.precision()
-    with LOCK, torch.autocast(device, mixed) if mixed else nullcontext(), plain_operations(onednn):
-        yield
+    lstm = nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False)
+    with LOCK, torch.autocast(device, mixed) if mixed else nullcontext(), lstm:
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @contextmanager

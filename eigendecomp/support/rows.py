@@ -30,16 +30,16 @@ class Rows:
         return self.shape[0]
 
     def __getitem__(self, index: slice | Int[Tensor, " m"]) -> Float[Tensor, "m k"]:
-        numbers, found, start = torch.arange(len(self))[index], torch.empty(0), 0
+        numbers, chosen, start = torch.arange(len(self))[index], torch.empty(0), 0
         for piece in self.pieces():
             if start == 0:
-                found = piece.new_empty(len(numbers), self.shape[1])
+                chosen = piece.new_empty(len(numbers), self.shape[1])
             here = ((numbers >= start) & (numbers < start + len(piece))).nonzero()[:, 0]
-            found[here] = piece[numbers[here] - start]
+            chosen[here] = piece[numbers[here] - start]
             start += len(piece)
             if (numbers < start).all():
                 break
-        return found
+        return chosen
 
     def mean(self, dim: Literal[0], keepdim: Literal[True]) -> Float[Tensor, "1 k"]:
         """The mean over the rows, for which a tensor's method needs these arguments."""

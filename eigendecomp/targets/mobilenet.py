@@ -6,9 +6,7 @@ It decomposes one block, the parameters ``BLOCK + ".*"``, on ImageNet's weights,
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 BLOCK = "features.7"
 
@@ -45,17 +43,3 @@ def load(pretrained: bool = True, seed: int = 0) -> nn.Module:
         if hasattr(module, "inplace"):
             setattr(module, "inplace", False)  # noqa: B010 (pyright takes a module's attributes for tensors)
     return model.eval()
-
-
-def prepare(images: Float[Tensor, "n c h w"], size: int = 224) -> Float[Tensor, "n 3 size size"]:
-    """Grey or colour images in [0, 1], resized to ``size`` and normalised as the ImageNet weights expect.
-
-    Raises ValueError for another number of channels or values outside [0, 1].
-    """
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images have shape {tuple(images.shape)}; expected (n, 1 or 3, height, width)")
-    if not (images.is_floating_point() and images.min() >= 0 and images.max() <= 1):
-        raise ValueError(f"images must be floats in [0, 1]; got {images.dtype} up to {images.max():g}")
-    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
-    resized = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return (resized - mean) / deviation

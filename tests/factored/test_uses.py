@@ -138,7 +138,7 @@ def test_patches_of_a_convolution_are_uses() -> None:
 def test_readings_and_the_page_take_uses(tmp_path: Any) -> None:
     model, x = Sequence(), data()
     d = fitted(model, x)
-    assert study.readings.read(d, x)["w"].shape == (E, T, 6)
+    assert study.readings.apply_readers(d, x)["w"].shape == (E, T, 6)
     assert d.activation(x).shape == (E * T, 6)
 
 

@@ -12,10 +12,9 @@ from eigendecomp.curvature import hessian_root, push_forward
 from eigendecomp.direct import losses
 from eigendecomp.directions import Directions
 from eigendecomp.study import scores
-from eigendecomp.study.floors import mean_hessian_directions
 from eigendecomp.study.scores import matched_cosine
 from eigendecomp.target import Target
-from rooms.curvature.criteria import drawn_gradients, explained_share, orthonormal
+from rooms.curvature.criteria import drawn_gradients, explained_share, mean_hessian_directions, orthonormal
 
 SE, KL = ed.SquaredError(), ed.KLDivergence()
 

@@ -6,8 +6,8 @@ from torch import nn
 
 import eigendecomp as ed
 from eigendecomp.study import scores
-from eigendecomp.targets.toys import manifold, product
-from rooms.interventions import maps
+from eigendecomp.targets.toys import manifold
+from rooms.interventions import maps, product
 
 
 @pytest.mark.parametrize("divergence", [ed.SquaredError(), ed.KLDivergence()])

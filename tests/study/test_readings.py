@@ -45,27 +45,27 @@ def test_readers_and_writers_rebuild_directions(side) -> None:
 def test_read_applies_readers_to_what_the_weight_meets(count) -> None:
     x = torch.randn(70, 6, 5)
     d = small(Heads(), x)
-    found = readings.read(d, x[:count])["W_K"]
+    found = readings.apply_readers(d, x[:count])["W_K"]
     torch.testing.assert_close(found, x[:count] @ readings.readers(d, x)["W_K"][:, 0].T)
     higher = small(Heads(), x, rank=2)
     values = torch.einsum("etd,vkd->etvk", x, readings.readers(higher, x)["W_V"]).norm(dim=-1)
-    torch.testing.assert_close(readings.read(higher, x)["W_V"], values)
+    torch.testing.assert_close(readings.apply_readers(higher, x)["W_V"], values)
 
 
 def test_read_meets_patches() -> None:
     x = torch.randn(5, 2, 6, 6)
     d = small(Patches(), x)
     expected = nn.functional.conv2d(x, readings.readers(d, x)["conv.weight"][:, 0].unflatten(1, (2, 3, 3)))
-    torch.testing.assert_close(readings.read(d, x)["conv.weight"], expected.flatten(2).mT)
+    torch.testing.assert_close(readings.apply_readers(d, x)["conv.weight"], expected.flatten(2).mT)
 
 
 def test_a_bias_has_no_positions() -> None:
     x = torch.randn(8, 3)
     d = small(nn.Sequential(nn.Linear(3, 4)), x, parameters=["*"])
     with pytest.raises(ValueError, match=r"0\.bias.*weights alone"):
-        readings.read(d, x)
+        readings.apply_readers(d, x)
     with pytest.raises(ValueError, match="side='left'"):
-        readings.read(d, x, "left")
+        readings.apply_readers(d, x, "left")
 
 
 def test_factors_are_those_of_single_uses_and_sum_to_gradients() -> None:

@@ -8,6 +8,7 @@ import eigendecomp as ed
 from eigendecomp.reference import Reference
 from eigendecomp.targets.toys import manifold
 from rooms.curvature.criteria import drawn_gradients
+from rooms.own_sample import OwnSample
 
 PLANES = manifold.planes(3, 20, 0)
 
@@ -34,7 +35,7 @@ def test_gradients_have_the_predicted_dimensions(task: str, zero: int, drawn: in
     draw = torch.Generator().manual_seed(0)
     angle, radius = 6.3 * torch.rand(60, generator=draw), 0.5 + torch.rand(60, generator=draw) / 2
     x = manifold.point(angle, radius) @ PLANES[0]
-    references: dict[Reference, int] = {ed.Constant(0.0): zero, manifold.OwnSample(): drawn}
+    references: dict[Reference, int] = {ed.Constant(0.0): zero, OwnSample(): drawn}
     for reference, number in references.items():
         g = drawn_gradients(Exact(task), x, ed.SquaredError(), reference, 3, draw).flatten(0, 1)
         size = torch.linalg.svdvals(g)
@@ -42,7 +43,7 @@ def test_gradients_have_the_predicted_dimensions(task: str, zero: int, drawn: in
 
 
 def test_the_references_of_a_circle_leave_other_outputs_alone() -> None:
-    reference, f = manifold.OwnSample(circles=3), torch.tensor([[0.1, 0, 0.5, 0.5, 0, 0.2], [0.6, 0, 0, 0.1, 0, 0.0]])
+    reference, f = OwnSample(circles=3), torch.tensor([[0.1, 0, 0.5, 0.5, 0, 0.2], [0.6, 0, 0, 0.1, 0, 0.0]])
     noise = torch.ones(2, 6)
     c = reference.cotangent(ed.SquaredError(), f, torch.zeros(0, 6), noise)
     whole = ed.ModelSample().cotangent(ed.SquaredError(), f, torch.zeros(0, 6), noise)

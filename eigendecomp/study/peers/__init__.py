@@ -1,5 +1,5 @@
-"""Peers: other decompositions of parameters, written from their formulas, and scores that hold for all of them."""
+"""Peers: other decompositions of parameters, written from their formulas."""
 
-from eigendecomp.study.peers import l3d, npeff, scores, spd
+from eigendecomp.study.peers import l3d, npeff, spd
 
-__all__ = ["l3d", "npeff", "scores", "spd"]
+__all__ = ["l3d", "npeff", "spd"]

@@ -78,9 +78,9 @@ def fit(
     left = total = 0.0
     for _ in range(settings.epochs):
         left, total = 0.0, 0.0
-        for rows in torch.randperm(len(f), generator=draw).split(settings.batch_size):
-            c = cotangents(f[rows], references(f[rows], settings.reference, draw), settings.gradient)
-            g = torch.bmm(c.unsqueeze(1), jacobian[rows]).squeeze(1)
+        for batch in torch.randperm(len(f), generator=draw).split(settings.batch_size):
+            c = cotangents(f[batch], references(f[batch], settings.reference, draw), settings.gradient)
+            g = torch.bmm(c.unsqueeze(1), jacobian[batch]).squeeze(1)
             z = g @ encoder.flat().T
             kept = z * (z.abs() >= cutoff(z, settings.kept))
             error, size = (g - kept @ decoder.flat()).square().sum(), g.square().sum().clamp_min(1e-12)
@@ -90,5 +90,5 @@ def fit(
             decoder.normalize_()
             left, total = left + error.item(), total + size.item()
         schedule.step()
-    encoder, decoder = (rows.map(lambda factor: factor.detach()) for rows in (encoder, decoder))
+    encoder, decoder = (one.map(Tensor.detach) for one in (encoder, decoder))
     return L3D(encoder, decoder, left / total, time.process_time() - clock)

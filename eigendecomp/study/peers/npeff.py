@@ -45,9 +45,7 @@ def updated(w: Float[Tensor, "n c"], inner: Float[Tensor, "n c"], gram: Float[Te
 
 
 @torch.enable_grad()
-def fit(
-    root: Float[Tensor, "n k w"], components: int, *, seed: int, steps: int = 1500, learning_rate: float = 0.02
-) -> NPEFF:
+def fit(root: Float[Tensor, "n k w"], components: int, *, seed: int, steps: int = 1500) -> NPEFF:
     """Alternate an update of the coefficients with a step of the components' gradient, from random components."""
     clock = time.process_time()
     root = scaled(root)
@@ -55,7 +53,7 @@ def fit(
     rows = torch.randn(components, root.shape[-1], generator=draw)
     rows = torch.nn.functional.normalize(rows, dim=1).requires_grad_()
     w = torch.rand(len(root), components, generator=draw) / components
-    optimizer = torch.optim.Adam([rows], lr=learning_rate, fused=True)
+    optimizer = torch.optim.Adam([rows], lr=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         with torch.no_grad():

@@ -55,8 +55,7 @@ REMEDIES = f"""  1. python -m eigendecomp.targets.fashion.images fetch
 def parse_idx(raw: bytes, name: str = "IDX data") -> UInt8[Tensor, "..."]:
     """The array in the bytes of an unpacked IDX file of unsigned bytes, in its own shape.
 
-    Raises ValueError, naming the file, for packed data, another element type, or a length that is not the
-    header's.
+    Raises ValueError, naming the file, for packed data, another element type, or a length that is not the header's.
     """
     if raw[:2] == b"\x1f\x8b":
         raise ValueError(f"{name} is still gzip-packed; unpack it first, with gunzip")

@@ -5,8 +5,7 @@ pieces, so that most words are one token, and a context of 256. GPT-Neo's blocks
 and attention to the last 256 positions; within a context of 256 the two are the same, so ours are all plain
 causal ones. ``train_stories.py`` makes the files in ``data/stories``.
 
-All that depends on transformer-lens is in this module. It, transformers and datasets are imported when first
-used.
+All that depends on transformer-lens is in this module. It, transformers and datasets are imported when first used.
 """
 
 from __future__ import annotations
@@ -30,10 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from jaxtyping import Int
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from eigendecomp.support import files
 from eigendecomp.support.extras import need
 
 if TYPE_CHECKING:
@@ -70,13 +67,19 @@ def load_model(folder: Path | None = None, device: str = "cpu") -> HookedTransfo
     if missing:
         raise ValueError(f"{path} does not hold the parameters of its configuration: {sorted(missing)}")
     model.load_state_dict(weights, strict=False)  # the attention masks are not in the file
-    model.set_tokenizer(_tokenizer(folder, add_bos_token=True))
+    model.set_tokenizer(load_tokenizer(folder, add_bos_token=True))
     return model.eval()
 
 
-def load_tokenizer(folder: Path | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path | None = None, **options: Any) -> PreTrainedTokenizerFast:
     """The shipped model's tokenizer: it adds no end token by itself, and any text comes back unchanged."""
-    return _tokenizer(folder)
+    path = _checked("tokenizer.json", folder)
+    return need("language", "transformers").PreTrainedTokenizerFast(
+        tokenizer_file=str(path), bos_token=END, eos_token=END, pad_token=END, name_or_path="", **options
+    )
+
+
+_shipped_tokenizer = functools.cache(load_tokenizer)
 
 
 def load_stories(split: Split = "test", folder: Path | None = None) -> list[str]:
@@ -94,22 +97,10 @@ def build_model(config: dict[str, Any], seed: int = 0) -> HookedTransformer:
         return lens.HookedTransformer(lens.HookedTransformerConfig(**{"device": "cpu", **config}, seed=seed))
 
 
-def save_model(model: HookedTransformer, config: dict[str, Any], path: Path) -> None:
-    """Write the parameters to a safetensors file with ``config`` in its metadata, all or nothing."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    files.replace(path, save(tensors, {"config": json.dumps(config)}))
-
-
 def read_stories(path: Path) -> list[str]:
     """The stories of a gzip file, separated by ``<|endoftext|>``, without blank space around their lines."""
     text = gzip.decompress(Path(path).read_bytes()).decode()
     return [re.sub(r"\s*\n\s*", "\n", story).strip() for story in text.split(END) if story.strip()]
-
-
-def write_stories(stories: Sequence[str], path: Path) -> None:
-    """Write the file that ``read_stories`` reads; the same stories give the same bytes."""
-    text = f"\n{END}\n".join(stories) + "\n"
-    Path(path).write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
 def sha256(path: Path) -> str:
@@ -134,18 +125,6 @@ def _checked(name: str, folder: Path | None) -> Path:
             "both again"
         )
     return path
-
-
-def _tokenizer(folder: Path | None, **options: Any) -> PreTrainedTokenizerFast:
-    path = _checked("tokenizer.json", folder)
-    return need("language", "transformers").PreTrainedTokenizerFast(
-        tokenizer_file=str(path), bos_token=END, eos_token=END, pad_token=END, name_or_path="", **options
-    )
-
-
-@functools.cache
-def _shipped_tokenizer() -> PreTrainedTokenizerFast:
-    return _tokenizer(None)
 
 
 @torch.no_grad()
@@ -211,13 +190,7 @@ def _rescale(w: Tensor, b: Tensor, mean: Tensor, scale: Tensor) -> None:
 
 
 def token_windows(
-    stories: Sequence[str],
-    n: int,
-    length: int,
-    seed: int = 0,
-    *,
-    at_start: float = 0.25,
-    tokenizer: PreTrainedTokenizerFast | None = None,
+    stories: Sequence[str], n: int, length: int, seed: int = 0, *, at_start: float = 0.25
 ) -> Int[Tensor, "n length"]:
     """``n`` windows of ``length`` tokens, the same ones for the same stories and seed.
 
@@ -230,23 +203,23 @@ def token_windows(
     """
     if n < 1 or length < 1:
         raise ValueError(f"n is {n} and length is {length}; both must be at least 1")
-    tokenizer = tokenizer or _shipped_tokenizer()
+    tokenizer = _shipped_tokenizer()
     begin: int = tokenizer.bos_token_id or 0  # type: ignore[assignment]
     encoded = tokenizer(list(stories), add_special_tokens=False)["input_ids"] if len(stories) else []
-    rows = [[begin, *ids] for ids in encoded if len(ids) >= length]  # type: ignore[misc]
-    if not rows:
+    sequences = [[begin, *ids] for ids in encoded if len(ids) >= length]  # type: ignore[misc]
+    if not sequences:
         longest = max((len(ids) for ids in encoded), default=0)  # type: ignore[arg-type]
         raise ValueError(
             f"no story has {length} tokens (of {len(stories)} stories the longest has {longest}): "
             f"ask for a shorter length or give longer stories"
         )
     generator = torch.Generator().manual_seed(seed)
-    passes = -(-n // len(rows))
-    chosen = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])[:n].tolist()
+    passes = -(-n // len(sequences))
+    chosen = torch.cat([torch.randperm(len(sequences), generator=generator) for _ in range(passes)])[:n].tolist()
     draws = torch.rand(n, 2, generator=generator, dtype=torch.float64).tolist()
     windows = []
     for story, (kind, place) in zip(chosen, draws, strict=True):
-        ids = rows[story]
+        ids = sequences[story]
         start = 0 if kind < at_start else 1 + int(place * (len(ids) - length))
         windows.append(ids[start : start + length])
     return torch.tensor(windows)
@@ -262,13 +235,12 @@ def readable(token: int, tokenizer: PreTrainedTokenizerFast | None = None) -> st
 # ---------------------------------------------------------------------------------------------- from the hub
 
 
-def load_hub_model(name: str = "tiny-stories-1M", device: str = "cpu", **options: Any) -> HookedTransformer:
+def load_hub_model(name: str = "tiny-stories-1M", **options: Any) -> HookedTransformer:
     """A model of the Hugging Face hub, by transformer-lens's name for it, its weights as they were trained.
 
     ``tiny-stories-1M`` has larger sisters, ``-3M``, ``-8M``, ``-28M``, ``-33M``; ``options`` go to
-    ``HookedTransformer.from_pretrained``. A cached copy is used as it is. Raises ``ValueError`` for an
-    unknown name and ``ConnectionError``, within two seconds, if the model is not cached and the hub is out
-    of reach.
+    ``HookedTransformer.from_pretrained``. A cached copy is used as it is. Raises ``ValueError`` for an unknown name and
+    ``ConnectionError``, within two seconds, if the model is not cached and the hub is out of reach.
     """
     lens = need("language", "transformer_lens")
     loading = need("language", "transformer_lens.loading_from_pretrained")
@@ -280,8 +252,7 @@ def load_hub_model(name: str = "tiny-stories-1M", device: str = "cpu", **options
     needed = ["config.json", "tokenizer*.json", "*.[sb][ai][fn]*"]  # .safetensors or .bin
     with hub(repository, "model", needed), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        options = {**UNPROCESSED, **options}
-        return lens.HookedTransformer.from_pretrained(name, device=device, **options).eval()
+        return lens.HookedTransformer.from_pretrained(name, **{"device": "cpu", **UNPROCESSED, **options}).eval()
 
 
 def load_hub_stories(n: int, split: Literal["train", "validation"] = "validation") -> list[str]:
@@ -306,10 +277,9 @@ def load_hub_stories(n: int, split: Literal["train", "validation"] = "validation
 def hub(repository: str, kind: Literal["model", "dataset"], needed: Sequence[str]) -> Iterator[list[Path]]:
     """The files of a hub repository that ``needed`` names (patterns), if all are cached; else none.
 
-    Within it the hub's libraries are offline in the first case and online in the second. They read
-    HF_HUB_OFFLINE when they are imported, and without it try a missing network for 23 s, or 141 s for a
-    cached model: hence the switch, and the probe before anything is asked of the network. Raises
-    ``ConnectionError`` with the remedies.
+    Within it the hub's libraries are offline in the first case and online in the second. They read HF_HUB_OFFLINE when
+    they are imported, and without it try a missing network for 23 s, or 141 s for a cached model: hence the switch, and
+    the probe before anything is asked of the network. Raises ``ConnectionError`` with the remedies.
     """
     constants = need("language", "huggingface_hub.constants")
     home = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
@@ -344,13 +314,13 @@ def _complete(paths: list[Path]) -> bool:
     return len(paths) >= (int(count[1]) if count else 1)
 
 
-def _reachable(address: str, seconds: float = 1.0) -> bool:
-    """Whether anything answers at the address, through the proxies that are set, within ``seconds``."""
+def _reachable(address: str) -> bool:
+    """Whether anything answers at the address within a second, through the proxies that are set."""
     answers: list[bool] = []
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=seconds).close()
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=1.0).close()
             answers.append(True)
         except urllib.error.HTTPError as error:  # a refusal is an answer, but not one of a proxy or a gateway
             answers.append(error.code != 407 and error.code < 500)
@@ -359,5 +329,5 @@ def _reachable(address: str, seconds: float = 1.0) -> bool:
 
     thread = threading.Thread(target=ask, daemon=True)  # a name server that is silent keeps no one waiting
     thread.start()
-    thread.join(seconds)
+    thread.join(1.0)
     return answers == [True]

@@ -44,12 +44,12 @@ class Head(nn.Module):
 class Induction(nn.Module):
     """Tokens ↦ logits of the next token: embeddings of tokens and positions, two heads in turn, an unembedding."""
 
-    def __init__(self, vocabulary: int = VOCABULARY, length: int = LENGTH, width: int = 48, size: int = 24) -> None:
+    def __init__(self, width: int = 48, size: int = 24) -> None:
         super().__init__()
-        self.W_E = nn.Embedding(vocabulary, width)
-        self.W_P = nn.Parameter(torch.zeros(length, width))
+        self.W_E = nn.Embedding(VOCABULARY, width)
+        self.W_P = nn.Parameter(torch.zeros(LENGTH, width))
         self.heads = nn.ModuleList(Head(width, size) for _ in range(2))
-        self.W_U = nn.Linear(width, vocabulary, bias=False)
+        self.W_U = nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t vocabulary"]:
         r = self.W_E(tokens) + self.W_P[: tokens.shape[1]]
@@ -84,7 +84,7 @@ class Sequences(NamedTuple):
         """What comes next."""
         return self.tokens[:, 1:]
 
-    def samples(self, vocabulary: int = VOCABULARY) -> dict[str, Bool[Tensor, "n t"]]:
+    def samples(self) -> dict[str, Bool[Tensor, "n t"]]:
         """By feature, the positions that need it.
 
         Induction: the token stood at one earlier place of the block alone, and what came after it is not its successor.
@@ -95,39 +95,31 @@ class Sequences(NamedTuple):
         before = (same & (t.unsqueeze(1) > t)).sum(2)
         inside = (same & (t < self.period.view(-1, 1, 1))).sum(2)
         repeated = (t >= self.period.unsqueeze(1)) & (inside == 1)
-        return {"induction": repeated & (self.targets != successor(x, vocabulary)), "bigrams": before == 0}
+        return {"induction": repeated & (self.targets != successor(x)), "bigrams": before == 0}
 
-    def wanted(self, vocabulary: int = VOCABULARY) -> dict[str, Int[Tensor, "n t"]]:
+    def wanted(self) -> dict[str, Int[Tensor, "n t"]]:
         """By feature, the token that it says comes next, which counts at the feature's samples alone."""
-        return {"induction": self.targets, "bigrams": successor(self.inputs, vocabulary)}
+        return {"induction": self.targets, "bigrams": successor(self.inputs)}
 
 
-def successor(tokens: Int[Tensor, "*n"], vocabulary: int = VOCABULARY) -> Int[Tensor, "*n"]:
+def successor(tokens: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
     """The token that a bigram puts next."""
-    return (tokens + 1) % vocabulary
+    return (tokens + 1) % VOCABULARY
 
 
-def data(
-    n: int, generator: torch.Generator, *, vocabulary: int = VOCABULARY, length: int = LENGTH, bigram: float = 0.5
-) -> Sequences:
-    """Sequences that repeat a block whose tokens follow their bigram with probability ``bigram``, else are any."""
+def data(n: int, generator: torch.Generator) -> Sequences:
+    """Sequences that repeat a block whose tokens follow their bigram half of the time, and else are any."""
     period = torch.randint(PERIODS[0], PERIODS[1] + 1, (n,), generator=generator)
-    free = torch.randint(vocabulary, (n, PERIODS[1]), generator=generator)
-    follow = torch.rand(n, PERIODS[1], generator=generator) < bigram
+    free = torch.randint(VOCABULARY, (n, PERIODS[1]), generator=generator)
+    follow = torch.rand(n, PERIODS[1], generator=generator) < 0.5
     block = [free[:, 0]]
     for t in range(1, PERIODS[1]):
-        block.append(torch.where(follow[:, t], successor(block[-1], vocabulary), free[:, t]))
-    return Sequences(torch.stack(block, 1).gather(1, torch.arange(length + 1) % period.unsqueeze(1)), period)
+        block.append(torch.where(follow[:, t], successor(block[-1]), free[:, t]))
+    return Sequences(torch.stack(block, 1).gather(1, torch.arange(LENGTH + 1) % period.unsqueeze(1)), period)
 
 
 def train(
-    *,
-    seed: int,
-    steps: int = 2000,
-    batch_size: int = 64,
-    learning_rate: float = 5e-3,
-    width: int = 48,
-    size: int = 24,
+    *, seed: int, steps: int = 2000, batch_size: int = 64, learning_rate: float = 5e-3, width: int = 48, size: int = 24
 ) -> tuple[Induction, dict[str, float]]:
     """A trained network, and by feature the mean probability of the token that the feature says, on fresh data."""
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +142,7 @@ def train(
 def said(model: nn.Module, sequences: Sequences) -> dict[str, float]:
     """By feature, the mean probability of the token that it says, over its samples."""
     p = model(sequences.inputs).softmax(-1)
-    wanted, samples = sequences.wanted(p.shape[-1]), sequences.samples(p.shape[-1])
+    wanted, samples = sequences.wanted(), sequences.samples()
     return {k: p.gather(2, wanted[k].unsqueeze(2))[..., 0][samples[k]].mean().item() for k in FEATURES}
 
 
@@ -162,14 +154,14 @@ def truth(model: Induction, sequences: Sequences) -> Truth:
 
     The gradient of the logit of the token that the feature says, over the mean logit, averaged over its samples.
     """
-    wanted, samples = sequences.wanted(model.W_U.out_features), sequences.samples(model.W_U.out_features)
+    wanted, samples = sequences.wanted(), sequences.samples()
     named = dict(model.named_parameters())
     weights = {name: named[name] for names in HEADS.values() for name in names}
     f = model(sequences.inputs)
     over = {k: f.gather(2, wanted[k].unsqueeze(2))[..., 0] - f.mean(2) for k in FEATURES}
-    rows = [
+    gradients = [
         torch.autograd.grad(over[k][samples[k]].mean(), list(weights.values()), retain_graph=True) for k in FEATURES
     ]
-    objects = {name: torch.stack(parts) for name, *parts in zip(weights, *rows, strict=True)}
+    objects = {name: torch.stack(parts) for name, *parts in zip(weights, *gradients, strict=True)}
     shown = torch.stack([samples[k].flatten() for k in FEATURES])
     return Truth(sequences.inputs, objects, HEADS, samples=shown)

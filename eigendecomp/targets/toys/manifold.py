@@ -8,14 +8,11 @@ on the same circles (``TASKS``) have gradients of other dimensions.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendecomp.divergence import Divergence
-from eigendecomp.reference import ModelSample
 from eigendecomp.targets.toys.training import explained, minimise
 
 
@@ -90,21 +87,6 @@ def around(
     """Angles, and the inputs of each circle on alone at them, with radius 0.75."""
     angle = 2 * math.pi * torch.arange(points) / points
     return angle, torch.einsum("np,cpi->cni", point(angle, 0.75), planes)
-
-
-@dataclass(frozen=True)
-class OwnSample(ModelSample):
-    """References drawn as :class:`ModelSample` draws them, for the outputs of the circle with the largest output alone.
-
-    With one circle on, what its plane does to the outputs of the others stays out.
-    """
-
-    circles: int = 1
-
-    def cotangent(self, divergence: Divergence, f: Tensor, pool: Tensor, noise: Tensor) -> Tensor:
-        size = f.unflatten(-1, (self.circles, -1)).square().sum(-1)
-        own = (size == size.amax(-1, keepdim=True)).repeat_interleave(f.shape[-1] // self.circles, -1)
-        return super().cotangent(divergence, f, pool, noise) * own
 
 
 def train(

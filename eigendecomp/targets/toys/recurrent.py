@@ -100,11 +100,11 @@ def truth(model: FlipFlop) -> Truth:
     bits = model.read.out_features
     x = alone(bits).to(model.read.weight.dtype)
     weights = {name: p for name, p in model.named_parameters() if not name.startswith("read")}
-    rows = []
+    gradients = []
     for bit in range(bits):
         kept = model(x[bit])[..., bit] * memory(x[bit])[..., bit]
-        rows.append(torch.autograd.grad(kept.sum(), list(weights.values())))
-    objects = {name: torch.stack(parts) for name, *parts in zip(weights, *rows, strict=True)}
+        gradients.append(torch.autograd.grad(kept.sum(), list(weights.values())))
+    objects = {name: torch.stack(parts) for name, *parts in zip(weights, *gradients, strict=True)}
     layers = {
         side: tuple(f"{side}_{gate}.weight" for gate in "nzr") + tuple(
             name for name in weights if name.startswith(side) and name.endswith("bias")

@@ -71,7 +71,7 @@ class ResidMLP(nn.Module):
         Of the network's own weights, or of tensors given for each feature, such as those of its direction; a layer
         that is not among them contributes nothing.
         """
-        rows = []
+        layers = []
         for name, w_in, w_out in self.weights:
             if parts is None:
                 reads, writes = self.W_E @ w_in.T, self.W_E @ w_out
@@ -80,8 +80,8 @@ class ResidMLP(nn.Module):
                 writes = torch.einsum("fwn,fw->fn", parts[f"{name}.W_out.weight"], self.W_E)
             else:
                 reads = writes = self.W_E.new_zeros(len(self.W_E), len(w_in))
-            rows.append(reads * writes)
-        return torch.cat(rows, 1)
+            layers.append(reads * writes)
+        return torch.cat(layers, 1)
 
     @torch.no_grad()
     def truth(self) -> Truth:
@@ -151,8 +151,8 @@ def train(
     ``neurons`` are those of each layer; ``width`` is not looked at with an identity embedding.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = embedding(kind, features, features if kind == "identity" else width, seed)
-    model = ResidMLP(rows, neurons, layers)
+    w_e = embedding(kind, features, features if kind == "identity" else width, seed)
+    model = ResidMLP(w_e, neurons, layers)
     with torch.no_grad():
         for weight in model.parameters():  # the uniform default of nn.Linear, drawn from the seed
             weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) / weight.shape[1] ** 0.5)

@@ -63,31 +63,6 @@ def truth(model: TMS) -> Truth:
     return own_truth(model, eye.unsqueeze(1), torch.diag(reach).unsqueeze(1))
 
 
-def feature_vectors(model: TMS) -> dict[str, Float[Tensor, "features hidden"]]:
-    """By parameter, the hidden vector along which feature i's gradient on it lies.
-
-    ∂f_i/∂W_in is x ⊗ W_out[:, i] and ∂f_i/∂W_out[:, i] is xW_in, which is x_i W_in[i] for a feature alone: each
-    matrix's gradient shows the other one's vector.
-    """
-    w_in = model.W_in.detach()
-    return {"W_in": w_in} if model.W_out is None else {"W_in": model.W_out.detach().T, "W_out": w_in}
-
-
-def hidden_vectors(directions: dict[str, Tensor]) -> dict[str, Float[Tensor, "v hidden"]]:
-    """By parameter, the leading hidden-side singular vector of each direction, scaled by its singular value.
-
-    Its sign is that of the largest entry on the features' side.
-    """
-    vectors = {}
-    for name in ("W_in", "W_out"):
-        if name in directions:
-            matrix = directions[name].detach() if name == "W_in" else directions[name].detach().mT
-            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-            sign = u[:, :, 0].gather(1, u[:, :, 0].abs().argmax(1, keepdim=True)).sign()
-            vectors[name] = sign * s[:, :1] * vh[:, 0]
-    return vectors
-
-
 def data(
     n: int, features: int, generator: torch.Generator, *, active: float = 0.05, none_empty: bool = False
 ) -> Float[Tensor, "n features"]:

@@ -175,10 +175,10 @@ def convolution(examples: int, channels: int, places: int) -> dict[str, Factored
 
 def products(part: Factored, directions: Directions, formed: bool = False) -> Callable[[], None]:
     """Inner products with encoder and decoder, each forward and backward, and squared norms: of factors, or formed."""
-    name, left, right = part.names[0], *directions.pair(part.names[0], part.rows)
+    name, left, right = part.names[0], *directions.pair(part.names[0], part.left_axes)
 
     def work() -> None:
-        some = Factored(name, part.shape, part.rows, part.terms)
+        some = Factored(name, part.shape, part.left_axes, part.terms)
         if formed:
             some.form()
         for _ in range(2):

@@ -32,6 +32,12 @@ def drawn_gradients(
     return FunctionalSource(target)(examples, drawn).flat().unflatten(0, (-1, draws))
 
 
+def mean_hessian_directions(root: Float[Tensor, "n k w"], n_directions: int) -> Float[Tensor, "v w"]:
+    """The leading eigenvectors of the mean Hessian, dense and of any rank, from R(x) with H(x) = RᵀR."""
+    rows = root.flatten(0, 1)
+    return torch.linalg.eigh(rows.mT @ rows).eigenvectors.mT.flip(0)[:n_directions]
+
+
 def orthonormal(rows: Float[Tensor, "... m w"]) -> Float[Tensor, "... r w"]:
     """An orthonormal basis of what the rows span; where that has fewer dimensions than r, the others are zero."""
     _, size, basis = torch.linalg.svd(rows, full_matrices=False)

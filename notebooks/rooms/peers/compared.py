@@ -12,10 +12,10 @@ from eigendecomp.curvature import jacobian
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.sparsity import cutoff
 from eigendecomp.study import floors
-from eigendecomp.study.peers import l3d, scores, spd
+from eigendecomp.study.peers import l3d, spd
 from eigendecomp.support import files
 from eigendecomp.target import Target
-from rooms.peers import networks, reconstruction
+from rooms.peers import networks, reconstruction, scores
 from rooms.peers.networks import Directions
 
 OURS, REFITTED, SPD = "ours", "ours, refitted", "SPD"

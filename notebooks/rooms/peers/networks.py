@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from eigendecomp.decomposition import Decomposition, decompose
 from eigendecomp.reference import Constant, Mean
 from eigendecomp.sparsity import BatchTopK
-from eigendecomp.study.peers import scores
 from eigendecomp.support import files
 from eigendecomp.targets.toys import circuits, groups, squares, tms
+from rooms.peers import scores
 
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "runs" / "peers"
 LARGE: dict[str, Any] = {"steps": 2000, "learning_rate": 0.01, "instances": 4}  # trains the 40 features faster

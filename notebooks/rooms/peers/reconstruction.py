@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.study.peers import scores
 from eigendecomp.study.peers.spd import Stage, stochastic_mask
+from rooms.peers import scores
 
 
 @dataclass(frozen=True)

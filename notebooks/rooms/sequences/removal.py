@@ -30,7 +30,7 @@ def path_scores(model: Induction, sequences: Sequences) -> dict[str, tuple[float
     x, t = sequences.inputs, torch.arange(sequences.inputs.shape[1])
     copies = (x.unsqueeze(2) == x.unsqueeze(1)) & (t.unsqueeze(1) > t)  # (n, position, earlier position)
     after = F.pad(copies[:, :, :-1], (1, 0))
-    here = sequences.samples(model.W_U.out_features)["induction"]
+    here = sequences.samples()["induction"]
     first = t[1:] < sequences.period.unsqueeze(1)
     attention: dict[str, list[float]] = {"previous": [], "induction": []}
     for pattern in model.patterns(x):
@@ -49,7 +49,7 @@ class Removal:
 
     def __init__(self, model: Induction, sequences: Sequences, bigram: float = 0.5) -> None:
         self.vocabulary = model.W_U.out_features
-        self.sequences, self.samples = sequences, sequences.samples(self.vocabulary)
+        self.sequences, self.samples = sequences, sequences.samples()
         x, t = sequences.inputs, torch.arange(sequences.inputs.shape[1])
         agreeing = (t >= sequences.period.unsqueeze(1)) & (sequences.targets == successor(x, self.vocabulary))
         self.samples["beside"] = agreeing

@@ -25,9 +25,10 @@ from torch import Tensor
 import eigendecomp as ed
 from eigendecomp.curvature import jacobian
 from eigendecomp.report.results import plain, versions
-from eigendecomp.study.peers import l3d, npeff, scores, spd
+from eigendecomp.study.peers import l3d, npeff, spd
 from eigendecomp.support import files
 from eigendecomp.target import Target
+from rooms.peers import scores
 from rooms.peers.networks import FOLDER, NETWORKS, directions, load, path, weights
 
 KNOWN = {"tms": 0.9999, "identity": 0.9999, "large": 0.9995}  # the cosine of ours, at which a run of SPD may end

@@ -3,7 +3,7 @@
 import torch
 
 from eigendecomp.curvature import jacobian
-from eigendecomp.study.peers import l3d, scores
+from eigendecomp.study.peers import l3d
 from eigendecomp.target import Target
 from eigendecomp.targets.toys import tms
 
@@ -43,7 +43,5 @@ def test_the_features_of_a_pentagon() -> None:
     found = l3d.fit(j, f, chosen.shapes, l3d.Settings(5, epochs=60, decay_epochs=10, kept=0.25), seed=1)
     torch.testing.assert_close(found.decoder.norms(), torch.ones(5))
     assert 0 < found.error < 0.6
-    truth = scores.parts_of(torch.cat([rows.flatten(1) for rows in list(tms.truth(model).objects.values())[:2]], 1),
-                            chosen.shapes)  # fmt: skip
-    torch.testing.assert_close(truth["W_in"], tms.truth(model).objects["W_in"])
-    assert scores.largest_cosines(found.decoder.dense("W_in"), model.W_in.detach()).mean() > 0.95
+    cosines = torch.cosine_similarity(found.decoder.dense("W_in").detach(), model.W_in.detach(), dim=-1)
+    assert cosines.amax(0).mean() > 0.95

@@ -2,7 +2,7 @@
 
 import torch
 
-from eigendecomp.targets.toys import product
+from rooms.interventions import product
 
 PAIRS, SUMS = ((0, 1),), ((2, 3),)
 

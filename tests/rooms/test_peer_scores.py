@@ -5,8 +5,8 @@ import math
 import torch
 
 import eigendecomp as ed
-from eigendecomp.study.peers import scores
 from eigendecomp.targets.toys import tms
+from rooms.peers import scores
 
 
 def split(weight: torch.Tensor) -> torch.Tensor:
