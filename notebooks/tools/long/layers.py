@@ -57,8 +57,8 @@ def runs() -> Iterator[Run]:
     yield from (run(layers, 0, "random", width=1000) for layers in depths)
     yield from (run(layers, s, multiple=multiple) for s in (1, 2) for multiple in SWEEP for layers in depths)
     yield from (run(layers, seed, multiple=2.0) for seed in range(3, 20) for layers in depths)
-    yield from (run(layers, seed, "random") for seed in range(3, 20) for layers in depths)
     yield from (run(layers, seed, "random", width=1000) for seed in (1, 2) for layers in depths)
+    yield from (run(layers, seed, "random") for seed in range(3, 20) for layers in depths)
 
 
 @cache
