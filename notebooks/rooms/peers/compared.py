@@ -142,20 +142,19 @@ def both_ways(p: Problem, entry: Entry) -> dict[str, Any]:
 
 
 def shared(p: Problem, model: residual.Residual, entry: Entry) -> dict[str, float]:
-    """The scores of residual networks: of what rows say of every neuron (notebook layers), and SPD's own.
-
-    Row i of SPD is feature i's by how rows are joined; what belongs to a feature that owns no row of another method
-    counts as zero.
-    """
-    strength = None if entry.theirs is not None else scores.impacts(p.alone, entry.reader)
-    found = residual.recovered(model, entry.rows, strength)
-    row: dict[str, float] = {"contributions": found.nc or 0.0, "least contributions": found.least_nc or 0.0}
+    """The scores of residual networks: what rows say of every neuron (notebook layers), and SPD's own."""
     if entry.theirs is not None:
+        components = entry.theirs.components()
         errors = residual.importances(entry.theirs.importance(p.single), model.neurons, TOLERANCE)
-        cosines = residual.own_cosines(entry.theirs.components(), p.weights)
-        row |= {"identity errors": errors["identity_error"], "dense errors": errors["dense_error"],
-                "reader cosine": cosines.mean().item()}  # fmt: skip
-    elif entry.ours is not None:
+        nc, cosines = residual.contributions(model, components), residual.own_cosines(components, p.weights)
+        return {
+            "contributions": nc.mean().item(), "least contributions": nc.min().item(),
+            "identity errors": errors["identity_error"], "dense errors": errors["dense_error"],
+            "reader cosine": cosines.mean().item(), "least reader cosine": cosines.min().item(),
+        }  # fmt: skip
+    found = residual.recovered(model, entry.rows, scores.impacts(p.alone, entry.reader))
+    row: dict[str, float] = {"contributions": found.nc or 0.0, "least contributions": found.least_nc or 0.0}
+    if entry.ours is not None:
         kept = (entry.ours.encode(p.single, sparse=True) != 0).float()
         row |= {"identity errors": scores.identity_error(kept, TOLERANCE)}
     return row

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.study import recovery
 from eigendecomp.study.chains import Stage, run
-from eigendecomp.study.peers import scores, spd
+from eigendecomp.study.peers import scores
 from eigendecomp.study.recovery import Recovery
 from eigendecomp.targets.toys import resid_mlp
 from rooms import fitting
@@ -71,13 +71,11 @@ def source(model: Residual) -> resid_mlp.ResidMLP:
     return made
 
 
-def recovered(
-    model: Residual, rows: Float[Tensor, "v w"], strength: Float[Tensor, "features v"] | None = None
-) -> Recovery:
-    """The scores of `layers` for rows with their strengths on every feature; without, row i is taken to be i's."""
+def recovered(model: Residual, rows: Float[Tensor, "v w"], strength: Float[Tensor, "features v"]) -> Recovery:
+    """The scores of `layers` for rows with their strengths on every feature."""
     shapes = {stage.name: tuple(stage.weight.shape) for stage in model.stages()}
     parts = {theirs(name): part.mT for name, part in scores.parts_of(rows, shapes).items()}
-    return recovery.recovered(torch.eye(len(rows)) if strength is None else strength, parts, source(model).truth())
+    return recovery.recovered(strength, parts, source(model).truth())
 
 
 def decomposed(model: Residual, d: Decomposition) -> Recovery:
@@ -87,7 +85,9 @@ def decomposed(model: Residual, d: Decomposition) -> Recovery:
 
 def own_cosines(components: scores.Parts, weights: Mapping[str, Tensor]) -> Float[Tensor, "layers features"]:
     """By layer, the cosine of what feature i writes to the neurons, W_in[i], with the component that has most of it."""
-    return torch.stack([scores.own_cosines(components[n], w) for n, w in weights.items() if n.startswith("W_in")])
+    return torch.stack(
+        [scores.own_cosines(components[n], w.detach()) for n, w in weights.items() if n.startswith("W_in")]
+    )
 
 
 def importances(ci: Mapping[str, Float[Tensor, "features c"]], neurons: int, tolerance: float) -> dict[str, int]:
@@ -102,7 +102,14 @@ def importances(ci: Mapping[str, Float[Tensor, "features c"]], neurons: int, tol
     }
 
 
-def contributions(model: Residual, found: spd.SPD, single: Float[Tensor, "features features"]) -> Recovery:
-    """The scores of `layers` for SPD's components, joined by their importance when a feature is on alone."""
-    shapes = {stage.name: tuple(stage.weight.shape) for stage in model.stages()}
-    return recovered(model, scores.joined(found.components(), found.importance(single), shapes))
+def contributions(model: Residual, components: scores.Parts) -> Float[Tensor, " features"]:
+    """r² of every feature's neuron contributions in SPD's components, neurons of all layers together.
+
+    As its authors count: read by one component of each layer, here the one that has most of the feature, and written
+    by all of them. Joined by importance the readers would give them too if nothing were taken apart.
+    """
+    found = []
+    for k in range(len(components) // 2):
+        reads, writes = components[f"W_in_{k}"], components[f"W_out_{k}"].sum(0).T
+        found.append(reads[reads.norm(dim=-1).argmax(0), range(len(writes))] * writes)
+    return recovery.agreement(torch.cat(found, 1), source(model).contributions())

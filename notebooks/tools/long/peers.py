@@ -78,7 +78,7 @@ def watched(target: str) -> Callable[[spd.SPD], dict[str, float]]:
         elif isinstance(model, residual.Residual):
             own = residual.own_cosines(found.components(), dict(model.named_parameters()))
             row |= residual.importances(found.importance(alone), model.neurons, 0.2)
-            row |= {"nc": residual.contributions(model, found, alone).nc}
+            row |= {"nc": residual.contributions(model, found.components()).mean().item()}
         else:
             return row
         return row | {"own_cosine": own.mean().item(), "least_own_cosine": own.min().item()}
