@@ -99,7 +99,8 @@ speeds.assign(level=[f"{level:g}" for level in speeds["level"]]).rename(columns=
 # Trained once and kept. `tms`: five features in two dimensions (the pentagon), `identity`: the same with a frozen
 # identity matrix between its two weights, `large`: forty in ten. `circuits`: ten inputs that each write to all ten
 # outputs, $x \mapsto xA$ through five dimensions. `groups`: the same for 25 inputs in five groups that are on
-# together. `squares`: $x \mapsto x^2$ through four hidden layers of ten.
+# together. `squares`: $x \mapsto x^2$ through four hidden layers of ten. `resid1`, `resid2`: the residual networks of
+# `layers` with one and two layers, a hundred features in fifty neurons, $x \mapsto x + \text{ReLU}(x)$.
 #
 # SPD leaves biases as they are, so all methods take apart the weights alone. No sample is empty.
 
@@ -120,6 +121,8 @@ pd.DataFrame({name: {"features": p.network.features, "parameters": p.target.size
 # - **Circuits and groups.** $W_{\text{out}}$ is shared: SPD should find one component for each hidden dimension there,
 #   and no more; directions are one for each input (or group), and overlap.
 # - **Squares.** Nothing is linear, so no sum of components says what the network does; gradients exist anyway.
+# - **Residual networks.** SPD should have a component for each feature in every matrix that reads the stream and, as
+#   its paper has it, one for each neuron in those that write; a direction holds one feature's part of all of them.
 #
 # ## Ours and theirs
 #
@@ -130,7 +133,7 @@ pd.DataFrame({name: {"features": p.network.features, "parameters": p.target.size
 # the tables beside them.
 
 # %%
-counts = {"large": 2, "squares": 3, "groups": 3}
+counts = {"large": 2, "squares": 3, "groups": 3, "resid1": 2, "resid2": 2}
 short = {"steps": 60} if smoke else {}
 fits = {
     name: {seed: networks.directions(name, p.x, seed, **short) for seed in fit_seeds[: counts.get(name, 5)]}
@@ -157,13 +160,16 @@ pd.DataFrame(there)
 # |---|---|
 # | owned | features whose own gradients have the largest impact on some row |
 # | selectivity | that impact over the next feature's |
-# | error | what is left of held-out gradients' squared size, one coefficient a sample (two for the forty), refitted |
+# | error | what is left of held-out gradients' squared size, one coefficient a sample (two in `large`, `resid`) |
 # | own error | the same at the method's own threshold and coefficients |
 # | l0, alive | units used in a sample (of importance above .1 for SPD), and in any |
 # | MMCS, least max cosine | the peers' score: largest cosine of a feature's vector with any component; mean, least |
 # | own cosine, least own cosine | the cosine at the component in which the feature's vector is longest; mean, least |
 # | ML2R | length of the component's vector over that of the feature's |
 # | identity errors | importances that are wrong if each feature, on alone, should have one component on |
+# | contributions, least contributions | residual networks: r² of what each neuron does for a feature (`layers`) |
+# | dense errors | importances that are wrong if as many components as neurons should be on in the writing matrices |
+# | reader cosine | the own cosine of the rows of the reading matrices |
 # | stability | mean cosine of matched rows of two fits |
 
 # %%
@@ -314,6 +320,34 @@ shown["groups"]
 
 # %%
 shown["squares"]
+
+# %% [markdown]
+# **Residual networks.** All layers compute each feature together. The picture has what each neuron contributes to a
+# feature: r² of what was found with the network's own, mean over features, against seconds of one core. SPD's is read
+# by the one component of each layer that has most of the feature and written by all, as its authors count; ours is the
+# direction's own, and zero for a feature that owns none. One seed, SPD beside our fits of several lengths in the same
+# process. Its runs were ended long before their steps were done (see the table of runs). On one layer it is nearer than
+# directions by then; on two it is not, and was still rising: where it would end is open.
+
+# %%
+SPREAD = {"resid1": "one layer", "resid2": "two layers"}
+shared = report.table("residual", pd.DataFrame(compared.curves(list(SPREAD), "nc")))
+figure, axes = plots.panels(1, len(SPREAD), width=0.8 * plots.PAGE, sharey=True, sharex=True)
+for ax, (name, title) in zip(axes, SPREAD.items(), strict=True):
+    for method, line in shared[shared["network"] == name].groupby("method", sort=False):
+        color, text = (plots.OURS, "directions") if method == OURS else (plots.PEER, SPD)
+        ax.plot(line["seconds"], line["nc"], "o-", color=color, ms=2.5, lw=0.9)
+        plots.name_line(ax, line["seconds"].iloc[-1], line["nc"].iloc[-1], text, color)
+    ax.set(xscale="log", ylim=(0, 1.03), title=title, xlabel="seconds of one core")
+    ax.margins(x=0.2)
+axes[0].set_ylabel("r² of neuron contributions")
+report.figure("residual", figure)
+
+# %%
+shown["resid1"]
+
+# %%
+shown["resid2"]
 
 # %% [markdown]
 # ## In the weights' place

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import torch
 
-from eigendecomp.targets.toys.stages import Stage
+from eigendecomp.study.chains import Stage
 from rooms.peers import reconstruction
 
 

@@ -8,28 +8,17 @@ must stay as they were under every mask m = g + (1 − g) r with r uniform in [0
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eigendecomp.study.chains import Stage, run
+
 LEAK = 0.01  # slope of the hard sigmoids where they are flat
 Masks = Mapping[str, Float[Tensor, "n c"]]
-
-
-class Stage(Protocol):
-    """One weight of a chain: x ↦ act(x W + b)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def weight(self) -> Float[Tensor, "i o"]: ...
-    @property
-    def bias(self) -> Float[Tensor, " o"] | None: ...
-    @property
-    def act(self) -> Callable[[Tensor], Tensor] | None: ...
 
 
 class _LowerLeaky(torch.autograd.Function):
@@ -99,8 +88,9 @@ class SPD(nn.Module):
     def __init__(self, stages: Sequence[Stage], count: int, *, hidden: int = 16, seed: int = 0) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
-        self.stages = [(s.name, s.weight.detach(), None if s.bias is None else s.bias.detach(), s.act) for s in stages]
-        parts = {name: Components(weight, count, hidden, draw) for name, weight, _, _ in self.stages}
+        own = [s._replace(weight=s.weight.detach(), bias=None if s.bias is None else s.bias.detach()) for s in stages]
+        self.stages: list[Stage] = own
+        parts = {s.name: Components(s.weight, count, hidden, draw) for s in own}
         self.parts: nn.ModuleDict = nn.ModuleDict(parts)
 
     def of(self, name: str) -> Components:
@@ -111,23 +101,24 @@ class SPD(nn.Module):
 
     def run(self, x: Float[Tensor, "n i"], masks: Masks) -> Float[Tensor, "n o"]:
         """The output with masked components in the place of the weights that ``masks`` names."""
-        for name, weight, bias, act in self.stages:
-            if name in masks:
-                components = self.of(name)
-                x = ((x @ components.V) * masks[name]) @ components.U
-            else:
-                x = x @ weight
-            x = x if bias is None else x + bias
-            x = x if act is None else act(x)
-        return x
+
+        def product(stage: Stage, x: Tensor) -> Tensor:
+            if stage.name not in masks:
+                return x @ stage.weight
+            components = self.of(stage.name)
+            return ((x @ components.V) * masks[stage.name]) @ components.U
+
+        return run(self.stages, x, product)
 
     def gates(self, x: Float[Tensor, "n i"]) -> dict[str, Float[Tensor, "n c"]]:
         """What every weight's gates say of the inputs that it meets in the target itself."""
-        gates = {}
-        for name, weight, bias, act in self.stages:
-            gates[name] = self.of(name).gates(x)
-            x = x @ weight if bias is None else x @ weight + bias
-            x = x if act is None else act(x)
+        gates: dict[str, Tensor] = {}
+
+        def product(stage: Stage, x: Tensor) -> Tensor:
+            gates[stage.name] = self.of(stage.name).gates(x)
+            return x @ stage.weight
+
+        run(self.stages, x, product)
         return gates
 
     @torch.no_grad()
@@ -137,12 +128,12 @@ class SPD(nn.Module):
 
     def components(self) -> dict[str, Float[Tensor, "c i o"]]:
         """{weight: (components, *shape)}."""
-        return {name: self.of(name).dense().detach() for name, *_ in self.stages}
+        return {name: self.of(name).dense().detach() for name in self.parts}
 
     def faithfulness(self) -> Float[Tensor, ""]:
         """Σ (W − Σ_c V_c ⊗ U_c)² over the number of weights."""
-        left = [(w - self.of(name).V @ self.of(name).U).square().sum() for name, w, _, _ in self.stages]
-        return torch.stack(left).sum() / sum(w.numel() for _, w, _, _ in self.stages)
+        left = [(s.weight - self.of(s.name).V @ self.of(s.name).U).square().sum() for s in self.stages]
+        return torch.stack(left).sum() / sum(s.weight.numel() for s in self.stages)
 
     def reconstruction(
         self, x: Float[Tensor, "n i"], y: Float[Tensor, "n o"], masks: Masks
@@ -212,7 +203,7 @@ def train(
     spd = SPD(stages, settings.count, hidden=settings.hidden, seed=seed)
     optimizer = torch.optim.Adam(spd.parameters(), lr=settings.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    run = Run(spd)
+    done = Run(spd)
     clock = time.process_time()
     for step in range(1, settings.steps + 1):
         x = samples(settings.batch_size, draw)
@@ -223,12 +214,12 @@ def train(
         value.backward()
         optimizer.step()
         schedule.step()
-        run.steps = step
+        done.steps = step
         if step % every == 0 or step == settings.steps:
-            run.seconds += time.process_time() - clock
-            row = {"step": step, "seconds": run.seconds, "loss": value.item()} | (watch(spd) if watch else {})
-            run.history.append(row)
-            if run.seconds > seconds or (stop is not None and stop(row)):
+            done.seconds += time.process_time() - clock
+            row = {"step": step, "seconds": done.seconds, "loss": value.item()} | (watch(spd) if watch else {})
+            done.history.append(row)
+            if done.seconds > seconds or (stop is not None and stop(row)):
                 break
             clock = time.process_time()
-    return run
+    return done

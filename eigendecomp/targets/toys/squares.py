@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eigendecomp.study.chains import Stage, run
 from eigendecomp.study.recovery import Truth
 from eigendecomp.targets.toys import tms
-from eigendecomp.targets.toys.stages import Stage, own_truth, run
+from eigendecomp.targets.toys.stages import own_truth
 from eigendecomp.targets.toys.training import explained, minimise
 
 

@@ -1,31 +1,11 @@
-"""Networks that are chains of weights, and what computes a given part of their output."""
-
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+"""What computes a given part of the output of a network that is a chain of weights."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eigendecomp.study.chains import Stage
 from eigendecomp.study.recovery import Truth
-
-
-class Stage(NamedTuple):
-    """One weight of a chain: x ↦ act(x W + b)."""
-
-    name: str
-    weight: Float[Tensor, "i o"]
-    bias: Float[Tensor, " o"] | None = None
-    act: Callable[[Tensor], Tensor] | None = None
-
-
-def run(stages: Sequence[Stage], x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
-    """The chain's output."""
-    for stage in stages:
-        x = x @ stage.weight
-        x = x if stage.bias is None else x + stage.bias
-        x = x if stage.act is None else stage.act(x)
-    return x
 
 
 def own_truth(

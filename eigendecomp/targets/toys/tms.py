@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eigendecomp.study.chains import Stage, run
 from eigendecomp.study.recovery import Truth
-from eigendecomp.targets.toys.stages import Stage, own_truth, run
+from eigendecomp.targets.toys.stages import own_truth
 from eigendecomp.targets.toys.training import minimise
 
 

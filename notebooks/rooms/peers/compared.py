@@ -15,12 +15,13 @@ from eigendecomp.study import floors
 from eigendecomp.study.peers import l3d, spd
 from eigendecomp.support import files
 from eigendecomp.target import Target
-from rooms.peers import networks, reconstruction, scores
+from rooms.peers import networks, reconstruction, residual, scores
 from rooms.peers.networks import Directions
 
 OURS, REFITTED, SPD = "ours", "ours, refitted", "SPD"
 VECTORS = ("tms", "identity", "large")  # where each row of W_in is a feature's vector, and nothing else
-KEPT = {"large": 2.0}  # coefficients a sample; 1 elsewhere
+KEPT = {"large": 2.0, "resid1": 2.0, "resid2": 2.0}  # coefficients a sample; 1 elsewhere
+CHUNK = 50  # samples of which Jacobians are formed at once
 TOLERANCE = 0.2  # of importances
 
 
@@ -31,7 +32,7 @@ class Problem:
         self.name, self.network, self.model = name, networks.NETWORKS[name], networks.load(name)
         self.target = Target(self.model, networks.weights(self.model))
         draw = torch.Generator().manual_seed(7)
-        self.x, self.held_out = (self.network.data(n, draw) for n in (6000, held_out))
+        self.x, self.held_out = (self.network.data(n, draw) for n in (self.network.samples, held_out))
         alone = self.network.alone()
         self.alone = self.gradients(alone.flatten(0, 1), references).unflatten(0, alone.shape[:2]).flatten(1, 2)
         self.rows = self.gradients(self.held_out, 1)[:, 0]
@@ -41,7 +42,8 @@ class Problem:
         """Against the outputs of ``count`` other samples."""
         f, others = self.model(x), self.model(self.x[-count * len(x) :]).unflatten(0, (-1, count))
         c = l3d.cotangents(f.unsqueeze(1), others)
-        return torch.einsum("nrk,nkw->nrw", c, jacobian(self.target, (x,)))
+        few = zip(c.split(CHUNK), x.split(CHUNK), strict=True)
+        return torch.cat([torch.einsum("nrk,nkw->nrw", part, jacobian(self.target, (rows,))) for part, rows in few])
 
     @property
     def weights(self) -> dict[str, Float[Tensor, "i o"]]:
@@ -134,7 +136,28 @@ def both_ways(p: Problem, entry: Entry) -> dict[str, Any]:
         z = entry.ours.encode(p.held_out, sparse=True)
         row |= {"alive": scores.alive(z), "l0": (z != 0).sum(1).double().mean().item()}
         row["own error"] = entry.ours.reconstruction_error(p.held_out)  # at its threshold, against its reference
+    if isinstance(p.model, residual.Residual):
+        return row | shared(p, p.model, entry)
     return row | (vectors(p, entry) if p.name in VECTORS else {})
+
+
+def shared(p: Problem, model: residual.Residual, entry: Entry) -> dict[str, float]:
+    """The scores of residual networks: what rows say of every neuron (notebook layers), and SPD's own."""
+    if entry.theirs is not None:
+        components = entry.theirs.components()
+        errors = residual.importances(entry.theirs.importance(p.single), model.neurons, TOLERANCE)
+        nc, cosines = residual.contributions(model, components), residual.own_cosines(components, p.weights)
+        return {
+            "contributions": nc.mean().item(), "least contributions": nc.min().item(),
+            "identity errors": errors["identity_error"], "dense errors": errors["dense_error"],
+            "reader cosine": cosines.mean().item(), "least reader cosine": cosines.min().item(),
+        }  # fmt: skip
+    found = residual.recovered(model, entry.rows, scores.impacts(p.alone, entry.reader))
+    row: dict[str, float] = {"contributions": found.nc or 0.0, "least contributions": found.least_nc or 0.0}
+    if entry.ours is not None:
+        kept = (entry.ours.encode(p.single, sparse=True) != 0).float()
+        row |= {"identity errors": scores.identity_error(kept, TOLERANCE)}
+    return row
 
 
 def vectors(p: Problem, entry: Entry) -> dict[str, float]:
@@ -178,10 +201,10 @@ def in_place(p: Problem, entry: Entry) -> dict[str, Any] | None:
 
 # ---- time
 
-Point = dict[str, Any]  # network, seed, method, steps, seconds and the mean own cosine
+Point = dict[str, Any]  # network, seed, method, steps, seconds and a score, such as the mean own cosine
 
 
-def curves(names: list[str]) -> list[Point]:
+def curves(names: list[str], score: str = "own_cosine") -> list[Point]:
     """Runs of SPD as they trained, and our fits of several lengths in the same processes."""
     rows = []
     for name in names:
@@ -189,7 +212,7 @@ def curves(names: list[str]) -> list[Point]:
             for method, points in ((OURS, about["ours"]), (SPD, about["history"])):
                 rows += [
                     {"network": name, "seed": seed, "method": method, "steps": point.get("steps", point.get("step")),
-                     "seconds": point["seconds"], "own_cosine": point["own_cosine"]}
+                     "seconds": point["seconds"], score: point[score]}
                     for point in points
                 ]  # fmt: skip
     return rows

@@ -17,8 +17,9 @@ from eigendecomp.decomposition import Decomposition, decompose
 from eigendecomp.reference import Constant, Mean
 from eigendecomp.sparsity import BatchTopK
 from eigendecomp.support import files
-from eigendecomp.targets.toys import circuits, groups, squares, tms
-from rooms.peers import scores
+from eigendecomp.targets.toys import circuits, groups, resid_mlp, squares, tms
+from rooms import fitting
+from rooms.peers import residual, scores
 
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "runs" / "peers"
 LARGE: dict[str, Any] = {"steps": 2000, "learning_rate": 0.01, "instances": 4}  # trains the 40 features faster
@@ -33,6 +34,7 @@ class Network:
     train: Callable[[], nn.Module]
     data: Callable[[int, torch.Generator], Float[Tensor, "n inputs"]]
     alone: Callable[[], Float[Tensor, "features m inputs"]]
+    samples: int = 6000  # that ours are fitted to
 
 
 def superposed(features: int, hidden: int, **training: Any) -> Network:
@@ -43,6 +45,19 @@ def superposed(features: int, hidden: int, **training: Any) -> Network:
         lambda: tms.untie(tms.train(features, hidden, tied=True, seed=0, **training)[0]),
         lambda n, draw: tms.data(n, features, draw, none_empty=True),
         lambda: tms.one_hot(features).unsqueeze(1),
+    )
+
+
+def spread(layers: int) -> Network:
+    """A residual network whose features are computed by all layers together (notebook layers)."""
+    features = fitting.SIZES[layers]["features"]
+    return Network(
+        features,
+        lambda: residual.untrained(layers),
+        lambda: residual.train(layers),
+        lambda n, draw: resid_mlp.data(n, features, draw),
+        lambda: tms.one_hot(features).unsqueeze(1),
+        fitting.SAMPLES,
     )
 
 
@@ -74,6 +89,8 @@ NETWORKS = {
         lambda n, draw: squares.data(n, 5, draw),
         lambda: squares.alone(5),
     ),
+    "resid1": spread(1),
+    "resid2": spread(2),
 }
 
 
@@ -106,8 +123,13 @@ def weights(model: nn.Module) -> list[str]:
 
 
 # Ours, chosen on seeds 0 and 100. Circuits and groups are compared with zero, as L3D's code has it. Of squares x and
-# −x pass through different units, so that there are two directions each.
+# −x pass through different units, so that there are two directions each. Residual networks as in `layers`.
+SPREAD: dict[str, Any] = {
+    "reference": Mean(), "sparsity": BatchTopK(fitting.KEPT / 150), "n_directions": 150,
+    "batch_size": fitting.BATCH_SIZE, "learning_rate": fitting.LEARNING_RATE,
+}  # fmt: skip
 OURS: dict[str, dict[str, Any]] = {
+    "resid1": {**SPREAD, "steps": fitting.STEPS[1]}, "resid2": {**SPREAD, "steps": fitting.STEPS[2]},
     "tms": {"reference": Mean(), "sparsity": BatchTopK(0.2), "steps": 1500},
     "identity": {"reference": Mean(), "sparsity": BatchTopK(0.25), "steps": 400},
     "large": {"reference": Mean(), "sparsity": BatchTopK(0.05), "steps": 2000, "batch_size": 256},

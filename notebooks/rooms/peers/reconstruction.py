@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.study.peers.spd import Stage, stochastic_mask
+from eigendecomp.study.chains import Stage, run
+from eigendecomp.study.peers.spd import stochastic_mask
 from rooms.peers import scores
 
 
@@ -50,11 +51,7 @@ def masked(
     stages: Sequence[Stage], components: scores.Parts, x: Float[Tensor, "n i"], mask: Float[Tensor, "n c"]
 ) -> Float[Tensor, "n o"]:
     """The outputs of a chain whose weights are, sample by sample, the masked sums of their components."""
-    for stage in stages:
-        x = torch.einsum("nc,cio,ni->no", mask, components[stage.name], x)
-        x = x if stage.bias is None else x + stage.bias
-        x = x if stage.act is None else stage.act(x)
-    return x
+    return run(stages, x, lambda stage, x: torch.einsum("nc,cio,ni->no", mask, components[stage.name], x))
 
 
 @torch.no_grad()

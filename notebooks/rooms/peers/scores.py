@@ -104,15 +104,10 @@ def refitted(d: Decomposition, inputs: Inputs) -> Float[Tensor, "v w"]:
     Where features meet in a sample, each one's gradient bends the others' rows; these samples hold one alone. A
     direction that no sample keeps alone stays as it was learned.
     """
-    rows = _sole(gradient_rows(d, inputs), d.encode(inputs, sparse=True))
-    learned = d.decoder.flat().detach()
-    return torch.where(rows.norm(dim=1, keepdim=True) > 0, torch.nn.functional.normalize(rows, dim=1), learned)
-
-
-def _sole(gradients: Float[Tensor, "n w"], kept: Float[Tensor, "n v"]) -> Float[Tensor, "v w"]:
-    """Σ s g over the samples with a single coefficient s, which least squares gives but for the length."""
+    gradients, kept, learned = gradient_rows(d, inputs), d.encode(inputs, sparse=True), d.decoder.flat().detach()
     sole = (kept != 0).sum(1) == 1
-    return kept[sole].T @ gradients[sole]
+    rows = kept[sole].T @ gradients[sole]  # Σ s g, which least squares gives but for the length
+    return torch.where(rows.norm(dim=1, keepdim=True) > 0, torch.nn.functional.normalize(rows, dim=1), learned)
 
 
 def rows_of(components: Parts, shapes: Shapes) -> Float[Tensor, "v w"]:

@@ -28,7 +28,7 @@ from eigendecomp.report.results import plain, versions
 from eigendecomp.study.peers import l3d, npeff, spd
 from eigendecomp.support import files
 from eigendecomp.target import Target
-from rooms.peers import scores
+from rooms.peers import residual, scores
 from rooms.peers.networks import FOLDER, NETWORKS, directions, load, path, weights
 
 KNOWN = {"tms": 0.9999, "identity": 0.9999, "large": 0.9995}  # the cosine of ours, at which a run of SPD may end
@@ -42,10 +42,15 @@ SPD = {
     # With 80 components, batches of 256 and the others' rate seed 1 merged features and ended at a cosine of .926.
     "large": spd.Settings(count=200, minimality=1e-4, p=2.0, steps=20_000, batch_size=1024, learning_rate=3e-3),
     "circuits": replace(BASE, minimality=3e-2),
-    "groups": replace(BASE, minimality=3e-2, count=25),
+    # Components of one layer, minimality and steps as published for it, batches of 256 in place of 2,048. On seed 0
+    # 1,500 steps at the published 2e-3 left 4,591 wrong importances, at 1e-2 754. Two layers: the same, half the 400
+    # components, 20,000 of 50,000 steps and batches of 128, so that both end within twenty minutes of a core.
+    "resid1": spd.Settings(count=100, minimality=1e-5, p=2.0, steps=30_000, batch_size=256, learning_rate=1e-2),
+    "resid2": spd.Settings(count=200, minimality=1e-5, p=2.0, steps=20_000, batch_size=128, learning_rate=1e-2),
 }  # fmt: skip
 LENGTHS = {  # steps of our fits, timed beside SPD's
     "tms": (25, 50, 100, 200, 400, 1500), "identity": (50, 100, 200, 400), "large": (60, 125, 250, 500, 1000, 2000),
+    "resid1": (125, 250, 500, 1000), "resid2": (200, 400, 800, 1600),
 }  # fmt: skip
 L3D = l3d.Settings(5)
 RUNS = [
@@ -54,7 +59,7 @@ RUNS = [
     "squares-npeff-1", "tms-spd-2", "tms-l3dcode-1", "squares-spd-1", "groups-l3d-1", "squares-l3d-1", "tms-l3d-2",
     "tms-spd-3", "tms-l3d-3", "large-l3d-1", "circuits-l3dcode-1", "identity-npeff-1", "identity-l3d-1",
     *(f"{target}-{method}-{seed}" for target in ("circuits", "groups", "squares") for seed in range(2, 6)
-      for method in ("spd", "npeff")), "tms-spd-4", "tms-spd-5",
+      for method in ("spd", "npeff")), "tms-spd-4", "tms-spd-5", "resid1-spd-1", "resid2-spd-1",
     *(f"large-{method}-{seed}" for seed in range(1, 21) for method in ("ours", "more")),
 ]  # fmt: skip
 
@@ -71,25 +76,32 @@ def watched(target: str) -> Callable[[spd.SPD], dict[str, float]]:
         if target in VECTORS:
             ci, components = found.importance(alone)["W_in"], found.components()["W_in"]
             own = scores.own_cosines(components, model.W_in.detach())
-            row |= {
-                "identity_error": scores.identity_error(ci, 0.2), "own_cosine": own.mean().item(),
-                "least_own_cosine": own.min().item(),
-            }  # fmt: skip
-        return row
+            row |= {"identity_error": scores.identity_error(ci, 0.2)}
+        elif isinstance(model, residual.Residual):
+            own = residual.own_cosines(found.components(), dict(model.named_parameters()))
+            row |= residual.importances(found.importance(alone), model.neurons, 0.2)
+            row |= {"nc": residual.contributions(model, found.components()).mean().item()}
+        else:
+            return row
+        return row | {"own_cosine": own.mean().item(), "least_own_cosine": own.min().item()}
 
     return watch
 
 
 def beside(target: str, seed: int) -> list[dict[str, float]]:
     """Our fits of several lengths, timed in the same process: seconds of other hours are of another machine."""
-    x = NETWORKS[target].data(6000, torch.Generator().manual_seed(7))
-    weight = load(target).W_in.detach() if target in LENGTHS else None
+    network, model = NETWORKS[target], load(target)
+    x = network.data(network.samples, torch.Generator().manual_seed(7))
     rows = []
     if target in LENGTHS:
         directions(target, x, seed, steps=2)  # what a process does once is not counted
     for steps in LENGTHS.get(target, ()):
         found = directions(target, x, seed, steps=steps)
-        rows.append({"steps": steps, "seconds": found.seconds, "own_cosine": found.own_cosine(weight)})
+        rows.append({"steps": steps, "seconds": found.seconds})
+        if isinstance(model, residual.Residual):
+            rows[-1] |= residual.decomposed(model, found.decomposition).row()
+        else:
+            rows[-1] |= {"own_cosine": found.own_cosine(model.W_in.detach())}
     return rows
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from eigendecomp.study.chains import Stage, run
 from eigendecomp.study.peers import spd
 from eigendecomp.targets.toys import tms
-from eigendecomp.targets.toys.stages import run
 
 
 def network() -> tms.TMS:
@@ -85,3 +85,28 @@ def test_a_run_lowers_the_loss_and_stops_when_it_is_told() -> None:
     assert done.steps == 40
     done = spd.train(model.stages(), samples, settings, seed=0, every=20, seconds=0)
     assert done.steps == 20
+
+
+def test_a_branch_beside_the_stream_is_kept_and_added_back() -> None:
+    torch.manual_seed(0)
+    w = {
+        name: torch.randn(size).double() for name, size in (("a", (4, 3)), ("b", (3, 4)), ("c", (4, 2)), ("d", (2, 4)))
+    }
+    stages = [
+        Stage(name, weight, None, torch.relu, opens=True) if name in "ac" else Stage(name, weight, closes=True)
+        for name, weight in w.items()
+    ]
+    x = torch.randn(7, 4).double()
+    middle = x + torch.relu(x @ w["a"]) @ w["b"]
+    expected = middle + torch.relu(middle @ w["c"]) @ w["d"]
+    found = spd.SPD(stages, 4, seed=1).double()
+    torch.testing.assert_close(found.run(x, {}), expected)
+    assert not torch.allclose(found.run(x, {name: torch.ones(7, 4).double() for name in w}), expected)
+    with torch.no_grad():
+        for name, weight in w.items():  # one component a row of the weight, and those that are left over zero
+            part, rows = found.of(name), len(weight)
+            part.V.copy_(torch.eye(rows, 4).double())
+            part.U.copy_(torch.cat([weight, torch.zeros(4 - rows, weight.shape[1]).double()]))
+    torch.testing.assert_close(found.run(x, {name: torch.ones(7, 4).double() for name in w}), expected)
+    torch.testing.assert_close(found.gates(x)["c"], found.of("c").gates(middle))
+    assert found.faithfulness() < 1e-20
