@@ -51,7 +51,7 @@ class Removal:
         self.vocabulary = model.W_U.out_features
         self.sequences, self.samples = sequences, sequences.samples()
         x, t = sequences.inputs, torch.arange(sequences.inputs.shape[1])
-        agreeing = (t >= sequences.period.unsqueeze(1)) & (sequences.targets == successor(x, self.vocabulary))
+        agreeing = (t >= sequences.period.unsqueeze(1)) & (sequences.targets == successor(x))
         self.samples["beside"] = agreeing
         self.chance = (1 - bigram) / self.vocabulary  # what the data give a token that is no successor
         self.base = self._predictions(model)
