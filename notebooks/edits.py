@@ -156,8 +156,9 @@ def panel(ax, name: str) -> None:
         ax.plot([row["low"], row["high"]], [place] * 2, color="black", lw=1)
         ax.plot(row["cost"], place, "|", color="black", ms=7, mew=1.4)
     ax.axvline(1, color="0.6", lw=0.8, zorder=0)
-    part = [f" ({r['reached']}/{r['of']})" if r["reached"] < r["of"] else "" for _, r in table.iterrows()]
-    ax.set_yticks(range(len(table)), table["method"] + part)
+    counts = zip(table["method"], table["reached"].tolist(), table["of"].tolist(), strict=True)
+    named = [f"{method} ({reached}/{of})" if reached < of else method for method, reached, of in counts]
+    ax.set_yticks(range(len(table)), named)
     ax.set(xscale="log", title=name, ylim=(len(table) - 0.4, -0.6))
 
 
