@@ -116,10 +116,12 @@ def compare(old: object, new: object, rtol: float = 1e-2, atol: float = 1e-6, ex
     """What moved between two results; ``exact``: on the same kind of processor, where nothing has to move."""
     before = {key: (value, spread) for key, value, spread in flatten(old)}
     after = {key: value for key, value, _ in flatten(new)}
-    found = Differences()
+    found, others = Differences(), [] if exact else list(chosen_otherwise(old, new))
+    found.warnings += [f"{key}: {lost}, now {gained}" for key, lost, gained in others]
+    apart = tuple(f"{key}.{name}."[not key :] for key, *both in others for names in both for name in names)
     for key, (value, spread) in before.items():
         if key not in after:
-            if not shortened(key, after):
+            if not shortened(key, after) and not f"{key}.".startswith(apart):
                 found.failures.append(f"{key}: {value!r}, now missing")
         elif equal(value, after[key]):
             found.equal += 1
@@ -133,9 +135,25 @@ def compare(old: object, new: object, rtol: float = 1e-2, atol: float = 1e-6, ex
                 found.warnings.append(f"{key}: {value!r}, now {after[key]!r}")
     values = {key: value for key, (value, _) in before.items()}
     found.warnings += [
-        f"{key}: new, {after[key]!r}" for key in after if key not in before and not shortened(key, values)
+        f"{key}: new, {after[key]!r}"
+        for key in after
+        if key not in before and not shortened(key, values) and not f"{key}.".startswith(apart)
     ]
     return found
+
+
+def chosen_otherwise(old: object, new: object, key: str = "") -> Iterator[tuple[str, list[str], list[str]]]:
+    """Where results are named by what they chose (concepts, say), and as many others were chosen: the names of both."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lost, gained = ([str(name) for name in a if name not in b] for a, b in ((old, new), (new, old)))
+        if lost and len(lost) == len(gained):
+            yield key, lost, gained
+        for name in old:
+            if name in new:
+                yield from chosen_otherwise(old[name], new[name], f"{key}.{name}" if key else str(name))
+    elif isinstance(old, list) and isinstance(new, list):
+        for index, (one, other) in enumerate(zip(old, new, strict=False)):
+            yield from chosen_otherwise(one, other, f"{key}[{index}]")
 
 
 def shortened(key: str, other: dict[str, Any]) -> bool:

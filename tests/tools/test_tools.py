@@ -207,6 +207,15 @@ def test_verify_finds_what_moved_and_passes_over_the_run() -> None:
     ]
 
 
+def test_results_that_are_named_by_what_they_chose_may_choose_otherwise_on_another_processor():
+    old = {"shown": {"top": {"unit": 1}, "left": {"unit": 2}}, "kept": {"a": 1.0, "b": 2.0}}
+    new = {"shown": {"top": {"unit": 1}, "right": {"unit": 5}}, "kept": {"a": 1.0}}
+    found = compare(old, new)
+    assert found.warnings == ["shown: ['left'], now ['right']"]
+    assert found.failures == ["kept.b: 2.0, now missing"]  # nothing stands in its place
+    assert "shown.left.unit: 2, now missing" in compare(old, new, exact=True).failures
+
+
 def test_verify_allows_what_the_spread_beside_a_number_allows() -> None:
     old = {"a": {"mean": 1.0, "sd": 0.2, "min": 0.8, "values": [0.8, 1.2], "other": 1.0}, "b": 1.0, "b_std": 0.3}
     new = {"a": {"mean": 1.19, "sd": 0.1, "min": 0.7, "values": [0.7, 1.5], "other": 1.1}, "b": 1.29, "b_std": 0.3}
