@@ -14,9 +14,9 @@
 # *Six directions of the middle block: the images that each reads most, and the logits that a step along it raises.*
 #
 # **Yes, but no more than gradients that nothing was fitted to.** On concepts that tell readers apart, directions read
-# without the prediction reach an average precision of 0.64, an autoencoder 0.56. k-means of gradients and single
+# without the prediction reach an average precision of 0.64, an autoencoder 0.55. k-means of gradients and single
 # gradients are level with directions there, and ahead on pairs of concepts and on what changes a prediction. Pushed,
-# directions are as selective as random ones.
+# directions are as selective as random ones in probabilities, and more in logits.
 #
 # Words, before any other number:
 #
@@ -252,8 +252,9 @@ report.table("fits", ours).round(3)
 
 # %% [markdown]
 # Beside the floors, with as many coefficients kept: the largest $\langle g, u\rangle$, refitted by least squares, which
-# fits do without; so ours are given in this way as well. Principal components, of any rank, leave a little less. (The
-# published L3D run on a convolutional network left 23%; it is another network, so this is no comparison of methods.)
+# fits do without; so ours are given in this way as well. Principal components, of any rank, leave less, also than ours
+# as fitted. (The published L3D run on a convolutional network left 23%; it is another network, so this is no comparison
+# of methods.)
 
 # %%
 g = study.scores.gradient_rows(first, few[:refitted_images])
@@ -627,8 +628,9 @@ by_rows.pivot_table(index="method", columns="rows", values="held").rename(plots.
 #
 # Under KL divergence an image's $H = J^\top (\mathrm{diag}(p) - pp^\top) J$ has at most nine dimensions here, so its
 # trace is known exactly. Below is the share of $\mathrm{tr} H$ in the span of an image's rows of largest activation,
-# the mean over test images. The leading eigenvectors of the image's own $H$ hold the most that any rows can. Directions
-# hold little more than half in eight rows. Principal components hold more, and in one row k-means of gradients do.
+# the mean over test images. The leading eigenvectors of the image's own $H$ hold the most that any rows can. Of 100
+# units, directions hold little more than half in eight rows. Principal components and k-means of gradients hold more
+# there, and in one row k-means hold most of these.
 
 # %%
 written_rows = {("ours", s): f"write {s}" for s in seeds} | {(m, s): f"{m} {s}" for m in floor_methods for s in seeds}

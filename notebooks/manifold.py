@@ -469,7 +469,7 @@ report.table("settings", settings).round(3)
 #
 # Each with the number found, its bound, and how many of its own standard errors lie between them. The two that fail are
 # of the network that triples angles: against zero more directions are found than predicted, against drawn references
-# fewer, and fewer dimensions.
+# fewer in the mean of two fits, and fewer dimensions.
 #
 # Where to go next: `tms` for features that are single vectors, `curvature` for what a reference decides.
 
