@@ -660,7 +660,7 @@ print(f"live: {live_seconds:.1f} s, error {live_error:.4f}; store: {largest['fit
 # `activation` goes backwards where outputs are fewer than directions, and else pushes many directions through the model
 # at once; *before*, one direction went through it after another. A page needs what directions do to every output. Where
 # the last layer is a matrix, as a language model's is, directions are pushed to its 64 inputs and not to 2,048 outputs,
-# by two backward passes that take half the time of a forward derivative.
+# by two backward passes in the place of a forward derivative.
 # Each way is measured beside the one that it replaced, which is still taken where there is no such layer: on 50 images
 # and on 8 windows of 16 tokens, in milliseconds for an image or a window.
 
@@ -847,8 +847,8 @@ json.loads(last.read_text())["results"] if last.exists() else "not run yet"
 # - Positions cost most: time and the memory of recorded factors grow faster than in proportion, as a sample of the last
 #   position reaches all positions before it. Formed gradients grow more slowly, so at some length, not reached here,
 #   they would be cheaper.
-# - Prefixes save most where sequences are long: at 128 positions nearly half of the time and more than half of the
-#   memory. What does not gain: two processes stay below the machine's limit.
+# - Prefixes save most where sequences are long: at 128 positions a fifth to nearly half of the time, by processor, and
+#   more than half of the memory. What does not gain: two processes stay below the machine's limit.
 #
 # Where to go next: the README's sections on long runs and stores; `start` for a first fit.
 
