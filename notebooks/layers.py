@@ -93,8 +93,8 @@ report.figure("network", figure)
 #
 # What came out, with the identity as embedding:
 #
-# - All features own a direction in 50 of 60 fits, fewer than hoped for. Those that own none are among those that the
-#   network itself computes least.
+# - All features own a direction in 50 of 60 fits, fewer than hoped for. Of the ten that lost a feature seven lose none
+#   with two directions a feature. Features that own none are among those that the network itself computes least.
 # - Directions fitted to one layer find the features too, but only that layer's third of the computation.
 # - A step along its whole direction takes a feature's computation away, and 1.4 to 1.9% changes elsewhere: more than
 #   the 1% that was hoped for. A step along the direction's readers alone takes away as much, and less than .7% changes.

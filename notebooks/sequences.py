@@ -80,7 +80,7 @@ report.figure("removal", figure)
 # %% [markdown]
 # **Induction and a bit, removed.** Every point is a network or a fit: what is left of what is to be removed, against
 # what changes elsewhere (both said below). Nearer to the lower left corner is better. Heads and units that are taken
-# out do best; for bits even random directions change less elsewhere.
+# out do best on average; for bits even random directions change less elsewhere.
 #
 # The scores over seeds are kept in `data/runs/sequences.json`, made by `python notebooks/tools/long/sequences.py`; one
 # network of each kind is trained and taken apart here.
