@@ -219,9 +219,8 @@ floors.rename(columns=NAMES).round(3)
 # and NC r². A line for each number of layers; bars are the range over seeds.
 
 # %%
-sweep = all_layers[(all_layers["embedding"] == "identity")].assign(
-    share=lambda table: table["owned"] / table["features"], full=lambda table: table["owned"] == table["features"]
-)
+sweep = all_layers[all_layers["embedding"] == "identity"].assign(share=lambda table: table["owned"] / table["features"],
+    full=lambda table: table["owned"] == table["features"])  # fmt: skip
 figure, axes = plots.panels(1, 2, width=0.8 * plots.PAGE, height=2.1)
 TITLES = {"share": "features that own a direction", "nc": "neuron contributions, r²"}
 for ax, (key, title) in zip(axes, TITLES.items(), strict=True):
@@ -236,12 +235,9 @@ for ax, (key, title) in zip(axes, TITLES.items(), strict=True):
 axes[1].legend(loc="lower right")
 report.figure("sweep", figure)
 counts = sweep.groupby(["layers", "multiple"]).agg(
-    seeds=("seed", "count"),
-    full=("full", "sum"),
-    owned=("owned", "mean"),
-    nc=("nc", "mean"),
+    seeds=("seed", "count"), full=("full", "sum"), owned=("owned", "mean"), nc=("nc", "mean"),
     seconds=("fit_cpu_seconds", "mean"),
-)
+)  # fmt: skip
 report.table("sweep", counts.reset_index())
 whole = sweep.pivot(index=["layers", "seed"], columns="multiple", values="full").dropna(subset=[1.5, 2.0])
 again = whole[whole[1.5] == False][2.0]  # noqa: E712

@@ -50,7 +50,7 @@ LEVELS = {name: level for name, level in HOPED.items() if compared.runs(name, "s
 curves = report.table("time", pd.DataFrame(compared.curves(list(LEVELS))))
 
 # %%
-figure, axes = plots.panels(1, len(LEVELS), width=plots.COLUMN, height=1.9, sharey=True, sharex=True)
+figure, axes = plots.panels(1, len(LEVELS), width=0.96 * plots.COLUMN, height=1.9, sharey=True, sharex=True)
 for ax, name in zip(axes, LEVELS, strict=True):
     here = curves[curves["network"] == name]
     for _, line in here.groupby(["method", "seed"], sort=False):
