@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eigendecomp.divergence import Divergence
 from eigendecomp.support.checks import finite, one_output, whole
-from eigendecomp.support.rows import PIECE, Rows
+from eigendecomp.support.rows import Rows
 
 
 class Reference(ABC):
@@ -55,8 +55,14 @@ class Draws:
 
     @classmethod
     def of(
-        cls, reference: Reference, divergence: Divergence, pool: Tensor, shape: tuple[int, int],
-        draws: int, generator: torch.Generator) -> "Draws":  # fmt: skip
+        cls,
+        reference: Reference,
+        divergence: Divergence,
+        pool: Tensor,
+        shape: tuple[int, int],
+        draws: int,
+        generator: torch.Generator,
+    ) -> "Draws":
         """``draws`` references for each of the (examples, positions) samples."""
         return cls(reference, divergence, pool, reference.noise(divergence, (*shape, draws), pool, generator))
 
@@ -66,12 +72,6 @@ class Draws:
 
     def __call__(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "e p r k"]:
         f = repeat(finite(f), "e p k -> e p r k", r=self.noise.shape[2])
-        few = max(1, PIECE // f[0].numel())
-        if len(f) > few:  # of a large vocabulary, nothing but the result is there for all examples
-            c = f.new_empty(f.shape)
-            for some in (slice(start, start + few) for start in range(0, len(f), few)):
-                c[some] = self.reference.cotangent(self.divergence, f[some], self.pool, self.noise[some])
-            return c
         return self.reference.cotangent(self.divergence, f, self.pool, self.noise)
 
     def __getitem__(self, examples: slice | Tensor) -> "Draws":

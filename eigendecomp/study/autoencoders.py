@@ -3,12 +3,11 @@
 sae-lens is imported when it is needed (pip install "eigendecomp[study]"); it takes seconds to import.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -112,7 +111,6 @@ def train(
         torch.manual_seed(seed)
         if kind == "batchtopk":
             model = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(k=kept, **size))  # type: ignore
-            model.activation_fn.forward = lambda x, library=model.activation_fn.forward: largest(library, kept, x)  # type: ignore
         else:
             model = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(k=int(kept), **size))  # type: ignore
         data = _batches(activations, batch_size, generator(seed, "sae"))
@@ -120,14 +118,6 @@ def train(
         with TemporaryDirectory() as folder:  # the library's own way from the training form to the other
             model.save_inference_model(folder)
             return Autoencoder(sae_lens.SAE.load_from_disk(folder).eval())
-
-
-def largest(library: Callable[[Tensor], Tensor], kept: float, x: Float[Tensor, "n units"]) -> Float[Tensor, "n units"]:
-    """The library's BatchTopK to the bit, without its sort, a third of a step; where values tie, the library's own."""
-    values, count = x.relu(), int(kept * len(x))
-    cut = float(np.partition(values.numpy(force=True).ravel(), -max(1, count))[-max(1, count)])
-    on = values >= cut
-    return values * on if cut == 0 or int(on.sum()) == count else library(x)
 
 
 def check(activations: Tensor, units: int, kept: float, kind: str) -> None:

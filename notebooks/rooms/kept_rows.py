@@ -1,11 +1,12 @@
-"""Rows of long runs, kept in one JSON file with their settings, so that a command may be stopped and given again."""
+"""Results of long runs, kept in one JSON file with their settings, so that a command may be stopped and given again."""
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eigendecomp.report.results import versions
+from eigendecomp.report.results import plain, versions
 
 
 def read(path: Path, settings: dict[str, Any], script: str) -> dict[str, Any]:
@@ -31,3 +32,15 @@ def write(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]\n}}\n')
     partial.replace(path)
+
+
+def once(path: Path, settings: dict[str, Any], script: str, make: Callable[[], Any]) -> None:
+    """Write one result, {"command", "settings", "versions", "result"}; a file that is there is left as it is.
+
+    Raises:
+        SystemExit: for a file made with other settings.
+    """
+    content = read(path, settings, script)
+    if not path.exists():
+        del content["rows"]
+        path.write_text(json.dumps(content | {"result": plain(make())}, indent=1) + "\n")

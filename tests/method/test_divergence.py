@@ -161,17 +161,6 @@ def test_drawn_references_follow_the_seed_and_go_with_their_samples(
         torch.testing.assert_close(draws[rows](f[rows]), c[rows])
 
 
-@pytest.mark.parametrize("reference, divergence", [*FIXED, *DRAWN], ids=name)
-def test_large_outputs_have_the_cotangents_of_all_at_once(
-    monkeypatch: pytest.MonkeyPatch, reference: Reference, divergence: Divergence
-) -> None:
-    f = normal(7, 2, 3)
-    draws = drawn(reference, divergence, f, 2, 0)
-    whole = draws(f)
-    monkeypatch.setattr("eigendecomp.reference.PIECE", 3 * f[0].numel() * 2)
-    assert torch.equal(draws(f), whole)
-
-
 @pytest.mark.parametrize("reference, divergence", DRAWN, ids=name)
 def test_the_first_samples_draw_the_same_however_many_follow(reference: Reference, divergence: Divergence) -> None:
     f = normal(40, 3, 3)

@@ -41,20 +41,6 @@ def test_one_seed_gives_one_autoencoder_and_leaves_the_global_state(activations)
     assert ((first.encode(activations) != 0).sum(1) <= 2).all()
 
 
-@pytest.mark.parametrize("kept", [0.5, 2, 20])
-def test_the_largest_are_those_of_the_library(kept: float) -> None:
-    """With their derivatives, also where more are asked for than are positive, and where values tie."""
-    from sae_lens.saes.batchtopk_sae import BatchTopK
-
-    library = BatchTopK(kept)
-    for x in (torch.randn(64, 30, generator=torch.Generator().manual_seed(0)), torch.ones(64, 30)):
-        mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-        found, wanted = autoencoders.largest(library, kept, mine), library(theirs)
-        (found * x + wanted * x).sum().backward()
-        assert torch.equal(found, wanted)
-        assert mine.grad is not None and theirs.grad is not None and torch.equal(mine.grad, theirs.grad)
-
-
 def test_it_trains_where_gradients_are_off(activations) -> None:
     with torch.no_grad():
         autoencoders.train(activations, 6, 1.0, seed=0, steps=2, batch_size=64)

@@ -7,7 +7,6 @@ takes is compared with an estimate from five steps that is made in the same proc
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch
 
 import eigendecomp as ed
 from eigendecomp.factored.kept import coefficients
-from eigendecomp.report.results import plain, versions
+from rooms import kept_rows
 from rooms.cost import benchmark, sizes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -73,16 +72,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "runs" / "directions.json")
     out: Path = parser.parse_args().out
-    if out.exists():
-        if json.loads(out.read_text())["settings"] != SETTINGS:
-            sys.exit(f"{out} was made with other settings; move it away to make it again")
-        return
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
-        result = plain(run(SETTINGS, Path(folder) / "store"))
-    command = "make long  # python notebooks/tools/long/directions.py"
-    content = {"command": command, "settings": SETTINGS, "versions": versions(), "result": result}
-    out.write_text(json.dumps(content, indent=1) + "\n")
+        store = Path(folder) / "store"
+        kept_rows.once(out, SETTINGS, "notebooks/tools/long/directions.py", lambda: run(SETTINGS, store))
 
 
 if __name__ == "__main__":

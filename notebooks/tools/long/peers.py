@@ -42,6 +42,7 @@ SPD = {
     # With 80 components, batches of 256 and the others' rate seed 1 merged features and ended at a cosine of .926.
     "large": spd.Settings(count=200, minimality=1e-4, p=2.0, steps=20_000, batch_size=1024, learning_rate=3e-3),
     "circuits": replace(BASE, minimality=3e-2),
+    "groups": replace(BASE, minimality=3e-2, count=25),
     # Components of one layer, minimality and steps as published for it, batches of 256 in place of 2,048. On seed 0
     # 1,500 steps at the published 2e-3 left 4,591 wrong importances, at 1e-2 754. Two layers: the same, half the 400
     # components, 20,000 of 50,000 steps and batches of 128, so that both end within twenty minutes of a core.

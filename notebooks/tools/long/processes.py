@@ -8,7 +8,6 @@ nothing of each other fit at the same time; each is started anew. Seconds are th
 """
 
 import argparse
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # notebooks/, where the rooms are
 
-from eigendecomp.report.results import plain, versions
+from rooms import kept_rows
 from rooms.cost.benchmark import fit_alone
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,19 +34,17 @@ def one_round(s: dict[str, Any]) -> list[dict[str, float]]:
     return [{"samples": n, "one": one, "two": two, "apart": sum(rest) / 2} for n, one, two, *rest in taken]
 
 
+def all_rounds(s: dict[str, Any]) -> list[dict[str, float]]:
+    """The rows of every round."""
+    return [row for _ in range(s["rounds"]) for row in one_round(s)]
+
+
 def main() -> None:
     """Make the file if it is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "runs" / "processes.json")
     out: Path = parser.parse_args().out
-    if out.exists():
-        if json.loads(out.read_text())["settings"] != SETTINGS:
-            sys.exit(f"{out} was made with other settings; move it away to make it again")
-        return
-    rounds = plain([row for _ in range(SETTINGS["rounds"]) for row in one_round(SETTINGS)])
-    command = "make long  # python notebooks/tools/long/processes.py"
-    content = {"command": command, "settings": SETTINGS, "versions": versions(), "result": {"rounds": rounds}}
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    kept_rows.once(out, SETTINGS, "notebooks/tools/long/processes.py", lambda: {"rounds": all_rounds(SETTINGS)})
 
 
 if __name__ == "__main__":
