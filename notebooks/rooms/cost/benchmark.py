@@ -310,7 +310,10 @@ def _alone(what: str, given: Sequence[Any], processes: int = 1) -> dict[str, Any
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, "-W", "ignore", *(launcher if processes > 1 else []), "-m", __name__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, what, json.dumps(given)], env=environment, capture_output=True, text=True)
+    notebooks = Path(__file__).resolve().parents[2]  # where this module is found by its name
+    done = subprocess.run(
+        [*command, what, json.dumps(given)], env=environment, cwd=notebooks, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"the work in a process of its own failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
