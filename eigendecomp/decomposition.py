@@ -178,6 +178,7 @@ def decompose(
     group: Mapping[str, str] | None = None,
     prune: float | None = None,
     restarts: int = 1,
+    start: Literal["random", "samples"] = "random",
     progress: bool = True,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 30.0,
@@ -208,6 +209,8 @@ def decompose(
             ``history.pruned`` has their numbers. Well below 1 / n_directions where all are in use.
         restarts: of so many fits, run at once on the same gradients from starts of their own, the one with the lowest
             training error is kept; ``history.restarts`` has the errors of all.
+        start: ``"random"``, or ``"samples"``: at gradients unlike each other, chosen as by k-means++. Small
+            or rare ones then keep a direction more often.
         checkpoint: a path that is written as the fit goes on, and resumed from where it is there.
         checkpoint_seconds: time between two writes, at least; longer where a write takes more than 1/40 of it.
 
@@ -219,6 +222,7 @@ def decompose(
         (Mean() if samples == "uses" else OtherSample()) if reference is None else reference,
         patterns(parameters), n_directions, rank, factorization, tied, BatchTopK(0.1) if sparsity is None else sparsity,
         steps, batch_size, learning_rate, seed, samples, scale, group=group, prune=prune, restarts=restarts,
+        start=start,
     )  # fmt: skip
     real("checkpoint_seconds", checkpoint_seconds, least=0)
     path = None if checkpoint is None else files.writable(checkpoint)

@@ -87,7 +87,7 @@ def decompose_curvature(
 
 def climb(target: Target, data: Feed, positions: int, settings: Settings, progress: bool) -> tuple[Directions, History]:
     """The directions after all steps, and the loss at some of them."""
-    u, steps, scale, history = settings.start(target).map(nn.Parameter), settings.steps, 0.0, History()
+    u, steps, scale, history = settings.random(target).map(nn.Parameter), settings.steps, 0.0, History()
     # A short memory: a direction that was pushed off a peak has small gradients, and must not be given small steps.
     optimizer = torch.optim.Adam(list(u.tensors()), lr=settings.learning_rate, betas=(0.9, 0.9))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step / steps))

@@ -17,6 +17,7 @@ from eigendecomp.factored.kept import coefficients
 from eigendecomp.gradients import Gradients, Products
 from eigendecomp.objective import Everything, loss_and_error, squared_error
 from eigendecomp.settings import Settings
+from eigendecomp.start import at_samples
 from eigendecomp.support import parallel
 from eigendecomp.support.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer, under
 from eigendecomp.support.checks import whole
@@ -45,18 +46,21 @@ class State:
     ``n_directions``, and one optimiser, which treats every number apart.
     """
 
-    def __init__(self, target: Target, settings: Settings, batches: Batches) -> None:
+    def __init__(self, target: Target, settings: Settings, batches: Batches, *, hidden: bool = True) -> None:
         self.settings, self.batches = settings, batches
         n = settings.n_directions
         self.blocks = [slice(i * n, (i + 1) * n) for i in range(settings.restarts)]
         roles = [f"directions {i}" if i else "directions" for i in range(settings.restarts)]
-        starts = [settings.start(target, role) for role in roles]
+        self.draw = generator(settings.seed, "references")
+        if settings.start == "samples":
+            starts = [at_samples(target, settings, batches, self.draw, role, hidden=hidden) for role in roles]
+        else:
+            starts = [settings.random(target, role) for role in roles]
         self.decoder = self.encoder = reduce(Directions.beside, starts).map(torch.nn.Parameter)
         if not settings.tied:
             self.encoder = self.decoder.map(lambda factor: torch.nn.Parameter(factor.detach().clone()))
         self.weights = [*self.decoder.tensors(), *([] if settings.tied else self.encoder.tensors())]
         self.optimizer = torch.optim.Adam(self.weights, lr=settings.learning_rate, fused=True)
-        self.draw = generator(settings.seed, "references")
         self.last_kept = torch.zeros(self.decoder.n, dtype=torch.long, device=target.device)
         self.ever = torch.zeros((), device=target.device)  # coefficients kept so far
         self.histories = [History() for _ in self.blocks]
@@ -145,10 +149,10 @@ def fit(
     Raises:
         ValueError: if gradients are zero or not finite, or the checkpoint is of another fit.
     """
-    state = State(target, settings, batches)
+    hidden, gradients = not (progress and parallel.leads()), None
+    state = State(target, settings, batches, hidden=hidden)
     if checkpoint is not None:
         checkpoint.resume(state)
-    hidden, gradients = not (progress and parallel.leads()), None
     bar = tqdm(total=settings.steps, initial=state.step, disable=hidden, desc="fit", mininterval=0.5)
     try:
         while state.step < settings.steps:

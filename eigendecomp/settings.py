@@ -39,11 +39,12 @@ class Settings:
     interference: float | None = None  # weight of the direct method's second loss; None for a fit of gradients
     prune: float | None = None
     restarts: int = 1
+    start: Literal["random", "samples"] = "random"
 
     def __post_init__(self) -> None:
         check_settings(self, divergence=Divergence, reference=Reference, sparsity=Sparsity)
 
-    def start(self, target: Target, role: str = "directions") -> Directions:
+    def random(self, target: Target, role: str = "directions") -> Directions:
         """Random directions for a target, from the seed and a role."""
         like = {"generator": generator(self.seed, role), "dtype": target.dtype, "device": target.device}
         return Directions.random(target.shapes, self.n_directions, self.rank, self.factorization, **like)

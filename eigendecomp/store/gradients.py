@@ -159,6 +159,7 @@ class GradientStore(Shown):
         seed: int = 0,
         prune: float | None = None,
         restarts: int = 1,
+        start: Literal["random", "samples"] = "random",
         progress: bool = True,
         checkpoint: str | Path | None = None,
         checkpoint_seconds: float = 30.0,
@@ -173,7 +174,7 @@ class GradientStore(Shown):
         settings = replace(
             self.settings, n_directions=n_directions, rank=rank, factorization=factorization, tied=tied,
             sparsity=BatchTopK(0.1) if sparsity is None else sparsity, steps=steps, batch_size=batch_size,
-            learning_rate=learning_rate, seed=seed, prune=prune, restarts=restarts,
+            learning_rate=learning_rate, seed=seed, prune=prune, restarts=restarts, start=start,
         )  # fmt: skip
         path = None if checkpoint is None else files.writable(checkpoint)
         real("checkpoint_seconds", checkpoint_seconds, least=0)

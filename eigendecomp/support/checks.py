@@ -88,6 +88,7 @@ def check_settings(settings: Any, **kinds: type) -> None:
     if settings.prune is not None:
         real("prune (share of the squared gradients)", settings.prune, above=0, most=1)
     choice("factorization", settings.factorization, "cp", "tucker")
+    choice("start", settings.start, "random", "samples")
     choice("samples", settings.samples, "outputs", "uses")
     if settings.scale not in (None, "unit") or (settings.scale and settings.samples == "outputs"):
         raise ValueError(f"scale={settings.scale!r} must be None, or 'unit' with samples='uses'")

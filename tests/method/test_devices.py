@@ -66,15 +66,15 @@ def test_everything_runs_on_a_gpu(
         monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
     make, inputs = CASES[case]
     model, x = gpu.move(make().eval()), inputs()
-    for place in (x, gpu.put(x.clone())):
-        d = ed.decompose(model, place, reference=reference, **FIT)
+    for start, place in (("random", x), ("samples", gpu.put(x.clone()))):
+        d = ed.decompose(model, place, reference=reference, start=start, **FIT)
         d.save(tmp_path / "d.safetensors")
         again = ed.Decomposition.load(tmp_path / "d.safetensors", model)
         for one in (d, again):
             assert all(factor.device == GPU for factor in one.decoder.tensors())
             read = (one.encode(place), one.activation(place), one.impact(place, 2), one.top(place, 3)[0])
             assert all(values.device == GPU for values in read)
-            assert one.reconstruction_error(place) < 2
+            assert one.reconstruction_error(place) < 4
             assert ed.interactions(one, place).device == GPU
             with one.perturbed({0: 0.5}) as moved:
                 moved(place.to(GPU))

@@ -33,6 +33,7 @@ cases = {
     "dataset": dict(cache=0, data=torch.utils.data.TensorDataset(x)),
     "l1": dict(sparsity=ed.L1(0.05), tied=True, reference=ed.Constant(0.0)),
     "best": dict(prune=0.05, restarts=2),
+    "at samples": dict(start="samples", restarts=2, rank=2),
 }
 if dies:  # in step 20, some steps after the last checkpoint
     step, written = State.update, []
