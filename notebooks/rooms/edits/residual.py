@@ -66,8 +66,9 @@ class Network:
         """Directions of all layers, or of one."""
         n = round(PER_FEATURE * self.features)
         return fitting.fit(
-            self.model, n, seed=self.seed, steps=self.steps if only < 0 else self.steps_of_one, only=only
-        )
+            self.model, n, seed=self.seed, steps=self.steps if only < 0 else self.steps_of_one, only=only,
+            single=True,
+        )  # fmt: skip
 
     @cached_property
     def fits(self) -> dict[int, Decomposition]:

@@ -129,7 +129,7 @@ SPREAD: dict[str, Any] = {
     "batch_size": fitting.BATCH_SIZE, "learning_rate": fitting.LEARNING_RATE,
 }  # fmt: skip
 OURS: dict[str, dict[str, Any]] = {
-    "resid1": {**SPREAD, "steps": fitting.STEPS[1]}, "resid2": {**SPREAD, "steps": fitting.STEPS[2]},
+    "resid1": {**SPREAD, "steps": fitting.SINGLE[1]}, "resid2": {**SPREAD, "steps": fitting.SINGLE[2]},
     "tms": {"reference": Mean(), "sparsity": BatchTopK(0.2), "steps": 1500},
     "identity": {"reference": Mean(), "sparsity": BatchTopK(0.25), "steps": 400},
     "large": {"reference": Mean(), "sparsity": BatchTopK(0.05), "steps": 2000, "batch_size": 256},

@@ -28,20 +28,25 @@ from rooms import fitting, kept_rows
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS: dict[str, Any] = {
     "samples": fitting.SAMPLES, "kept": fitting.KEPT, "steps": {str(k): n for k, n in fitting.STEPS.items()},
+    "single": {str(k): n for k, n in fitting.SINGLE.items()}, "restarts": 2, "start": "samples",
     "batch_size": fitting.BATCH_SIZE, "learning_rate": fitting.LEARNING_RATE, "rank": 1, "reference": "Mean",
     "training_steps": fitting.TRAINING_STEPS, "training_batch": 256, "networks": 4, "width": 200,
 }  # fmt: skip
 SWEEP = (0.5, 1.0, 2.0, 4.0)
-LOST = {1: (6, 17), 2: (10, 14, 18), 3: (3, 9, 15)}  # seeds that lost a feature with 1.5 directions a feature
 Run = dict[str, Any]
 
 
 def run(
-    layers: int, seed: int, embedding: str = "identity", multiple: float = 1.5, width: int = 0, only: int = -1
-) -> Run:
-    """What a row is known by; ``only`` is the layer whose parameters are decomposed alone, −1 for all."""
+    layers: int, seed: int, embedding: str = "identity", multiple: float = 1.5, width: int = 0, only: int = -1,
+    single: bool = False,
+) -> Run:  # fmt: skip
+    """What a row is known by; ``only`` is the layer whose parameters are decomposed alone, −1 for all.
+
+    A ``single`` fit starts at random directions.
+    """
     width = (fitting.SIZES[layers]["features"] if embedding == "identity" else 200) if width == 0 else width
-    return {"layers": layers, "embedding": embedding, "width": width, "multiple": multiple, "only": only, "seed": seed}
+    return {"layers": layers, "embedding": embedding, "width": width, "multiple": multiple, "only": only, "seed": seed,
+            "single": single}  # fmt: skip
 
 
 def runs() -> Iterator[Run]:
@@ -57,8 +62,7 @@ def runs() -> Iterator[Run]:
     yield from (run(layers, seed, "random") for seed in (1, 2) for layers in depths)
     yield from (run(layers, 0, "random", width=1000) for layers in depths)
     yield from (run(layers, s, multiple=multiple) for s in (1, 2) for multiple in SWEEP for layers in depths)
-    yield from (run(layers, seed, multiple=2.0) for layers, seeds in LOST.items() for seed in seeds)
-    yield from (run(layers, seed, multiple=2.0) for seed in range(3, 20) for layers in depths)
+    yield from (run(layers, seed, single=True) for seed in range(20) for layers in depths)
     yield from (run(layers, seed, "random", width=1000) for seed in (1, 2) for layers in depths)
     yield from (run(layers, seed, "random") for seed in range(3, 20) for layers in depths)
 
@@ -105,12 +109,12 @@ def result(one: Run) -> Run:
     model, missed = network(one["layers"], one["embedding"], one["width"], one["seed"] % SETTINGS["networks"])
     n = round(one["multiple"] * len(model.W_E))
     started = time.process_time()
-    d = fitting.fit(model, n, seed=one["seed"], only=one["only"])
+    d = fitting.fit(model, n, seed=one["seed"], only=one["only"], single=one["single"])
     row = {**one, "directions": n, "missed": missed, "fit_cpu_seconds": time.process_time() - started}
     row |= recovery.recovery(d, model).row()
     if one["multiple"] >= 1:
         row["lost_computed"] = lost(d, model)
-    if one["multiple"] == 1.5 and one["only"] < 0 and one["seed"] < 3 and one["width"] < 1000:
+    if one["multiple"] == 1.5 and one["only"] < 0 and not one["single"] and one["seed"] < 3 and one["width"] < 1000:
         row |= floor_rows(d, model, one["seed"])
     return plain(row)
 
