@@ -13,6 +13,18 @@ def over_seeds(group: pd.DataFrame) -> pd.Series:
     return pd.Series({"seeds": len(group), "all owned": full, **means, **least, "nc sd": group["nc"].std()})
 
 
+def ways(fits: pd.DataFrame) -> pd.DataFrame:
+    """How often all features own a direction with 1.5 of them a feature, by layers and by how fits start."""
+    lines = []
+    for (layers, single), group in fits[fits["multiple"] == 1.5].groupby(["layers", "single"]):
+        lines.append({
+            "layers": layers, "way": "one, from random directions" if single else "the better of two, from samples",
+            "fits": len(group), "all owned": int((group["owned"] == group["features"]).sum()),
+            "seconds": group["fit_cpu_seconds"].mean(),
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
 def floors(usual: pd.DataFrame, single: pd.DataFrame) -> pd.DataFrame:
     """Means over the seeds that have floors, with an identity embedding, and directions fitted to one layer alone."""
     some = usual[(usual["embedding"] == "identity") & usual["random nc"].notna()]
