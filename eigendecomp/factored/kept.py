@@ -2,7 +2,7 @@
 
 Most coefficients of a sparse batch are zero, and a zero coefficient has no derivative. Where that takes fewer
 operations, all coefficients are computed without derivatives, and then the products of samples with the directions that
-are kept for them once more, with derivatives. The numbers are those of :class:`eigendecomp.objective.Everything`.
+are kept for them once more, with derivatives. The numbers are those of :class:`eigendecomp.objective.Coefficients`.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eigendecomp.directions import OPS_PER_ELEMENT, Directions
 from eigendecomp.gradients import Gradients, sum_of
-from eigendecomp.objective import Coefficients, Everything, everything
+from eigendecomp.objective import Coefficients
 from eigendecomp.sparsity import Sparsity
 
 UNEVEN = 4  # the most coefficients that are kept of one sample, over the mean: a guess, until they are counted
@@ -51,6 +51,14 @@ class KeptAlone(Coefficients):
         return s, y - rebuilt.squeeze(1), gram_within(few, few, n)
 
 
+def everything(
+    rule: Sparsity, gradients: Gradients, encoder: Directions, decoder: Directions, progress: float
+) -> Coefficients:
+    """A batch's coefficients, all with derivatives; ``progress`` is the share of the steps done."""
+    products = gradients.products(encoder, decoder)
+    return Coefficients(products, rule.keep_batch(products.z, progress), decoder)
+
+
 def coefficients(
     rule: Sparsity, gradients: Gradients, encoder: Directions, decoder: Directions, progress: float
 ) -> Coefficients:
@@ -64,7 +72,7 @@ def coefficients(
     if saves(gradients, encoder, decoder, m):
         return KeptAlone(gradients, encoder, decoder, z, kept, m)
     products = gradients.products(encoder, decoder)
-    return Everything(products, products.z * (kept != 0), decoder)
+    return Coefficients(products, products.z * (kept != 0), decoder)
 
 
 def saves(gradients: Gradients, encoder: Directions, decoder: Directions, m: float) -> bool:

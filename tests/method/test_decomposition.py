@@ -16,8 +16,9 @@ from eigendecomp import decomposition
 from eigendecomp.batches import CachedBatches, LiveBatches
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
+from eigendecomp.factored.kept import everything
 from eigendecomp.gradients import Formed, FunctionalSource, Gradients
-from eigendecomp.objective import CANCELLATION, everything, loss_and_error
+from eigendecomp.objective import CANCELLATION, loss_and_error
 from eigendecomp.reference import Draws, Reference
 from eigendecomp.sparsity import Sparsity
 from eigendecomp.study.scores import max_cosine
@@ -210,7 +211,7 @@ def test_the_objective_is_the_one_written_out(
     encoder = decoder if tied else encoder
     g = normal(n, 8, seed=seed, dtype=torch.float64)
     batch = everything(sparsity, Gradients(shapes, [Formed(shapes, g)]), encoder, decoder, progress)
-    loss, error = loss_and_error(sparsity, batch, decoder, dead)
+    loss, error = loss_and_error(sparsity, batch, dead)
     expected, expected_error = objective_by_hand(sparsity, g, encoder.flat(), decoder.flat(), dead, progress)
     (a, b), (c,) = decoder.factors["a"], decoder.factors["b"]  # matrices are sums of two terms, vectors are one
     terms = torch.einsum("vki,vkj->vkij", a, b).square().flatten(1).sum(1) + c[:, 0].square().sum(1)
@@ -228,7 +229,7 @@ def test_only_the_dead_learn_from_what_the_others_leave() -> None:
         decoder.map(lambda f: f.requires_grad_())
         g = Gradients(shapes, [Formed(shapes, normal(9, 6, dtype=torch.float64))])
         rule = ed.BatchTopK(0.5, warmup=0.0, auxiliary=auxiliary)
-        loss, _ = loss_and_error(rule, everything(rule, g, encoder, decoder, 1.0), decoder, dead)
+        loss, _ = loss_and_error(rule, everything(rule, g, encoder, decoder, 1.0), dead)
         learned.append(torch.autograd.grad(loss, list(decoder.tensors()))[0])
     torch.testing.assert_close(learned[0][1], learned[1][1])
     assert not torch.allclose(learned[0][0], learned[1][0])

@@ -158,7 +158,7 @@ def objective_step(
     alive = torch.zeros(n_directions, dtype=torch.bool)
 
     def work() -> None:
-        loss, _ = loss_and_error(rule, way(rule, Gradients({"w": part.shape}, [part]), e, d, 1.0), d, alive)
+        loss, _ = loss_and_error(rule, way(rule, Gradients({"w": part.shape}, [part]), e, d, 1.0), alive)
         torch.autograd.grad(loss, [*e.tensors(), *d.tensors()])
 
     return work
