@@ -1,16 +1,19 @@
-"""What a fit reads of its data, and batches of gradients: differentiated at every step, or from kept Jacobians."""
+"""What a fit reads of its data, and batches of gradients: differentiated at every step, or held."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from eigendecomp.gradients import EachOutput, Formed, Gradients, Source
+from eigendecomp.gradients import Gradients, Source
 from eigendecomp.reference import Draws
 from eigendecomp.settings import Settings
 from eigendecomp.support import parallel
-from eigendecomp.support.checks import check_differs, usable
+from eigendecomp.support.checks import check_differs
 from eigendecomp.support.examples import Examples, Feed, Inputs, Shuffled, count, feed, fetch, first
 from eigendecomp.support.random import generator
 from eigendecomp.support.rows import Outputs
@@ -18,7 +21,6 @@ from eigendecomp.target import Target
 
 CACHE_BYTES = 1 << 28  # a Jacobian up to this size is kept instead of being computed at every step
 POOL_SAMPLES = 8192  # samples from whose outputs references are made, where there are more
-CHUNK = 256  # examples differentiated at a time, where no loss is taken of them
 ZERO = "does the output depend on the chosen parameters, and differ from the reference?"
 
 
@@ -83,29 +85,17 @@ class LiveBatches:
         return self.source(self.feed.take(examples), draws[parallel.share(examples)])
 
 
-class CachedBatches:
-    """Differentiates the target once: a gradient is linear in the cotangent, g = Jᵀc, so J is all there is to keep.
+class HeldBatches:
+    """Draws from gradients that are held, all alike.
 
-    A fixed reference needs less, since the gradients themselves never change.
+    Args:
+        some: gives those of chosen numbers; where their references are not held as well, drawn from a generator.
     """
 
     def __init__(
-        self, source: Source, examples: Examples, outputs: Outputs, draws: Draws, generator: torch.Generator
+        self, count: int, some: Callable[[Int[Tensor, " n"], torch.Generator], Gradients], order: torch.Generator
     ) -> None:
-        self.shapes, self.draws, (e, p, _), fixed = source.target.shapes, draws, outputs.shape, draws.reference.fixed
-        self.f = torch.zeros(e * p, 0) if fixed else outputs.all().flatten(0, 1)
-        c, pieces = draws.again((e, p), 1, generator) if fixed else EachOutput(), []
-        for start in range(0, e, CHUNK):
-            some = slice(start, start + CHUNK)
-            pieces.append(source([tensor[some] for tensor in examples], c[some]).flat())
-        self.jacobian = usable(torch.cat(pieces).view(len(self.f), -1, pieces[0].shape[-1]), ZERO)
-        self.feed = Shuffled((self.f,), len(self.f), generator)
+        self.some, self.feed = some, Shuffled((torch.zeros(count),), count, order)
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        share = parallel.share(size)
-        index = self.feed.indices(size)[share]
-        gradients = self.jacobian[index]
-        if not self.draws.reference.fixed:
-            c = self.draws.again((size, 1), 1, generator)[share](self.f[index].unsqueeze(1))
-            gradients = torch.bmm(c[:, 0], gradients)
-        return Gradients(self.shapes, [Formed(self.shapes, gradients[:, 0])])
+        return self.some(self.feed.indices(size)[parallel.share(size)], generator)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import eigendecomp as ed
 from eigendecomp import decomposition
-from eigendecomp.batches import CachedBatches, LiveBatches
+from eigendecomp.batches import LiveBatches
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
 from eigendecomp.factored.kept import everything
+from eigendecomp.factored.samples import held_gradients
 from eigendecomp.gradients import Formed, FunctionalSource, Gradients
 from eigendecomp.objective import CANCELLATION, loss_and_error
 from eigendecomp.reference import Draws, Reference
@@ -411,7 +412,7 @@ def test_kept_and_live_gradients_of_the_same_samples_are_the_same(reference: Ref
     f = target.outputs((x,))
     pool = reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(0, "pool"))
     draws = Draws.of(reference, divergence, pool, (1, 1), 1, generator(0, "probe"))
-    cached = CachedBatches(source, (x,), Outputs.of(target, (x,)), draws, generator(0, "data"))
+    cached = held_gradients(source, (x,), Outputs.of(target, (x,)), draws, generator(0, "data"))
     live = LiveBatches(source, Shuffled((x,), 30, generator(0, "data")), draws, 1)
     one, other = generator(0, "references"), generator(0, "references")
     for _ in range(5):  # more than one round through the thirty
