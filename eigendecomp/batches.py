@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Int
@@ -60,15 +59,6 @@ class Data:
         return cls(inputs, n, probe, seen, f, draws, cached)
 
 
-class Batches(Protocol):
-    """Gives the gradients of a batch of samples with freshly drawn references."""
-
-    @property
-    def feed(self) -> Feed: ...
-
-    def batch(self, size: int, generator: torch.Generator) -> Gradients: ...
-
-
 @dataclass
 class LiveBatches:
     """Differentiates the target at every step, on whole examples."""
@@ -99,3 +89,6 @@ class HeldBatches:
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
         return self.some(self.feed.indices(size)[parallel.share(size)], generator)
+
+
+Batches = LiveBatches | HeldBatches

@@ -58,8 +58,8 @@ class Products(NamedTuple):
 class Part(Protocol):
     """The gradients of some of the tensors, for n samples: as in :class:`Gradients`, over these tensors alone.
 
-    What takes ``own`` directions is given m for each sample; operations are counted for v or m directions of a kind,
-    and are infinite where a way is no choice.
+    ``inner_own`` is ⟨g_n, u_nm⟩ with m directions for each sample: first those of the first sample. Operations of either
+    inner product are counted for v or m directions of a kind, and are infinite where a way is no choice.
     """
 
     names: tuple[str, ...]
@@ -154,22 +154,10 @@ class Gradients:
         """⟨g_n, u_v⟩; differentiable in the directions."""
         return sum_of([part.inner(directions) for part in self.parts])
 
-    def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
-        """⟨g_n, u_nm⟩ with m directions for each sample: first those of the first sample; differentiable in them."""
-        return sum_of([part.inner_own(own) for part in self.parts])
-
     def products(self, encoder: Directions, decoder: Directions) -> Products:
         """⟨g, u⟩ for encoder and decoder, the decoder's Gram matrix, and ‖g‖²: in one pass over the gradients."""
         each = [part.products(encoder, decoder) for part in self.parts]
         return Products(*(sum_of(terms) for terms in zip(*each, strict=True)))
-
-    def operations(self, directions: Directions) -> float:
-        """Operations that :meth:`inner` takes."""
-        return sum(part.operations(directions, directions.n) for part in self.parts)
-
-    def operations_own(self, directions: Directions, m: float) -> float:
-        """Operations that :meth:`inner_own` takes for m directions of this kind a sample."""
-        return sum(part.operations_own(directions, m) for part in self.parts)
 
     def square_norms(self) -> Float[Tensor, " n"]:
         """‖g_n‖²."""

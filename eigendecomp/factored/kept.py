@@ -38,10 +38,10 @@ class KeptAlone(Coefficients):
     ) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"], Directions]:
         """s and y of chosen directions of every sample, and these of the decoder."""
         own = self.decoder.select(numbers.flatten())
-        y = self.gradients.inner_own(own)
+        y = inner_own(self.gradients, own)
         if self.encoder is self.decoder:
             return y * present, y, own
-        return self.gradients.inner_own(self.encoder.select(numbers.flatten())) * present, y, own
+        return inner_own(self.gradients, self.encoder.select(numbers.flatten())) * present, y, own
 
     def of_residual(self, rule: Sparsity, dead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n, kept = len(self.z), rule.keep_batch(self.z[:, dead], 1.0)
@@ -49,6 +49,11 @@ class KeptAlone(Coefficients):
         s, y, few = self.products(dead.nonzero()[:, 0][index], present)
         rebuilt = self.s.detach().unsqueeze(1) @ gram_within(self.own.map(Tensor.detach), few, n)
         return s, y - rebuilt.squeeze(1), gram_within(few, few, n)
+
+
+def inner_own(gradients: Gradients, own: Directions) -> Float[Tensor, "n m"]:
+    """⟨g_n, u_nm⟩ with m directions for each sample: first those of the first sample; differentiable in them."""
+    return sum_of([part.inner_own(own) for part in gradients.parts])
 
 
 def everything(
@@ -79,11 +84,11 @@ def saves(gradients: Gradients, encoder: Directions, decoder: Directions, m: flo
     """Whether it takes fewer operations to differentiate products with m directions a sample than with all."""
     if decoder.n < LEAST or m >= decoder.n:
         return False
-    own = gradients.operations_own(decoder, m)
+    own = sum(part.operations_own(decoder, m) for part in gradients.parts)
     if own == float("inf"):
         return False
     sets, v, n = 1 if encoder is decoder else 2, decoder.n, len(gradients)
-    one, pair = gradients.operations(decoder), gram_operations(decoder)
+    one, pair = sum(part.operations(decoder, v) for part in gradients.parts), gram_operations(decoder)
     dense = PASSES * (sets * one + v * v * (pair + 2 * n))
     return one + PASSES * (sets * own + n * m * m * (pair + 2)) < dense
 
