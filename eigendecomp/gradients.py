@@ -58,8 +58,8 @@ class Products(NamedTuple):
 class Part(Protocol):
     """The gradients of some of the tensors, for n samples: as in :class:`Gradients`, over these tensors alone.
 
-    ``inner_own`` is ⟨g_n, u_nm⟩ with m directions for each sample: first those of the first sample. Operations of either
-    inner product are counted for v or m directions of a kind, and are infinite where a way is no choice.
+    ``inner_own`` takes m directions for each sample: first those of the first sample. Operations are counted for v or m
+    directions of a kind, and are infinite where a way is no choice.
     """
 
     names: tuple[str, ...]
@@ -81,7 +81,7 @@ class Part(Protocol):
         """All that the objective needs, over these tensors, with nothing computed twice."""
         y = self.inner(decoder)
         z = y if encoder is decoder else self.inner(encoder)
-        return Products(z, y, decoder.over(self.names).gram(), self.square_norms())
+        return Products(z, y, decoder.gram(names=self.names), self.square_norms())
 
 
 class Formed(Part):
@@ -115,7 +115,7 @@ class Formed(Part):
         y = self.values @ u.T
         z = y if encoder is decoder else self.inner(encoder)
         # The directions are formed already; of more directions than samples the factors give the Gram matrix sooner.
-        gram = u @ u.T if decoder.n <= len(y) else decoder.over(self.names).gram()
+        gram = u @ u.T if decoder.n <= len(y) else decoder.gram(names=self.names)
         return Products(z, y, gram, self.square_norms())
 
     def operations(self, directions: Directions, v: float) -> float:

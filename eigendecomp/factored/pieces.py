@@ -37,7 +37,7 @@ class Recomputed(Part):
             z = y = self.inner(decoder)
         else:
             z, y = self.inner(encoder.beside(decoder)).split((encoder.n, decoder.n), 1)
-        return Products(z, y, decoder.over(self.names).gram(), self.square_norms())
+        return Products(z, y, decoder.gram(names=self.names), self.square_norms())
 
     def operations(self, directions: Directions, v: float) -> float:
         return 0.0  # beside making the gradients

@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from eigendecomp.batches import ZERO, Batches, Data, HeldBatches, LiveBatches
+from eigendecomp.batches import ZERO, Batches, HeldBatches, LiveBatches
+from eigendecomp.factored.data import Data
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.uses import HELD_BYTES, UseSource, held_uses
 from eigendecomp.gradients import EachOutput, Formed, Gradients, Source

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigendecomp.batches import Data, HeldBatches
+from eigendecomp.batches import HeldBatches
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Factorization, check_rank
 from eigendecomp.divergence import Divergence, SquaredError
+from eigendecomp.factored.data import Data
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.reference import Mean, OtherSample, Reference

@@ -424,7 +424,7 @@ def test_kept_and_live_gradients_of_the_same_samples_are_the_same(reference: Ref
 def test_a_fit_on_live_gradients_is_the_fit_on_kept_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = classifier(dtype=torch.float64), normal(40, 3, dtype=torch.float64)
     kept = quick(model, x, sparsity=ed.L1(0.05))
-    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.factored.data.CACHE_BYTES", 0)
     live = quick(model, x, sparsity=ed.L1(0.05))
     torch.testing.assert_close(torch.tensor(live.history.loss), torch.tensor(kept.history.loss))
     torch.testing.assert_close(flat(live), flat(kept), rtol=1e-5, atol=1e-6)
