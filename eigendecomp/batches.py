@@ -1,70 +1,18 @@
-"""What a fit reads of its data, and batches of gradients: differentiated at every step, or from kept Jacobians."""
+"""Batches of gradients: differentiated at every step, or held."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from eigendecomp.gradients import EachOutput, Formed, Gradients, Source
+from eigendecomp.gradients import Gradients, Source
 from eigendecomp.reference import Draws
-from eigendecomp.settings import Settings
 from eigendecomp.support import parallel
-from eigendecomp.support.checks import check_differs, usable
-from eigendecomp.support.examples import Examples, Feed, Inputs, Shuffled, count, feed, fetch, first
-from eigendecomp.support.random import generator
-from eigendecomp.support.rows import Outputs
-from eigendecomp.target import Target
+from eigendecomp.support.examples import Feed, Shuffled
 
-CACHE_BYTES = 1 << 28  # a Jacobian up to this size is kept instead of being computed at every step
-POOL_SAMPLES = 8192  # samples from whose outputs references are made, where there are more
-CHUNK = 256  # examples differentiated at a time, where no loss is taken of them
 ZERO = "does the output depend on the chosen parameters, and differ from the reference?"
-
-
-@dataclass
-class Data:
-    """What a fit reads of its inputs."""
-
-    inputs: Inputs
-    count: int | None  # examples, where that is known
-    probe: Examples  # the first three
-    seen: Examples  # those from whose outputs references are made: all, where that is cheap
-    outputs: Outputs  # of these
-    draws: Draws
-    cached: bool  # whether Jacobians of all are small enough to be kept
-
-    @classmethod
-    def read(cls, target: Target, inputs: Inputs, settings: Settings, pool_samples: int = POOL_SAMPLES) -> "Data":
-        """Run the target on the inputs that references are made from.
-
-        Raises:
-            ValueError: if the divergence cannot compare the outputs, or no output differs from its reference.
-        """
-        s, probe = settings, first(inputs, 3)
-        _, p, k = target.outputs(probe).shape
-        s.divergence.check(k)
-        n = count(inputs)
-        size = p * (1 if s.reference.fixed else k) * target.size * torch.finfo(target.dtype).bits // 8
-        cached = n is not None and n * size <= CACHE_BYTES
-        some = math.ceil(pool_samples / p)
-        if n and (cached or n <= some):
-            seen = fetch(inputs, range(n))
-        else:
-            seen = feed(inputs, generator(s.seed, "pool")).take(some)
-        f = Outputs.of(target, seen)
-        draws = Draws.of(s.reference, s.divergence, s.pool(f), (1, 1), 1, generator(s.seed, "probe"))
-        check_differs(draws, f.pieces(), generator(s.seed, "zero"), ZERO)
-        return cls(inputs, n, probe, seen, f, draws, cached)
-
-
-class Batches(Protocol):
-    """Gives the gradients of a batch of samples with freshly drawn references."""
-
-    @property
-    def feed(self) -> Feed: ...
-
-    def batch(self, size: int, generator: torch.Generator) -> Gradients: ...
 
 
 @dataclass
@@ -83,29 +31,20 @@ class LiveBatches:
         return self.source(self.feed.take(examples), draws[parallel.share(examples)])
 
 
-class CachedBatches:
-    """Differentiates the target once: a gradient is linear in the cotangent, g = Jᵀc, so J is all there is to keep.
+class HeldBatches:
+    """Draws from gradients that are held, all alike.
 
-    A fixed reference needs less, since the gradients themselves never change.
+    Args:
+        some: gives those of chosen numbers; where their references are not held as well, drawn from a generator.
     """
 
     def __init__(
-        self, source: Source, examples: Examples, outputs: Outputs, draws: Draws, generator: torch.Generator
+        self, count: int, some: Callable[[Int[Tensor, " n"], torch.Generator], Gradients], order: torch.Generator
     ) -> None:
-        self.shapes, self.draws, (e, p, _), fixed = source.target.shapes, draws, outputs.shape, draws.reference.fixed
-        self.f = torch.zeros(e * p, 0) if fixed else outputs.all().flatten(0, 1)
-        c, pieces = draws.again((e, p), 1, generator) if fixed else EachOutput(), []
-        for start in range(0, e, CHUNK):
-            some = slice(start, start + CHUNK)
-            pieces.append(source([tensor[some] for tensor in examples], c[some]).flat())
-        self.jacobian = usable(torch.cat(pieces).view(len(self.f), -1, pieces[0].shape[-1]), ZERO)
-        self.feed = Shuffled((self.f,), len(self.f), generator)
+        self.some, self.feed = some, Shuffled((torch.zeros(count),), count, order)
 
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        share = parallel.share(size)
-        index = self.feed.indices(size)[share]
-        gradients = self.jacobian[index]
-        if not self.draws.reference.fixed:
-            c = self.draws.again((size, 1), 1, generator)[share](self.f[index].unsqueeze(1))
-            gradients = torch.bmm(c[:, 0], gradients)
-        return Gradients(self.shapes, [Formed(self.shapes, gradients[:, 0])])
+        return self.some(self.feed.indices(size)[parallel.share(size)], generator)
+
+
+Batches = LiveBatches | HeldBatches

@@ -94,14 +94,13 @@ def push_forward(
     directions: Directions,
     examples: Sequence[Tensor],
     *,
-    budget: int = BUDGET,
     source: Source | None = None,
     keep: Callable[[Float[Tensor, "... k"]], Tensor] = lambda moved: moved,
 ) -> Float[Tensor, "n v k"]:
     """S^½ J u of every sample and direction (eq. 5): forwards, or backwards through ``source`` where outputs are few.
 
     Its squared length is uᵀ H(x) u, and the inner product of two directions' is uᵀ H(x) u'. Differentiable in the
-    directions. They are formed a few at a time: ``budget`` bounds the bytes in use, besides those of the result, which
+    directions. They are formed a few at a time: ``BUDGET`` bounds the bytes in use, besides those of the result, which
     is what ``keep`` makes of every S^½ J u.
     """
     push = Push(target, divergence, directions, keep)
@@ -110,7 +109,7 @@ def push_forward(
         if p * k <= directions.n:
             return push.backwards(examples, source)
     try:
-        return push.forwards(examples, budget)
+        return push.forwards(examples)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -147,7 +146,7 @@ class Push:
         y = source(examples, EachOutput()).inner(self.directions)
         return self.keep(self.divergence.root(f.unsqueeze(1), rearrange(y, "(n k) v -> n v k", k=f.shape[-1])))
 
-    def forwards(self, examples: Sequence[Tensor], budget: int) -> Float[Tensor, "n v ..."]:
+    def forwards(self, examples: Sequence[Tensor]) -> Float[Tensor, "n v ..."]:
         """By Jacobian–vector products, of a few examples and directions at a time."""
         chosen = {name: p.detach() for name, p in self.target.chosen.items()}
 
@@ -158,7 +157,7 @@ class Push:
         pieces, n = [], self.directions.n
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward derivative
             one = partial(self.target.outputs, tuple(tensor[:1] for tensor in examples))
-            size, few = at_once(one, self.target.chosen, len(examples[0]), n, budget)
+            size, few = at_once(one, self.target.chosen, len(examples[0]), n, BUDGET)
             for some in chunks(tuple(examples), size):
                 moved = []
                 for start in range(0, n, few):

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigendecomp.batches import Data
 from eigendecomp.curvature import curvatures, push_forward
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
+from eigendecomp.factored.data import Data
 from eigendecomp.factored.guard import Mistaken
 from eigendecomp.factored.samples import SAMPLES, Samples
 from eigendecomp.factored.source import CapturedSource

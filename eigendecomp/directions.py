@@ -165,11 +165,6 @@ class Directions:
         index = torch.as_tensor(index, dtype=torch.long)
         return self.map(lambda factor: factor.index_select(0, index.to(factor.device)))
 
-    def over(self, names: Sequence[str]) -> "Directions":
-        """The directions in some of their tensors alone."""
-        shapes = {name: self.shapes[name] for name in names}
-        return Directions(shapes, self.factorization, {name: self.factors[name] for name in names})
-
     def beside(self, other: "Directions") -> Self:
         """These directions and then others of the same kind, as one set."""
         rest = iter(other.tensors())
@@ -189,12 +184,12 @@ class Directions:
         """The directions as rows over the flattened tensors ``names`` (all, in order)."""
         return torch.cat([self.dense(name).flatten(1) for name in (self.shapes if names is None else names)], 1)
 
-    def gram(self, other: "Directions | None" = None) -> Float[Tensor, "v w"]:
-        """⟨u_v, u'_w⟩ for all pairs, from the factors' Gram matrices (eq. 9)."""
+    def gram(self, other: "Directions | None" = None, names: Iterable[str] | None = None) -> Float[Tensor, "v w"]:
+        """⟨u_v, u'_w⟩ over the tensors ``names`` (all), for all pairs, from the factors' Gram matrices (eq. 9)."""
         other = self if other is None else other
         if self.shapes != other.shapes:
             raise ValueError("the two sets of directions are over different tensors")
-        return reduce(torch.add, (gram(a, other.tensor[name]) for name, a in self.tensor.items()))
+        return reduce(torch.add, (gram(self.tensor[name], other.tensor[name]) for name in names or self.shapes))
 
     def norms(self, by_tensor: bool = False) -> Float[Tensor, " v"] | Float[Tensor, "v tensors"]:
         """Each direction's norm over all tensors together, or its share in every tensor."""

@@ -15,7 +15,7 @@ from eigendecomp.batches import ZERO, Batches
 from eigendecomp.directions import Directions
 from eigendecomp.factored.kept import coefficients
 from eigendecomp.gradients import Gradients, Products
-from eigendecomp.objective import Everything, loss_and_error, squared_error
+from eigendecomp.objective import Coefficients, loss_and_error, squared_error
 from eigendecomp.settings import Settings
 from eigendecomp.start import at_samples
 from eigendecomp.support import parallel
@@ -74,17 +74,15 @@ class State:
         """Loss and error of every restart, and the sparse coefficients of all."""
         done, dead, rule = self.step / self.settings.steps, self.dead(), self.settings.sparsity
         if len(self.blocks) == 1:
-            batch = coefficients(rule, gradients, self.encoder, self.decoder, done)
-            loss, error = loss_and_error(rule, batch, self.decoder, dead)
-            return loss[None], error[None], batch.kept.detach()
-        (z, y, gram, squares), results = gradients.products(self.encoder, self.decoder), []
-        for b in self.blocks:
-            own = self.decoder.map(lambda factor, b=b: factor[b])
-            products = Products(z[:, b], y[:, b], gram[b, b], squares)
-            batch = Everything(products, rule.keep_batch(z[:, b], done), own)
-            results.append((*loss_and_error(rule, batch, own, dead[b]), batch.kept.detach()))
-        losses, errors, s = zip(*results)
-        return torch.stack(losses), torch.stack(errors), torch.cat(s, 1)
+            batches = [coefficients(rule, gradients, self.encoder, self.decoder, done)]
+        else:
+            z, y, gram, squares = gradients.products(self.encoder, self.decoder)
+            own = [self.decoder.map(lambda factor, b=b: factor[b]) for b in self.blocks]
+            each = [Products(z[:, b], y[:, b], gram[b, b], squares) for b in self.blocks]
+            batches = [Coefficients(p, rule.keep_batch(p.z, done), u) for p, u in zip(each, own, strict=True)]
+        pairs = [loss_and_error(rule, batch, dead[b]) for b, batch in zip(self.blocks, batches, strict=True)]
+        losses, errors = map(torch.stack, zip(*pairs))
+        return losses, errors, torch.cat([batch.kept.detach() for batch in batches], 1)
 
     def log(self, losses: Tensor, errors: Tensor, kept: Tensor, samples: int) -> None:
         """Add this step to every restart's history."""

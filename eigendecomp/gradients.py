@@ -58,8 +58,8 @@ class Products(NamedTuple):
 class Part(Protocol):
     """The gradients of some of the tensors, for n samples: as in :class:`Gradients`, over these tensors alone.
 
-    What takes ``own`` directions is given m for each sample; operations are counted for v or m directions of a kind,
-    and are infinite where a way is no choice.
+    ``inner_own`` takes m directions for each sample: first those of the first sample. Operations are counted for v or m
+    directions of a kind, and are infinite where a way is no choice.
     """
 
     names: tuple[str, ...]
@@ -81,7 +81,7 @@ class Part(Protocol):
         """All that the objective needs, over these tensors, with nothing computed twice."""
         y = self.inner(decoder)
         z = y if encoder is decoder else self.inner(encoder)
-        return Products(z, y, decoder.over(self.names).gram(), self.square_norms())
+        return Products(z, y, decoder.gram(names=self.names), self.square_norms())
 
 
 class Formed(Part):
@@ -115,7 +115,7 @@ class Formed(Part):
         y = self.values @ u.T
         z = y if encoder is decoder else self.inner(encoder)
         # The directions are formed already; of more directions than samples the factors give the Gram matrix sooner.
-        gram = u @ u.T if decoder.n <= len(y) else decoder.over(self.names).gram()
+        gram = u @ u.T if decoder.n <= len(y) else decoder.gram(names=self.names)
         return Products(z, y, gram, self.square_norms())
 
     def operations(self, directions: Directions, v: float) -> float:
@@ -154,22 +154,10 @@ class Gradients:
         """⟨g_n, u_v⟩; differentiable in the directions."""
         return sum_of([part.inner(directions) for part in self.parts])
 
-    def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
-        """⟨g_n, u_nm⟩ with m directions for each sample: first those of the first sample; differentiable in them."""
-        return sum_of([part.inner_own(own) for part in self.parts])
-
     def products(self, encoder: Directions, decoder: Directions) -> Products:
         """⟨g, u⟩ for encoder and decoder, the decoder's Gram matrix, and ‖g‖²: in one pass over the gradients."""
         each = [part.products(encoder, decoder) for part in self.parts]
         return Products(*(sum_of(terms) for terms in zip(*each, strict=True)))
-
-    def operations(self, directions: Directions) -> float:
-        """Operations that :meth:`inner` takes."""
-        return sum(part.operations(directions, directions.n) for part in self.parts)
-
-    def operations_own(self, directions: Directions, m: float) -> float:
-        """Operations that :meth:`inner_own` takes for m directions of this kind a sample."""
-        return sum(part.operations_own(directions, m) for part in self.parts)
 
     def square_norms(self) -> Float[Tensor, " n"]:
         """‖g_n‖²."""

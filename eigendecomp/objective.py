@@ -1,13 +1,11 @@
 """The objective: how well a batch's gradients are rebuilt from few directions (eq. 7)."""
 
-from typing import Protocol
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eigendecomp.directions import Directions
-from eigendecomp.gradients import Gradients, Products
+from eigendecomp.gradients import Products
 from eigendecomp.sparsity import Sparsity
 from eigendecomp.support import parallel
 
@@ -31,15 +29,13 @@ def squared_error(
     return squares.sum() + (((s.unsqueeze(-2) @ gram).squeeze(-2) - 2 * y) * s).sum()
 
 
-class Coefficients(Protocol):
-    """A batch's coefficients and the products that :func:`squared_error` takes."""
+class Coefficients:
+    """A batch's coefficients, all with derivatives, and the products that :func:`squared_error` takes."""
 
-    z: Float[Tensor, "n v"]
-    kept: Float[Tensor, "n v"]  # z where it is kept, zero elsewhere
-    s: Float[Tensor, "n m"]
-    y: Float[Tensor, "n m"]
-    gram: Tensor
-    squares: Float[Tensor, " n"]
+    def __init__(self, products: Products, kept: Float[Tensor, "n v"], decoder: Directions) -> None:
+        self.z, self.y, self.gram, self.squares = products
+        self.s = self.kept = kept  # z where it is kept, zero elsewhere
+        self.decoder = decoder
 
     def of_residual(self, rule: Sparsity, dead: Bool[Tensor, " v"]) -> tuple[Tensor, Tensor, Tensor]:
         """s, y (n, m) and gram with which the dead directions rebuild the residual e = g − ĝ.
@@ -47,33 +43,13 @@ class Coefficients(Protocol):
         Of the residual only ⟨e, u⟩ = ⟨g, u⟩ − s·gram is needed. It has no derivative: the directions that leave it
         learn nothing from how it is rebuilt.
         """
-        ...
-
-
-class Everything(Coefficients):
-    """All coefficients, with derivatives: s, y (n, v) and gram (v, v)."""
-
-    def __init__(self, products: Products, kept: Float[Tensor, "n v"], decoder: Directions) -> None:
-        self.z, self.y, self.gram, self.squares = products
-        self.s = self.kept = kept
-        self.decoder = decoder
-
-    def of_residual(self, rule: Sparsity, dead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         few, rest = self.decoder.select(dead.nonzero()[:, 0]), self.decoder.map(Tensor.detach)
         s = rule.keep_batch(self.z[:, dead], 1.0)
         return s, self.y[:, dead] - self.s.detach() @ rest.gram(few), few.gram()
 
 
-def everything(
-    rule: Sparsity, gradients: Gradients, encoder: Directions, decoder: Directions, progress: float
-) -> Coefficients:
-    """A batch's coefficients, all with derivatives; ``progress`` is the share of the steps done."""
-    products = gradients.products(encoder, decoder)
-    return Everything(products, rule.keep_batch(products.z, progress), decoder)
-
-
 def loss_and_error(
-    rule: Sparsity, batch: Coefficients, decoder: Directions, dead: Bool[Tensor, " v"]
+    rule: Sparsity, batch: Coefficients, dead: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The loss of a batch, and its normalised error Σ‖g − ĝ‖² / Σ‖g‖² (eq. 7).
 
@@ -88,9 +64,9 @@ def loss_and_error(
     loss = error + rule.penalty(batch.z, n, (total / n).sqrt())
     if rule.auxiliary and dead.any():
         loss = loss + rule.auxiliary * revival(rule, batch, dead, error) / total
-    if decoder.sums_terms:
+    if batch.decoder.sums_terms:
         # A best CP fit need not exist: terms can grow without bound against each other (de Silva and Lim, 2008).
-        excess = (decoder.cancellation() - 2).clamp_min(0).mean()
+        excess = (batch.decoder.cancellation() - 2).clamp_min(0).mean()
         loss = loss + CANCELLATION * excess / parallel.processes()
     return loss, error
 

@@ -52,10 +52,9 @@ from matplotlib.ticker import FuncFormatter
 import eigendecomp as ed
 from eigendecomp.curvature import push_forward
 from eigendecomp.directions import Directions
-from eigendecomp.factored.kept import coefficients
+from eigendecomp.factored.kept import coefficients, everything
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.terms import Factored, by_folding, by_rows, folding_cost, rows_cost
-from eigendecomp.objective import everything
 from eigendecomp.page.measure import forwards
 from eigendecomp.page.readout import Readout
 from eigendecomp.report import plots, results

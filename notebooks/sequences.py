@@ -38,8 +38,7 @@ import torch
 from eigendecomp.report import plots, results
 from eigendecomp.study import rates, recovery
 from eigendecomp.study.moves import along
-from eigendecomp.targets.toys import induction, recurrent
-from rooms.sequences import forgetting, removal, switches
+from rooms.sequences import forgetting, induction, recurrent, removal, switches
 
 plots.style()
 if results.profile() == "smoke":

@@ -238,7 +238,7 @@ def fetch(model: Path | None, tokenizer: Path | None) -> tuple[Path, Path]:
     if missing:
         from huggingface_hub import hf_hub_download
 
-        with st.hub(REPOSITORY, "model", missing):
+        with st.hub(REPOSITORY, missing):
             given |= {name: Path(hf_hub_download(REPOSITORY, name)) for name in missing}
     for name, path in given.items():
         if (found := st.sha256(path)) != SHA256[name]:  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 Most coefficients of a sparse batch are zero, and a zero coefficient has no derivative. Where that takes fewer
 operations, all coefficients are computed without derivatives, and then the products of samples with the directions that
-are kept for them once more, with derivatives. The numbers are those of :class:`eigendecomp.objective.Everything`.
+are kept for them once more, with derivatives. The numbers are those of :class:`eigendecomp.objective.Coefficients`.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eigendecomp.directions import OPS_PER_ELEMENT, Directions
 from eigendecomp.gradients import Gradients, sum_of
-from eigendecomp.objective import Coefficients, Everything, everything
+from eigendecomp.objective import Coefficients
 from eigendecomp.sparsity import Sparsity
 
 UNEVEN = 4  # the most coefficients that are kept of one sample, over the mean: a guess, until they are counted
@@ -38,10 +38,10 @@ class KeptAlone(Coefficients):
     ) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"], Directions]:
         """s and y of chosen directions of every sample, and these of the decoder."""
         own = self.decoder.select(numbers.flatten())
-        y = self.gradients.inner_own(own)
+        y = inner_own(self.gradients, own)
         if self.encoder is self.decoder:
             return y * present, y, own
-        return self.gradients.inner_own(self.encoder.select(numbers.flatten())) * present, y, own
+        return inner_own(self.gradients, self.encoder.select(numbers.flatten())) * present, y, own
 
     def of_residual(self, rule: Sparsity, dead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n, kept = len(self.z), rule.keep_batch(self.z[:, dead], 1.0)
@@ -49,6 +49,19 @@ class KeptAlone(Coefficients):
         s, y, few = self.products(dead.nonzero()[:, 0][index], present)
         rebuilt = self.s.detach().unsqueeze(1) @ gram_within(self.own.map(Tensor.detach), few, n)
         return s, y - rebuilt.squeeze(1), gram_within(few, few, n)
+
+
+def inner_own(gradients: Gradients, own: Directions) -> Float[Tensor, "n m"]:
+    """⟨g_n, u_nm⟩ with m directions for each sample: first those of the first sample; differentiable in them."""
+    return sum_of([part.inner_own(own) for part in gradients.parts])
+
+
+def everything(
+    rule: Sparsity, gradients: Gradients, encoder: Directions, decoder: Directions, progress: float
+) -> Coefficients:
+    """A batch's coefficients, all with derivatives; ``progress`` is the share of the steps done."""
+    products = gradients.products(encoder, decoder)
+    return Coefficients(products, rule.keep_batch(products.z, progress), decoder)
 
 
 def coefficients(
@@ -64,18 +77,18 @@ def coefficients(
     if saves(gradients, encoder, decoder, m):
         return KeptAlone(gradients, encoder, decoder, z, kept, m)
     products = gradients.products(encoder, decoder)
-    return Everything(products, products.z * (kept != 0), decoder)
+    return Coefficients(products, products.z * (kept != 0), decoder)
 
 
 def saves(gradients: Gradients, encoder: Directions, decoder: Directions, m: float) -> bool:
     """Whether it takes fewer operations to differentiate products with m directions a sample than with all."""
     if decoder.n < LEAST or m >= decoder.n:
         return False
-    own = gradients.operations_own(decoder, m)
+    own = sum(part.operations_own(decoder, m) for part in gradients.parts)
     if own == float("inf"):
         return False
     sets, v, n = 1 if encoder is decoder else 2, decoder.n, len(gradients)
-    one, pair = gradients.operations(decoder), gram_operations(decoder)
+    one, pair = sum(part.operations(decoder, v) for part in gradients.parts), gram_operations(decoder)
     dense = PASSES * (sets * one + v * v * (pair + 2 * n))
     return one + PASSES * (sets * own + n * m * m * (pair + 2)) < dense
 

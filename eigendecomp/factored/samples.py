@@ -1,13 +1,23 @@
 """The two meanings of a sample: where the gradients of each come from, and how a fit gets batches of them."""
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from eigendecomp.batches import Batches, CachedBatches, Data, LiveBatches
+from eigendecomp.batches import ZERO, Batches, HeldBatches, LiveBatches
+from eigendecomp.factored.data import Data
 from eigendecomp.factored.source import CapturedSource
-from eigendecomp.factored.uses import HELD_BYTES, HeldUses, UseSource
+from eigendecomp.factored.uses import HELD_BYTES, UseSource, held_uses
+from eigendecomp.gradients import EachOutput, Formed, Gradients, Source
+from eigendecomp.reference import Draws
 from eigendecomp.settings import Settings
+from eigendecomp.support import parallel
+from eigendecomp.support.checks import usable
 from eigendecomp.support.examples import Examples, feed, fetch
+from eigendecomp.support.rows import Outputs
 from eigendecomp.target import Target
+
+CHUNK = 256  # examples differentiated at a time, where no loss is taken of them
 
 
 class OutputSamples:
@@ -18,7 +28,7 @@ class OutputSamples:
 
     def batches(self, data: Data, order: torch.Generator) -> Batches:
         if data.cached:
-            return CachedBatches(self.source, data.seen, data.outputs, data.draws, order)
+            return held_gradients(self.source, data.seen, data.outputs, data.draws, order)
         return LiveBatches(self.source, feed(data.inputs, order), data.draws, data.outputs.shape[1])
 
 
@@ -31,10 +41,35 @@ class UseSamples:
 
     def batches(self, data: Data, order: torch.Generator) -> Batches:
         if data.count and data.draws.reference.fixed and self.source.bytes(data.count) <= HELD_BYTES:
-            return HeldUses(self.source, fetch(data.inputs, range(data.count)), data.draws, order)
+            return held_uses(self.source, fetch(data.inputs, range(data.count)), data.draws, order)
         positions = data.outputs.shape[1]
         return LiveBatches(self.source, feed(data.inputs, order), data.draws, positions, self.source.positions)
 
 
 Samples = OutputSamples | UseSamples
 SAMPLES: dict[str, type[Samples]] = {"outputs": OutputSamples, "uses": UseSamples}
+
+
+def held_gradients(
+    source: Source, examples: Examples, outputs: Outputs, draws: Draws, order: torch.Generator
+) -> HeldBatches:
+    """Batches from Jacobians that are formed once: a gradient is linear in the cotangent, g = Jᵀc.
+
+    A fixed reference needs less, since the gradients themselves never change.
+    """
+    shapes, (e, p, _), fixed = source.target.shapes, outputs.shape, draws.reference.fixed
+    c, pieces = draws.again((e, p), 1, order) if fixed else EachOutput(), []
+    for start in range(0, e, CHUNK):
+        few = slice(start, start + CHUNK)
+        pieces.append(source([tensor[few] for tensor in examples], c[few]).flat())
+    jacobian = usable(torch.cat(pieces).view(e * p, -1, pieces[0].shape[-1]), ZERO)
+    f = torch.empty(0) if fixed else outputs.all().flatten(0, 1)
+
+    def some(index: Int[Tensor, " n"], generator: torch.Generator) -> Gradients:
+        g, size = jacobian[index], len(index) * parallel.processes()
+        if not fixed:
+            c = draws.again((size, 1), 1, generator)[parallel.share(size)](f[index].unsqueeze(1))
+            g = torch.bmm(c[:, 0], g)
+        return Gradients(shapes, [Formed(shapes, g[:, 0])])
+
+    return HeldBatches(e * p, some, order)

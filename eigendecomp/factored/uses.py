@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from eigendecomp.batches import HeldBatches
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.terms import Factored, Side, Term
 from eigendecomp.gradients import Cotangents, Gradients
 from eigendecomp.reference import Draws
-from eigendecomp.support import parallel
-from eigendecomp.support.examples import Examples, Shuffled, chunks
+from eigendecomp.support.examples import Examples, chunks
 
 TINY = 1e-9  # of an example's largest gradient: below it a use has no gradient, and is not scaled up
 HELD_BYTES = 1 << 28  # uses up to this size are kept instead of being captured at every step
@@ -84,22 +84,15 @@ class UseSource:
         return examples * self.positions * widths * torch.finfo(self.target.dtype).bits // 8
 
 
-class HeldUses:
-    """Batches of uses that were captured once, drawn from all examples alike; for references that are fixed."""
-
-    def __init__(self, source: UseSource, examples: Examples, draws: Draws, generator: torch.Generator) -> None:
-        self.source, pieces = source, []
-        for some in chunks(examples, CHUNK):
-            asked = draws.again((len(some[0]), source.captured.outputs[0]), 1, generator)
-            pieces.append(source.factors(some, asked))
-        self.factors = {
-            name: [(torch.cat([p[name][i][0] for p in pieces]), torch.cat([p[name][i][1] for p in pieces], 1))
-                   for i in range(len(uses))]
-            for name, uses in pieces[0].items()
-        }  # fmt: skip
-        count = len(examples[0]) * source.positions
-        self.feed = Shuffled((torch.zeros(count),), count, generator)
-
-    def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        """The gradients of ``size`` uses."""
-        return self.source.made(self.factors, self.feed.indices(size)[parallel.share(size)])
+def held_uses(source: UseSource, examples: Examples, draws: Draws, order: torch.Generator) -> HeldBatches:
+    """Batches of uses that are captured once; for references that are fixed."""
+    pieces = []
+    for some in chunks(examples, CHUNK):
+        asked = draws.again((len(some[0]), source.captured.outputs[0]), 1, order)
+        pieces.append(source.factors(some, asked))
+    factors = {
+        name: [(torch.cat([p[name][i][0] for p in pieces]), torch.cat([p[name][i][1] for p in pieces], 1))
+               for i in range(len(uses))]
+        for name, uses in pieces[0].items()
+    }  # fmt: skip
+    return HeldBatches(len(examples[0]) * source.positions, lambda index, _: source.made(factors, index), order)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eigendecomp.batches import Data
+from eigendecomp.factored.data import Data
 from eigendecomp.factored.guard import Mistaken
 from eigendecomp.factored.pieces import Recomputed
 from eigendecomp.factored.source import CapturedSource

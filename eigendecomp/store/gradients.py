@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eigendecomp.batches import Data
+from eigendecomp.batches import HeldBatches
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Factorization, check_rank
 from eigendecomp.divergence import Divergence, SquaredError
+from eigendecomp.factored.data import Data
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
 from eigendecomp.reference import Mean, OtherSample, Reference
@@ -22,7 +23,7 @@ from eigendecomp.sparsity import BatchTopK, Sparsity
 from eigendecomp.storage import fingerprint
 from eigendecomp.store.collect import Collection, sources
 from eigendecomp.store.layout import Layout
-from eigendecomp.store.shards import CONSTANT, FORMAT, Folder, Shards, StoredBatches, read_file
+from eigendecomp.store.shards import CONSTANT, FORMAT, Folder, Shards, read_file
 from eigendecomp.support import files, parallel
 from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.checks import real, whole
@@ -185,7 +186,7 @@ class GradientStore(Shown):
             )
         told = {"settings": settings.as_json(), "store": dict(self.identity)}
         keeper = None if path is None else Checkpoint(path, told, checkpoint_seconds)
-        batches = StoredBatches(self.shards, generator(seed, "data"))
+        batches = HeldBatches(len(self), lambda index, _: self.shards.gradients(index), generator(seed, "data"))
         fitted = fit(self.target, batches, settings, progress=progress, checkpoint=keeper)
         # A saved file makes a large pool again from inputs and the fit's seed; the store's pool is of the store's seed.
         seen = self.seen if seed == self.settings.seed else ()

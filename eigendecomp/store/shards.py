@@ -20,9 +20,8 @@ from tqdm import tqdm
 from eigendecomp.directions import Shapes
 from eigendecomp.gradients import Gradients
 from eigendecomp.store.layout import Layout
-from eigendecomp.support import files, parallel
+from eigendecomp.support import files
 from eigendecomp.support.checkpoint import differences
-from eigendecomp.support.examples import Shuffled
 
 FORMAT = 1
 MANIFEST = "store.safetensors"
@@ -149,15 +148,3 @@ class Shards:
             parts = [self.tensors[place][key][some // each] for place, some in pieces]
             tensors[key] = (parts[0] if len(parts) == 1 else torch.cat(parts)[back]).to(self.device)
         return self.layout.gradients(self.shapes, tensors, self.constants)
-
-
-class StoredBatches:
-    """Batches of stored gradients, drawn from all of them alike."""
-
-    def __init__(self, shards: Shards, generator: torch.Generator) -> None:
-        self.shards = shards
-        self.feed = Shuffled((torch.zeros(len(shards)),), len(shards), generator)
-
-    def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        """The gradients of ``size`` samples; their references were drawn when they were captured."""
-        return self.shards.gradients(self.feed.indices(size)[parallel.share(size)])

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eigendecomp.batches import Data
 from eigendecomp.decomposition import CHUNK, Decomposition
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence
+from eigendecomp.factored.data import Data
 from eigendecomp.factored.samples import UseSamples
 from eigendecomp.factored.source import Axes, CapturedSource
 from eigendecomp.reference import Mean, Reference

@@ -229,7 +229,7 @@ def test_a_fit_starts_again_when_earlier_gradients_were_wrong(
 ) -> None:
     """The parameter is used in another way from some example on, which only a later batch holds."""
     torch.manual_seed(0)
-    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.factored.data.CACHE_BYTES", 0)
     x = torch.randn(400, 5)
     x[:, 0] = 1.0
     fourth = feed((x,), generator(0, "data")).take(64)[0][-1]  # the last example of the fourth batch

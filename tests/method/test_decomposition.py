@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 import eigendecomp as ed
 from eigendecomp import decomposition
-from eigendecomp.batches import CachedBatches, LiveBatches
+from eigendecomp.batches import LiveBatches
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
+from eigendecomp.factored.kept import everything
+from eigendecomp.factored.samples import held_gradients
 from eigendecomp.gradients import Formed, FunctionalSource, Gradients
-from eigendecomp.objective import CANCELLATION, everything, loss_and_error
+from eigendecomp.objective import CANCELLATION, loss_and_error
 from eigendecomp.reference import Draws, Reference
 from eigendecomp.sparsity import Sparsity
 from eigendecomp.study.scores import max_cosine
@@ -210,7 +212,7 @@ def test_the_objective_is_the_one_written_out(
     encoder = decoder if tied else encoder
     g = normal(n, 8, seed=seed, dtype=torch.float64)
     batch = everything(sparsity, Gradients(shapes, [Formed(shapes, g)]), encoder, decoder, progress)
-    loss, error = loss_and_error(sparsity, batch, decoder, dead)
+    loss, error = loss_and_error(sparsity, batch, dead)
     expected, expected_error = objective_by_hand(sparsity, g, encoder.flat(), decoder.flat(), dead, progress)
     (a, b), (c,) = decoder.factors["a"], decoder.factors["b"]  # matrices are sums of two terms, vectors are one
     terms = torch.einsum("vki,vkj->vkij", a, b).square().flatten(1).sum(1) + c[:, 0].square().sum(1)
@@ -228,7 +230,7 @@ def test_only_the_dead_learn_from_what_the_others_leave() -> None:
         decoder.map(lambda f: f.requires_grad_())
         g = Gradients(shapes, [Formed(shapes, normal(9, 6, dtype=torch.float64))])
         rule = ed.BatchTopK(0.5, warmup=0.0, auxiliary=auxiliary)
-        loss, _ = loss_and_error(rule, everything(rule, g, encoder, decoder, 1.0), decoder, dead)
+        loss, _ = loss_and_error(rule, everything(rule, g, encoder, decoder, 1.0), dead)
         learned.append(torch.autograd.grad(loss, list(decoder.tensors()))[0])
     torch.testing.assert_close(learned[0][1], learned[1][1])
     assert not torch.allclose(learned[0][0], learned[1][0])
@@ -410,7 +412,7 @@ def test_kept_and_live_gradients_of_the_same_samples_are_the_same(reference: Ref
     f = target.outputs((x,))
     pool = reference.prepare(divergence, divergence.predict(f.flatten(0, 1)), generator(0, "pool"))
     draws = Draws.of(reference, divergence, pool, (1, 1), 1, generator(0, "probe"))
-    cached = CachedBatches(source, (x,), Outputs.of(target, (x,)), draws, generator(0, "data"))
+    cached = held_gradients(source, (x,), Outputs.of(target, (x,)), draws, generator(0, "data"))
     live = LiveBatches(source, Shuffled((x,), 30, generator(0, "data")), draws, 1)
     one, other = generator(0, "references"), generator(0, "references")
     for _ in range(5):  # more than one round through the thirty
@@ -422,7 +424,7 @@ def test_kept_and_live_gradients_of_the_same_samples_are_the_same(reference: Ref
 def test_a_fit_on_live_gradients_is_the_fit_on_kept_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = classifier(dtype=torch.float64), normal(40, 3, dtype=torch.float64)
     kept = quick(model, x, sparsity=ed.L1(0.05))
-    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.factored.data.CACHE_BYTES", 0)
     live = quick(model, x, sparsity=ed.L1(0.05))
     torch.testing.assert_close(torch.tensor(live.history.loss), torch.tensor(kept.history.loss))
     torch.testing.assert_close(flat(live), flat(kept), rtol=1e-5, atol=1e-6)

@@ -63,7 +63,7 @@ def test_everything_runs_on_a_gpu(
 ) -> None:
     """Fit, readings, save and load, readings again; with inputs on the CPU or on the device."""
     if not cached:
-        monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
+        monkeypatch.setattr("eigendecomp.factored.data.CACHE_BYTES", 0)
     make, inputs = CASES[case]
     model, x = gpu.move(make().eval()), inputs()
     for start, place in (("random", x), ("samples", gpu.put(x.clone()))):
@@ -86,7 +86,7 @@ def test_everything_runs_on_a_gpu(
 def test_a_fit_goes_on_from_its_checkpoint_on_a_gpu(
     kind: str, tmp_path: Path, gpu: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.factored.data.CACHE_BYTES", 0)
     model, x = gpu.move(LanguageModel().eval()), torch.randint(7, (12, 5))
     data = {"map-style": TensorDataset(x), "iterable": Stream(x), "tensors": x}[kind]
     path = tmp_path / "fit.safetensors"
@@ -112,7 +112,7 @@ def test_a_fit_goes_on_from_its_checkpoint_on_a_gpu(
 @pytest.mark.slow
 def test_a_step_fetches_nothing_large(gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool of references stays on the device while the fit goes on."""
-    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.factored.data.CACHE_BYTES", 0)
     model, x = gpu.move(LanguageModel().eval()), gpu.put(torch.randint(7, (12, 5)))
     fetched = []
     for steps in (2, 4):
@@ -125,7 +125,7 @@ def test_a_step_fetches_nothing_large(gpu: Pretended, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_a_step_seldom_waits_for_the_device(gpu: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two looks of the guard, a step waits a few times, however many layers the model has."""
-    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.factored.data.CACHE_BYTES", 0)
     model, x = gpu.move(LanguageModel().eval()), gpu.put(torch.randint(7, (12, 5)))
     waits = []
     for steps in (10, 13):

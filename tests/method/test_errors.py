@@ -152,7 +152,7 @@ def test_gradients_must_be_finite(gradient: str, example: int, no_fit: None) -> 
 @pytest.mark.parametrize("steps", [1, 3, 200])
 def test_gradients_must_not_all_be_zero(steps: int, live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if live:
-        monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
+        monkeypatch.setattr("eigendecomp.factored.data.CACHE_BYTES", 0)
     model = Model(lambda m, x: torch.relu(x @ m.w - 100), w=normal(3, 2))
     refused("all gradients are zero.*depend on the chosen parameters", model, steps=steps)
     refused("all gradients are zero.*differ from the reference", inputs=X[:1], reference=ed.Mean(), steps=steps)

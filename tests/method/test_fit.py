@@ -118,7 +118,7 @@ def test_the_same_seed_gives_the_same_bits_however_many_are_read_at_a_time(monke
 
 def test_restarts_on_live_gradients_are_those_on_kept_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = quick(prune=0.05, restarts=2, reference=ed.Constant(0.0))
-    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.factored.data.CACHE_BYTES", 0)
     live = quick(prune=0.05, restarts=2, reference=ed.Constant(0.0))
     assert live.history.restarts == pytest.approx(kept.history.restarts, rel=1e-3)
     assert live.history.pruned == kept.history.pruned

@@ -65,7 +65,7 @@ def test_resumed_fit_is_bit_identical(interrupted: Path) -> None:
 def test_resumed_fit_is_bit_identical_when_live(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eigendecomp.batches.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigendecomp.factored.data.CACHE_BYTES", 0)
     data = torch.utils.data.TensorDataset(inputs())
     whole = ed.decompose(model(), data, **SETTINGS, **settings)
     path = tmp_path / "fit.safetensors"

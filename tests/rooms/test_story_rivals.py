@@ -92,7 +92,7 @@ def test_heads_hold_shares_and_ablation_is_that_of_a_mean(story: rivals.Story) -
     torch.testing.assert_close(energy.sum(1), torch.ones(len(energy)))
     name = next(iter(story.behaving["test"]))
     on, members, tokens = story.behaving["test"][name], story.rules.sets[name], story.tokens["test"][:16]
-    from eigendecomp.targets.stories.model import activations
+    from rooms.stories.standardised import activations
 
     block, head = 6, 3
     mean = activations(story.model, tokens, [f"blocks.{block}.attn.hook_z"])[f"blocks.{block}.attn.hook_z"].mean(0)[

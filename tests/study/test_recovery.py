@@ -7,9 +7,10 @@ import eigendecomp as ed
 from eigendecomp.study import floors, recovery
 from eigendecomp.study.moves import Move
 from eigendecomp.study.recovery import Truth, recovered
-from eigendecomp.targets.toys import circuits, groups, resid_mlp, squares, tms
+from eigendecomp.targets.toys import circuits, resid_mlp, tms
 from eigendecomp.targets.toys.resid_mlp import ResidMLP
-from rooms import fitting
+from rooms import fitting, strengths
+from rooms.peers import groups, squares
 from rooms.peers.networks import NETWORKS, weights
 
 
@@ -83,8 +84,8 @@ def test_learned_directions_recover_far_more_than_random_ones_and_a_seed_decides
     assert learned.row() == recovery.recovery(fit(0), model).row() != recovery.recovery(fit(1), model).row()
     rows = floors.random_directions(d.target.shapes, 30, 1, seed=0)
     dense = {name: rows.dense(name) for name in rows.shapes}
-    strength = recovery.random_strength(d, rows, truth)
-    torch.testing.assert_close(recovery.dense_strength(d, dense, truth), strength, rtol=1e-3, atol=1e-5)
+    strength = strengths.random_strength(d, rows, truth)
+    torch.testing.assert_close(strengths.dense_strength(d, dense, truth), strength, rtol=1e-3, atol=1e-5)
     random = recovered(strength, dense, truth)
     assert learned.owned >= 18 and learned.nc is not None and random.nc is not None
     assert learned.nc > 0.6 > 2 * random.nc
@@ -136,7 +137,7 @@ def test_one_recovery_scores_every_toy(name: str) -> None:
 
 def test_principal_parts_are_the_leading_singular_vectors() -> None:
     g = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
-    parts = recovery.principal_parts(g, 3, {"a": (2, 3), "b": (6,)})
+    parts = strengths.principal_parts(g, 3, {"a": (2, 3), "b": (6,)})
     rows = torch.cat([parts["a"].flatten(1), parts["b"]], 1)
     vh = torch.linalg.svd(g, full_matrices=False).Vh[:3]
     torch.testing.assert_close((rows * vh).sum(1).abs(), torch.ones(3))

@@ -18,7 +18,7 @@ from rooms.cost import sizes
 
 SCRIPT = """
 import sys, torch, eigendecomp as ed
-from eigendecomp import batches
+from eigendecomp.factored import data as reading
 from eigendecomp.fit import State
 from eigendecomp.support.checkpoint import Checkpoint
 from eigendecomp.support.parallel import leads
@@ -46,7 +46,7 @@ if dies:  # in step 20, some steps after the last checkpoint
         return step(self, *given)
     State.update = update
 for name, case in cases.items():
-    batches.CACHE_BYTES = case.pop("cache", 1 << 28)
+    reading.CACHE_BYTES = case.pop("cache", 1 << 28)
     data = case.pop("data", x)
     checkpoint = f"{checkpoints}/{name}"
     settings = dict(n_directions=6, steps=30, batch_size=32, progress=False, checkpoint=checkpoint)

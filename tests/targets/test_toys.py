@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from eigendecomp.targets.toys import circuits, groups, squares, tms
+from eigendecomp.targets.toys import circuits, tms
+from rooms.peers import groups, squares
 
 
 def small(features: int = 4, hidden: int = 3) -> tms.TMS:

@@ -5,13 +5,12 @@ pieces, so that most words are one token, and a context of 256. GPT-Neo's blocks
 and attention to the last 256 positions; within a context of 256 the two are the same, so ours are all plain
 causal ones. ``train_stories.py`` makes the files in ``data/stories``.
 
-All that depends on transformer-lens is in this module. It, transformers and datasets are imported when first used.
+All that depends on transformer-lens is in this module. It and transformers are imported when first used.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import gzip
 import hashlib
@@ -22,9 +21,8 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -41,7 +39,6 @@ FOLDER = Path(__file__).resolve().parents[3] / "data" / "stories"
 FILES = ("model.safetensors", "tokenizer.json", "train.txt.gz", "validation.txt.gz", "test.txt.gz")
 COMMAND = "python data/stories/train.py STORIES.txt.gz"
 END, END_ID = "<|endoftext|>", 0  # begins and ends every story
-HUB_STORIES = "roneneldan/TinyStories"
 UNPROCESSED: dict[str, Any] = dict(  # the weights as they were trained, not folded into one another
     fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
 )
@@ -51,7 +48,7 @@ Split = Literal["train", "validation", "test"]
 # ----------------------------------------------------------------------------------------- the shipped files
 
 
-def load_model(folder: Path | None = None, device: str = "cpu") -> HookedTransformer:
+def load_model(folder: Path | None = None) -> HookedTransformer:
     """The shipped story model: in evaluation mode, parameters that require gradients, tokenizer attached.
 
     It maps tokens (batch, positions ≤ 256) to logits (batch, positions, 2048). ``folder`` is where to look
@@ -62,7 +59,7 @@ def load_model(folder: Path | None = None, device: str = "cpu") -> HookedTransfo
     with safe_open(path, "pt") as file:
         config: dict[str, Any] = json.loads((file.metadata() or {})["config"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    model = build_model(config | {"device": device})
+    model = build_model(config)
     missing = {name for name, _ in model.named_parameters()} ^ set(weights)
     if missing:
         raise ValueError(f"{path} does not hold the parameters of its configuration: {sorted(missing)}")
@@ -125,65 +122,6 @@ def _checked(name: str, folder: Path | None) -> Path:
             "both again"
         )
     return path
-
-
-@torch.no_grad()
-def standardised(model: HookedTransformer, layers: Sequence[int], tokens: Int[Tensor, "n t"]) -> HookedTransformer:
-    """The same function with some blocks' weights written so that their inputs have mean 0 and deviation 1.
-
-    A gradient of a weight is an outer product with what arrives there, so it depends on how the layer is written: a
-    mean that all tokens share is in every gradient, and large entries count for more than small ones. Means and
-    deviations over ``tokens`` are moved from the weights of the query, key, value, output and first MLP maps into the
-    normalisations' scales and shifts, and biases. (What arrives at the second MLP map cannot be shifted so.)
-    """
-    names = [f"blocks.{layer}.{point}" for layer in layers for point in ("ln1", "ln2", "attn.hook_z")]
-    moments = {name: (x.mean(0), x.std(0)) for name, x in activations(model, tokens, names).items()}
-    other = copy.deepcopy(model)
-    for layer in layers:
-        block = cast(Any, other.blocks[layer])
-        attn, mlp = block.attn, block.mlp
-        mean, scale = moments[f"blocks.{layer}.ln1"]
-        for letter in "QKV":
-            weight = getattr(attn, f"W_{letter}")
-            getattr(attn, f"b_{letter}").add_(torch.einsum("d,hde->he", mean, weight))
-            weight.mul_(scale[None, :, None])
-        _rescale(block.ln1.w, block.ln1.b, mean, scale)
-        mean, scale = moments[f"blocks.{layer}.attn.hook_z"]  # attention's rows sum to one: values shift alike
-        attn.b_O.add_(torch.einsum("he,hed->d", mean, attn.W_O))
-        attn.W_O.mul_(scale.unsqueeze(-1))
-        attn.W_V.div_(scale.unsqueeze(1))
-        attn.b_V.sub_(mean).div_(scale)
-        mean, scale = moments[f"blocks.{layer}.ln2"]
-        mlp.b_in.add_(mean @ mlp.W_in)
-        mlp.W_in.mul_(scale.unsqueeze(1))
-        _rescale(block.ln2.w, block.ln2.b, mean, scale)
-    return other
-
-
-@torch.no_grad()
-def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: Sequence[str]) -> dict[str, Tensor]:
-    """What some modules give at every position: {module: (n · t, …)}, window by window; of several calls the last."""
-    outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
-    met: dict[str, Tensor] = {}
-
-    def remember(name: str, _module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
-        met[name] = output.flatten(0, 1)
-
-    hooks = [model.get_submodule(name).register_forward_hook(partial(remember, name)) for name in modules]
-    try:
-        for windows in tokens.split(256):
-            model(windows, return_type=None)
-            for name, pieces in outputs.items():
-                pieces.append(met[name])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: torch.cat(pieces) for name, pieces in outputs.items()}
-
-
-def _rescale(w: Tensor, b: Tensor, mean: Tensor, scale: Tensor) -> None:
-    w.div_(scale)
-    b.sub_(mean).div_(scale)
 
 
 # ------------------------------------------------------------------------------------------ tokens and words
@@ -250,62 +188,41 @@ def load_hub_model(name: str = "tiny-stories-1M", **options: Any) -> HookedTrans
         raise ValueError(f"transformer-lens knows no model {name!r}; of this family there are {known}")
     repository = aliases[name.lower()]
     needed = ["config.json", "tokenizer*.json", "*.[sb][ai][fn]*"]  # .safetensors or .bin
-    with hub(repository, "model", needed), warnings.catch_warnings():
+    with hub(repository, needed), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return lens.HookedTransformer.from_pretrained(name, **{"device": "cpu", **UNPROCESSED, **options}).eval()
 
 
-def load_hub_stories(n: int, split: Literal["train", "validation"] = "validation") -> list[str]:
-    """The first ``n`` stories of a split of TinyStories on the Hugging Face hub (fewer if it holds fewer).
-
-    A cached copy is used as it is; without one the stories are streamed, which downloads little more than is
-    asked for. Raises ``ValueError`` for another split and ``ConnectionError`` as ``load_hub_model`` does.
-    """
-    if split not in ("train", "validation"):
-        raise ValueError(f"split is {split!r}; TinyStories has train and validation")
-    datasets = need("language", "datasets")
-    with hub(HUB_STORIES, "dataset", [f"data/{split}-*.parquet"]) as cached:
-        if cached:  # load_dataset with the name does not look into the hub's cache
-            names = [str(file) for file in cached]
-            source = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
-        else:
-            source = datasets.load_dataset(HUB_STORIES, split=split, streaming=True)
-        return [str(row["text"]) for row in source.take(n)]
-
-
 @contextlib.contextmanager
-def hub(repository: str, kind: Literal["model", "dataset"], needed: Sequence[str]) -> Iterator[list[Path]]:
-    """The files of a hub repository that ``needed`` names (patterns), if all are cached; else none.
+def hub(repository: str, needed: Sequence[str]) -> Iterator[list[Path]]:
+    """The files of a model's repository on the hub that ``needed`` names (patterns), if all are cached; else none.
 
     Within it the hub's libraries are offline in the first case and online in the second. They read HF_HUB_OFFLINE when
     they are imported, and without it try a missing network for 23 s, or 141 s for a cached model: hence the switch, and
     the probe before anything is asked of the network. Raises ``ConnectionError`` with the remedies.
     """
     constants = need("language", "huggingface_hub.constants")
-    home = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}"
+    home = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     main = home / "refs" / "main"
     snapshot = home / "snapshots" / (main.read_text().strip() if main.exists() else "none")
     matches = [sorted(snapshot.glob(pattern)) for pattern in needed]
     cached = [path for paths in matches for path in paths] if all(map(_complete, matches)) else []
     if not cached and (constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)):
         raise ConnectionError(
-            f"{kind} {repository} is not in this machine's hub cache, and {constants.ENDPOINT} is out of "
+            f"model {repository} is not in this machine's hub cache, and {constants.ENDPOINT} is out of "
             "reach (or HF_HUB_OFFLINE is set). Remedies: use what is shipped (load_model, load_stories), "
             "which needs no network; or connect to the network, or set HF_ENDPOINT to a mirror within reach; "
             "or copy the hub cache of a machine that has loaded it, and set HF_HOME to the copy"
         )
-    modules = [constants] + ([need("language", "datasets.config")] if kind == "dataset" else [])
-    before = [module.HF_HUB_OFFLINE for module in modules]
+    before = constants.HF_HUB_OFFLINE
     try:
-        for module in modules:
-            module.HF_HUB_OFFLINE = bool(cached)
+        constants.HF_HUB_OFFLINE = bool(cached)
         yield cached
     except OSError as error:  # the hub's own errors are such, a cache that lacks a file among them
         where = f"the cached copy in {snapshot}" if cached else constants.ENDPOINT
-        raise ConnectionError(f"{kind} {repository} could not be loaded from {where}: {error}") from error
+        raise ConnectionError(f"model {repository} could not be loaded from {where}: {error}") from error
     finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
+        constants.HF_HUB_OFFLINE = before
 
 
 def _complete(paths: list[Path]) -> bool:

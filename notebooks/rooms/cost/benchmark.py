@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigendecomp.batches import Data
 from eigendecomp.curvature import curvatures
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.directions import Directions
 from eigendecomp.divergence import Divergence, KLDivergence
+from eigendecomp.factored.data import Data
 from eigendecomp.factored.kept import coefficients
 from eigendecomp.factored.samples import OutputSamples
 from eigendecomp.factored.source import CapturedSource
@@ -158,7 +158,7 @@ def objective_step(
     alive = torch.zeros(n_directions, dtype=torch.bool)
 
     def work() -> None:
-        loss, _ = loss_and_error(rule, way(rule, Gradients({"w": part.shape}, [part]), e, d, 1.0), d, alive)
+        loss, _ = loss_and_error(rule, way(rule, Gradients({"w": part.shape}, [part]), e, d, 1.0), alive)
         torch.autograd.grad(loss, [*e.tensors(), *d.tensors()])
 
     return work

@@ -29,6 +29,7 @@ from rooms.edits import editors
 from rooms.edits.edits import divergence, log_probabilities
 from rooms.edits.workshop import Tail, TailProbe
 from rooms.stories import concepts
+from rooms.stories.standardised import standardised
 
 Matrix = Float[Tensor, "in out"]
 LAYER = 5  # the block whose MLP weight W_in is edited
@@ -80,7 +81,7 @@ class Overtrained:
     def model(self) -> Any:
         """The overtrained copy, the edited block's weight written with standard inputs."""
         model = learned_by_heart(self)
-        return stories.standardised(model, [self.layer], self.train)
+        return standardised(model, [self.layer], self.train)
 
     @cached_property
     def tail(self) -> Tail:

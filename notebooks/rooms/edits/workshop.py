@@ -21,6 +21,7 @@ from eigendecomp.targets.stories import model as stories
 from rooms.edits import behaviours, editors
 from rooms.edits.edits import Behaviour, Bench, log_probabilities
 from rooms.stories import concepts
+from rooms.stories.standardised import standardised
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -121,7 +122,7 @@ class Workshop:
             split: stories.token_windows(stories.load_stories(split), n, self.length, seed=0, at_start=0.1)
             for split, n in counts.items()
         }
-        self.model = stories.standardised(shipped, [self.layer], self.tokens["train"][:500])
+        self.model = standardised(shipped, [self.layer], self.tokens["train"][:500])
         self.tail = Tail(self.model, self.layer)
         self.weight, self.site_name = f"blocks.{self.layer}.mlp.W_in", f"blocks.{self.layer}.ln2"
         self.parameter = f"inner.{self.weight}"

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from eigendecomp.batches import HeldBatches
 from eigendecomp.decomposition import Decomposition
 from eigendecomp.divergence import KLDivergence
 from eigendecomp.factored.terms import Factored, Side
@@ -29,8 +30,6 @@ from eigendecomp.objective import squared_error
 from eigendecomp.reference import Mean
 from eigendecomp.settings import Settings
 from eigendecomp.sparsity import Sparsity
-from eigendecomp.support import parallel
-from eigendecomp.support.examples import Feed, Shuffled
 from eigendecomp.support.random import generator
 from eigendecomp.target import Target
 from eigendecomp.targets.stories import model as stories
@@ -202,18 +201,6 @@ class Uses:
         return replace(self, asked=self.asked / norms.clamp_min(1e-9 * norms.max()))
 
 
-class UseBatches:
-    """Batches of captured uses, drawn from all windows alike."""
-
-    def __init__(self, uses: Uses, order: torch.Generator) -> None:
-        self.uses, self.order = uses, Shuffled((torch.zeros(len(uses)),), len(uses), order)
-        self.feed: Feed = self.order
-
-    def batch(self, size: int, generator: torch.Generator) -> Gradients:
-        """The gradients of ``size`` uses."""
-        return self.uses.gradients(self.order.indices(size)[parallel.share(size)])
-
-
 def decompose(
     uses: Uses, mean: Float[Tensor, "1 k"], *, n_directions: int, sparsity: Sparsity, steps: int, batch_size: int,
     learning_rate: float, seed: int,
@@ -227,7 +214,8 @@ def decompose(
         KLDivergence(), Mean(), tuple(uses.target.names), n_directions, 1, "cp", False, sparsity, steps, batch_size,
         learning_rate, seed, "uses", "unit",
     )  # fmt: skip
-    fitted = fit(uses.target, UseBatches(uses, generator(seed, "data")), settings, progress=False)
+    batches = HeldBatches(len(uses), lambda index, _: uses.gradients(index), generator(seed, "data"))
+    fitted = fit(uses.target, batches, settings, progress=False)
     return Decomposition(uses.target, settings, fitted.encoder, fitted.decoder, fitted.threshold, mean, fitted.history)
 
 

@@ -23,6 +23,7 @@ from eigendecomp.study import concepts as resolution
 from eigendecomp.support.random import generator
 from eigendecomp.targets.stories import model as stories
 from rooms.stories import concepts
+from rooms.stories.standardised import activations, standardised
 
 GROUP = {"*.W_[QKV]": "head d_model d_head -> (head d_head) d_model"}  # rank one is that of a matrix
 PARTS: dict[str, stories.Split] = {"fit": "train", "choose": "validation", "test": "test"}
@@ -65,7 +66,7 @@ class Story:
             self.tokens["test"], self.tokens["fresh"] = self.tokens["test"].tensor_split([self.held_windows])
         self.rules = concepts.Rules(stories.load_tokenizer())
         blocks = [int(block.split(".")[1]) for block in SITES.values()]
-        self.model = stories.standardised(stories.load_model(), blocks, self.tokens["fit"][:500])
+        self.model = standardised(stories.load_model(), blocks, self.tokens["fit"][:500])
         self.sites: dict[str, Site] = {}
 
     @cached_property
@@ -92,9 +93,7 @@ class Story:
         """The site of a weight, made once."""
         if name not in self.sites:
             weight, module = f"{SITES[name]}.attn.{name}", f"{SITES[name]}.ln1"
-            x = {
-                part: stories.activations(self.model, tokens, [module])[module] for part, tokens in self.tokens.items()
-            }
+            x = {part: activations(self.model, tokens, [module])[module] for part, tokens in self.tokens.items()}
             ((given, asked),) = readings.factors(
                 self.model, self.tokens["fit"], divergence=ed.KLDivergence(), parameters=[weight], group=GROUP
             ).values()

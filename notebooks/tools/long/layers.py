@@ -23,7 +23,7 @@ from eigendecomp.report.results import plain
 from eigendecomp.study import floors, recovery
 from eigendecomp.targets.toys import resid_mlp
 from eigendecomp.targets.toys.resid_mlp import ResidMLP
-from rooms import fitting, kept_rows
+from rooms import fitting, kept_rows, strengths
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS: dict[str, Any] = {
@@ -81,10 +81,10 @@ def floor_rows(d: ed.Decomposition, model: ResidMLP, seed: int) -> dict[str, Any
     random = floors.random_directions(shapes, d.decoder.n, 1, seed=seed)
     x = resid_mlp.data(1000, len(model.W_E), torch.Generator().manual_seed(2000 + seed))
     g = torch.cat([part.flat() for part in d.gradients(x, 1, seed)])
-    components = recovery.principal_parts(g, d.decoder.n, shapes)
+    components = strengths.principal_parts(g, d.decoder.n, shapes)
     found = {
-        "random": (recovery.random_strength(d, random, truth), {name: random.dense(name) for name in shapes}),
-        "principal": (recovery.dense_strength(d, components, truth), components),
+        "random": (strengths.random_strength(d, random, truth), {name: random.dense(name) for name in shapes}),
+        "principal": (strengths.dense_strength(d, components, truth), components),
     }
     return {
         f"{name} {key}": value

@@ -24,9 +24,8 @@ from eigendecomp.report.results import plain
 from eigendecomp.study import floors, recovery
 from eigendecomp.study.moves import Move, displaced
 from eigendecomp.study.recovery import Truth
-from eigendecomp.targets.toys import induction, recurrent
-from rooms import kept_rows, switches
-from rooms.sequences import forgetting, removal
+from rooms import kept_rows, strengths, switches
+from rooms.sequences import forgetting, induction, recurrent, removal
 from rooms.switches import Effect
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,7 +63,7 @@ def dictionaries(d: ed.Decomposition, x: Tensor, seed: int) -> dict[str, Parts]:
     random = floors.random_directions(d.target.shapes, d.decoder.n, d.settings.rank, seed=seed)
     return {
         "direction": d.directions(),
-        "principal component": recovery.principal_parts(g, d.decoder.n, d.target.shapes),
+        "principal component": strengths.principal_parts(g, d.decoder.n, d.target.shapes),
         "random": {name: random.dense(name) for name in d.target.shapes},
     }
 
@@ -165,7 +164,7 @@ def recurrent_rows(model: recurrent.FlipFlop, seed: int, steps: int = forgetting
     sets |= {f"fitted to {side}s": (d, d.directions()) for side, d in sides.items()}
     for name, (d, rows) in sets.items():
         direct = name == "direction"
-        strength = recovery.strength(d, truth, 1) if direct else recovery.dense_strength(d, rows, truth, 1)
+        strength = recovery.strength(d, truth, 1) if direct else strengths.dense_strength(d, rows, truth, 1)
         owner, _ = recovery.owners(strength)
         owner = torch.where(owner >= 0, owner, strength.argmax(1))
         offered[name] = [[part(rows, int(owner[bit]))] for bit in bits]

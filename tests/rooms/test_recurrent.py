@@ -5,9 +5,8 @@ import torch
 
 from eigendecomp.study import recovery
 from eigendecomp.study.moves import displaced
-from eigendecomp.targets.toys import recurrent
-from eigendecomp.targets.toys.recurrent import FlipFlop
-from rooms.sequences import forgetting
+from rooms.sequences import forgetting, recurrent
+from rooms.sequences.recurrent import FlipFlop
 
 
 def untrained() -> FlipFlop:
