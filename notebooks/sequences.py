@@ -38,7 +38,8 @@ import torch
 from eigendecomp.report import plots, results
 from eigendecomp.study import rates, recovery
 from eigendecomp.study.moves import along
-from rooms.sequences import forgetting, induction, recurrent, removal, switches
+from eigendecomp.targets.toys import induction, recurrent
+from rooms.sequences import forgetting, removal, switches
 
 plots.style()
 if results.profile() == "smoke":

@@ -7,10 +7,9 @@ import eigendecomp as ed
 from eigendecomp.study import floors, recovery
 from eigendecomp.study.moves import Move
 from eigendecomp.study.recovery import Truth, recovered
-from eigendecomp.targets.toys import circuits, resid_mlp, tms
+from eigendecomp.targets.toys import circuits, groups, resid_mlp, squares, tms
 from eigendecomp.targets.toys.resid_mlp import ResidMLP
 from rooms import fitting, strengths
-from rooms.peers import groups, squares
 from rooms.peers.networks import NETWORKS, weights
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from eigendecomp.targets.toys import circuits, tms
-from rooms.peers import groups, squares
+from eigendecomp.targets.toys import circuits, groups, squares, tms
 
 
 def small(features: int = 4, hidden: int = 3) -> tms.TMS:

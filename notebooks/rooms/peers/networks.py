@@ -17,9 +17,9 @@ from eigendecomp.decomposition import Decomposition, decompose
 from eigendecomp.reference import Constant, Mean
 from eigendecomp.sparsity import BatchTopK
 from eigendecomp.support import files
-from eigendecomp.targets.toys import circuits, resid_mlp, tms
+from eigendecomp.targets.toys import circuits, groups, resid_mlp, squares, tms
 from rooms import fitting
-from rooms.peers import groups, residual, scores, squares
+from rooms.peers import residual, scores
 
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "runs" / "peers"
 LARGE: dict[str, Any] = {"steps": 2000, "learning_rate": 0.01, "instances": 4}  # trains the 40 features faster

@@ -11,8 +11,8 @@ from eigendecomp.reference import Mean
 from eigendecomp.sparsity import BatchTopK
 from eigendecomp.study.moves import Move, matched
 from eigendecomp.study.recovery import Truth
-from rooms.sequences import recurrent
-from rooms.sequences.recurrent import BITS, FlipFlop, data
+from eigendecomp.targets.toys import recurrent
+from eigendecomp.targets.toys.recurrent import BITS, FlipFlop, data
 from rooms.switches import Effect, search
 
 LARGEST = 6.0  # the longest step along a unit direction that is tried

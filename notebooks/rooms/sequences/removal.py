@@ -13,8 +13,8 @@ from eigendecomp.reference import Mean
 from eigendecomp.sparsity import BatchTopK
 from eigendecomp.study.moves import Move
 from eigendecomp.study.recovery import Truth
-from rooms.sequences import induction
-from rooms.sequences.induction import FEATURES, Induction, Sequences, data, successor
+from eigendecomp.targets.toys import induction
+from eigendecomp.targets.toys.induction import FEATURES, Induction, Sequences, data, successor
 from rooms.switches import Effect, search
 
 LARGEST = 12.0  # the longest step along a unit direction that is tried

@@ -24,8 +24,9 @@ from eigendecomp.report.results import plain
 from eigendecomp.study import floors, recovery
 from eigendecomp.study.moves import Move, displaced
 from eigendecomp.study.recovery import Truth
+from eigendecomp.targets.toys import induction, recurrent
 from rooms import kept_rows, strengths, switches
-from rooms.sequences import forgetting, induction, recurrent, removal
+from rooms.sequences import forgetting, removal
 from rooms.switches import Effect
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -6,9 +6,10 @@ import torch
 import eigendecomp as ed
 from eigendecomp.study import recovery
 from eigendecomp.study.moves import displaced
+from eigendecomp.targets.toys import induction
+from eigendecomp.targets.toys.induction import Induction, Sequences
 from rooms import switches
-from rooms.sequences import induction, removal
-from rooms.sequences.induction import Induction, Sequences
+from rooms.sequences import removal
 
 V, T = induction.VOCABULARY, induction.LENGTH
 

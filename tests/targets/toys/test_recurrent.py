@@ -5,8 +5,9 @@ import torch
 
 from eigendecomp.study import recovery
 from eigendecomp.study.moves import displaced
-from rooms.sequences import forgetting, recurrent
-from rooms.sequences.recurrent import FlipFlop
+from eigendecomp.targets.toys import recurrent
+from eigendecomp.targets.toys.recurrent import FlipFlop
+from rooms.sequences import forgetting
 
 
 def untrained() -> FlipFlop:
