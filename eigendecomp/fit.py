@@ -65,6 +65,7 @@ class State:
         self.ever = torch.zeros((), device=target.device)  # coefficients kept so far
         self.histories = [History() for _ in self.blocks]
         self.step = 0
+        self.following: Gradients | None = None  # the next batch, where it is drawn ahead
 
     def dead(self) -> Bool[Tensor, " v"]:
         """Directions that no sample has used for a while."""
@@ -147,7 +148,7 @@ def fit(
     Raises:
         ValueError: if gradients are zero or not finite, or the checkpoint is of another fit.
     """
-    hidden, gradients = not (progress and parallel.leads()), None
+    hidden = not (progress and parallel.leads())
     state = State(target, settings, batches, hidden=hidden)
     if checkpoint is not None:
         checkpoint.resume(state)
@@ -157,7 +158,7 @@ def fit(
             last = state.step == settings.steps - 1
             write = checkpoint is not None and parallel.leads() and (checkpoint.due() or last)
             # What a checkpoint keeps must not be a batch ahead.
-            gradients = step(state, gradients, ahead=not (write or last), log=state.step % log_every == 0 or last)
+            step(state, ahead=not (write or last), log=state.step % log_every == 0 or last)
             state.step += 1
             bar.set_postfix(error=f"{min(h.error[-1] for h in state.histories):.3f}", refresh=False)
             bar.update()
@@ -171,10 +172,10 @@ def fit(
         return chosen(state, fresh(state, threshold_samples, progress))
 
 
-def step(state: State, gradients: Gradients | None, *, ahead: bool, log: bool) -> Gradients | None:
-    """One step on a batch, which is drawn where none is given; returns the next batch, where it is drawn ahead."""
+def step(state: State, *, ahead: bool, log: bool) -> None:
+    """One step on the batch that was drawn ahead, or else on a new one; may draw the next one ahead."""
     settings, batches = state.settings, state.batches
-    gradients = gradients or batches.batch(settings.batch_size, state.draw)
+    gradients, state.following = state.following or batches.batch(settings.batch_size, state.draw), None
     loss, error, s = state.objectives(gradients)
     if log and not loss.isfinite().all():
         raise ValueError(
@@ -185,7 +186,7 @@ def step(state: State, gradients: Gradients | None, *, ahead: bool, log: bool) -
     update = state.update(loss.sum(), loss, error, (s.detach() != 0).sum(0).to(error.dtype))
     del gradients, loss, error, s  # what a batch takes is free again before the next one is there
     # The next gradients need no direction, so they need not wait for the other processes.
-    following = batches.batch(settings.batch_size, state.draw) if ahead else None
+    state.following = batches.batch(settings.batch_size, state.draw) if ahead else None
     loss, error, kept = update()
     state.ever += kept.sum()
     if log and (state.step > 0 or settings.steps == 1) and not state.ever and not any(state.histories[0].kept):
@@ -193,7 +194,6 @@ def step(state: State, gradients: Gradients | None, *, ahead: bool, log: bool) -
     state.last_kept.masked_fill_(kept > 0, state.step)
     if log:
         state.log(loss, error, kept, samples)
-    return following
 
 
 def chosen(state: State, fresh: Iterable[Gradients]) -> Fit:
@@ -202,8 +202,11 @@ def chosen(state: State, fresh: Iterable[Gradients]) -> Fit:
     decoder = state.decoder.map(Tensor.detach)
     encoder = decoder if settings.tied else state.encoder.map(Tensor.detach)
     if settings.prune is None and settings.restarts == 1:
-        return Fit(encoder, decoder, settings.sparsity.threshold(g.inner(encoder) for g in fresh), state.histories[0])
-    zs, ys, squares = zip(*((g.inner(encoder), g.inner(decoder), g.square_norms().sum()) for g in fresh))
+        return Fit(
+            encoder, decoder, settings.sparsity.threshold(map(lambda g: g.inner(encoder), fresh)), state.histories[0]
+        )
+    # A map, unlike a generator with a name for it, holds no batch while the next one is made.
+    zs, ys, squares = zip(*map(lambda g: (g.inner(encoder), g.inner(decoder), g.square_norms().sum()), fresh))
     z, y, total = torch.cat(zs), torch.cat(ys), torch.stack(squares).sum()
     grams = [decoder.map(lambda factor, b=b: factor[b]).gram() for b in state.blocks]
     judged = [earning(z[:, b], y[:, b], gram, total, settings) for b, gram in zip(state.blocks, grams)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eigendecomp.divergence import Divergence
 from eigendecomp.support.checks import finite, one_output, whole
-from eigendecomp.support.rows import Rows
+from eigendecomp.support.rows import PIECE, Rows, slices
 
 
 class Reference(ABC):
@@ -71,8 +71,14 @@ class Draws:
         return Draws.of(self.reference, self.divergence, self.pool, shape, draws, generator)
 
     def __call__(self, f: Float[Tensor, "e p k"]) -> Float[Tensor, "e p r k"]:
-        f = repeat(finite(f), "e p k -> e p r k", r=self.noise.shape[2])
-        return self.reference.cotangent(self.divergence, f, self.pool, self.noise)
+        f = repeat(f, "e p k -> e p r k", r=self.noise.shape[2])  # a view
+        few = max(1, PIECE // max(1, f[:1].numel()))
+        if few >= len(f):
+            return self.reference.cotangent(self.divergence, finite(f), self.pool, self.noise)
+        c = f.new_empty(f.shape)  # of a large vocabulary nothing but the result is there for all examples
+        for some in slices(len(f), few):
+            c[some] = self.reference.cotangent(self.divergence, finite(f[some]), self.pool, self.noise[some])
+        return c
 
     def __getitem__(self, examples: slice | Tensor) -> "Draws":
         return replace(self, noise=self.noise[examples])

@@ -100,6 +100,7 @@ def output_gradients(
     """
     apart = [use for use, plan in zip(trace.uses, plans, strict=True) if plan.apart is not None]
     mixing = [use for use, plan in zip(trace.uses, plans, strict=True) if plan.apart is None]
+    boundary = boundary if mixing else None
     ends = [*apart, *([] if boundary is None else [boundary])]
     deltas = of_all_positions(recorder, trace.output, ends, c, generator) if ends else []
     start, own = trace.output, c
@@ -136,11 +137,15 @@ def of_all_positions(
     first = torch.randint(2, (e, p), generator=generator).bool().to(c.device)
     halves = first, ~first
     one, other = (recorder.pull(output, ends, (c * half[..., None, None]).movedim(2, 0), e * p) for half in halves)
+    by_place = {node.place: (node, *pair) for node, *pair in zip(ends, one, other, strict=True)}
     met = [
         layout.split(node.by_sample(delta), e, 1).flatten(2).any(2) & ~half.flatten()
-        for node, *pair in zip(ends, one, other, strict=True)
+        for node, *pair in by_place.values()
         for delta, half in zip(pair, halves)
     ]
     if torch.cat(met).any():  # looked at once, since a GPU waits at every look
         raise PositionsMeet
-    return [a + b for a, b in zip(one, other, strict=True)]
+    del one, other  # so that each is free again once it is added
+    places = list(by_place)
+    added = {place: torch.add(*by_place.pop(place)[1:]) for place in places}
+    return [added[node.place] for node in ends]

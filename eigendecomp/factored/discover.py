@@ -14,6 +14,7 @@ from eigendecomp.factored.layouts import Layout, NotUnderstood
 from eigendecomp.factored.local import Local
 from eigendecomp.factored.operations import Plan, Use
 from eigendecomp.factored.record import Recorder, Trace
+from eigendecomp.support.rows import PIECE
 
 DIFFERENT = (
     "the model runs different operations for different inputs, so its gradients cannot be captured; give a model "
@@ -64,10 +65,11 @@ class Reading:
 
     @property
     def bytes_per_draw(self) -> float:
-        """Bytes that the factors of an example and their products take, for every draw."""
+        """Bytes that an example's cotangents, its factors and their products take, for every draw."""
         own = [*self.fallback, *(root for roots in self.derived.values() for root in roots)]
         formed = sum(self.outputs[0] * math.prod(self.shapes[name]) for name in own)
-        return 2 * self.bytes_per_number * (formed + sum(plan.numbers for plan in self.plans))
+        cotangents = math.prod(self.outputs)
+        return 2 * self.bytes_per_number * (cotangents + formed + sum(plan.numbers for plan in self.plans))
 
 
 def discover(recorder: Recorder, examples: Sequence[Tensor], terms: int) -> tuple[Reading, Float[Tensor, "e p k"]]:
@@ -124,8 +126,7 @@ def plans_of(
         traces: runs of the same examples.
         fewer: a run of all examples but one.
     """
-    alone = torch.eye(len(c), dtype=c.dtype, device=c.device)[:, :, None, None] * c
-    deltas = [[d.nan_to_num() for d in recorder.pull(run.output, run.uses, alone)] for run in traces]
+    deltas = [[d.nan_to_num() for d in pull_alone(recorder, run, c)] for run in traces]
     plans, reasons, trace, sure = [], dict(traces[0].unknown), traces[0], True
     for use, other, *delta in zip(trace.uses, fewer.uses, *deltas, strict=True):
         derived = trace.derived.get(use.name)
@@ -140,6 +141,14 @@ def plans_of(
         except NotUnderstood as reason:
             reasons = dict.fromkeys(trace.roots(use.name), str(reason)) | reasons
     return plans, reasons, sure
+
+
+def pull_alone(recorder: Recorder, run: Trace, c: Float[Tensor, "e p k"]) -> list[Float[Tensor, "e *shape"]]:
+    """What each example's cotangent alone sends back to all uses; of a large vocabulary, one after the other."""
+    own = torch.eye(len(c), dtype=c.dtype, device=c.device)[:, :, None, None]
+    if c.numel() <= PIECE:
+        return recorder.pull(run.output, run.uses, own * c)
+    return [torch.cat(each) for each in zip(*(recorder.pull(run.output, run.uses, (one * c)[None]) for one in own))]
 
 
 def find_layouts(use: Use, fewer: Use, deltas: Sequence[Float[Tensor, "e *shape"]]) -> list[Layout]:

@@ -5,7 +5,6 @@ and a coefficient is the product ⟨Jᵀc, u⟩ = ⟨c, J u⟩ with a reference'
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -127,7 +126,7 @@ def first_order(
     Twice backwards takes half the time of once forwards, for which torch computes derivatives that are zero. That the
     second derivative is there shows at ⟨c, J u⟩ = ⟨Jᵀc, u⟩: a function of torch's may leave it out without a word.
     """
-    with suppress(RuntimeError):  # of an operation without a second derivative
+    try:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
             chosen = {name: p.detach().requires_grad_() for name, p in target.chosen.items()}
             f = target.call(examples, chosen)
@@ -142,6 +141,9 @@ def first_order(
             rest.append((y[-1] * c).flatten(1).sum(1) - inner)
         if torch.cat(rest).norm() <= HIDDEN * (torch.cat(y) * c).norm():
             return f.detach().flatten(0, 1), torch.cat(y).movedim(0, 2).flatten(0, 1)
+    except RuntimeError as error:  # of an operation without a second derivative
+        if "allocate" in str(error):  # of memory, on any device
+            raise
     return target.outputs(examples).flatten(0, 1), push_forward(target, SquaredError(), u, examples) / 2**0.5
 
 

@@ -17,6 +17,11 @@ HELD = 1 << 24  # numbers that are held; of more, outputs are computed again whe
 PIECE = 1 << 22  # numbers computed at a time then
 
 
+def slices(count: int, size: int) -> list[slice]:
+    """``count`` things in parts of this size."""
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 class Rows:
     """Rows (n, k) that are computed in pieces, from the first one again whenever some of them are asked for.
 

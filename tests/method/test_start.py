@@ -40,10 +40,8 @@ class Kinds(LiveBatches):
 
 
 def settings(n: int, rank: int = 1, factorization: Factorization = "cp", seed: int = 0, size: int = 64) -> Settings:
-    return Settings(
-        ed.SquaredError(), ed.Constant(0.0), ("*",), n, rank, factorization, False, ed.BatchTopK(0.5), 1, size, 0.1, seed,
-        start="samples",
-    )  # fmt: skip
+    few, rules = ed.BatchTopK(0.5), (ed.SquaredError(), ed.Constant(0.0), ("*",))
+    return Settings(*rules, n, rank, factorization, False, few, 1, size, 0.1, seed, start="samples")
 
 
 class Layer(torch.nn.Module):

@@ -187,6 +187,48 @@ def test_the_change_of_outputs_is_their_jacobian_times_directions(function: Any)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
 
 
+class Greedy(torch.autograd.Function):
+    """tanh, whose backward pass asks for more memory than there is."""
+
+    forward = Once.forward
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad * torch.empty(1 << 60)[0]
+
+
+def test_a_lack_of_memory_is_no_lack_of_a_second_derivative() -> None:
+    torch.manual_seed(0)
+    target = Target(Bent(Greedy.apply))
+    with pytest.raises(RuntimeError, match=r"allocate|memory"):
+        measure.first_order(target, Directions.random(target.shapes, 2, 1), (torch.randn(4, 3),))
+
+
+class Detached(torch.autograd.Function):
+    """tanh, with a backward pass that autograd does not see."""
+
+    forward = Once.forward
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.detach() * (1 - ctx.saved_tensors[0].square())
+
+
+def fused(x: torch.Tensor) -> torch.Tensor:
+    """Attention by an operation whose backward pass has no derivative."""
+    shaped = x.view(1, 1, len(x), -1)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(shaped, shaped, shaped)[0].view_as(x)
+
+
+@pytest.mark.parametrize("function", [Once.apply, Detached.apply, fused])
+def test_what_has_no_second_derivative_is_pushed_forwards(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
+    torch.manual_seed(0)
+    target, pushed = Target(Bent(function)), []
+    monkeypatch.setattr(measure, "push_forward", lambda *given: pushed.append(given) or torch.zeros(4, 2, 5))
+    measure.first_order(target, Directions.random(target.shapes, 2, 1), (torch.randn(4, 3),))
+    assert pushed
+
+
 def test_the_numbers_in_the_page_are_the_packages(pages: dict[str, Path], speech) -> None:
     d, x = speech
     data, p = page_data(pages["text"]), x.shape[1]
