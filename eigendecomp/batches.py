@@ -104,7 +104,7 @@ class CachedBatches:
     def batch(self, size: int, generator: torch.Generator) -> Gradients:
         share = parallel.share(size)
         index = self.feed.indices(size)[share]
-        gradients = self.jacobian[index]
+        gradients = self.jacobian.index_select(0, index)
         if not self.draws.reference.fixed:
             c = self.draws.again((size, 1), 1, generator)[share](self.f[index].unsqueeze(1))
             gradients = torch.bmm(c[:, 0], gradients)

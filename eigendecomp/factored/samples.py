@@ -1,13 +1,18 @@
 """The two meanings of a sample: where the gradients of each come from, and how a fit gets batches of them."""
 
+from collections.abc import Iterator
+
 import torch
 
 from eigendecomp.batches import Batches, CachedBatches, Data, LiveBatches
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.factored.uses import HELD_BYTES, HeldUses, UseSource
 from eigendecomp.settings import Settings
-from eigendecomp.support.examples import Examples, feed, fetch
+from eigendecomp.support.examples import Examples, Inputs, chunks, feed, fetch, first, kind
 from eigendecomp.target import Target
+
+CHUNK = 64  # examples read at a time
+LITTLE = 1 << 21  # numbers; while the gradients of a chunk have fewer, more examples are read at a time
 
 
 class OutputSamples:
@@ -38,3 +43,15 @@ class UseSamples:
 
 Samples = OutputSamples | UseSamples
 SAMPLES: dict[str, type[Samples]] = {"outputs": OutputSamples, "uses": UseSamples}
+
+
+def pieces(target: Target, inputs: Inputs, draws: int = 0) -> Iterator[Examples]:
+    """The examples of a reading, ``CHUNK`` at a time, or up to eight times as many of them where gradients are small.
+
+    ``draws`` is the number of cotangents of an output, as many as outputs if it is 0. References are drawn in order, so
+    that no number depends on this but by rounding.
+    """
+    if kind(inputs) != "tensors":
+        return chunks(inputs, CHUNK)
+    p, k = target.outputs(first(inputs, 1)).shape[1:]
+    return chunks(inputs, CHUNK * min(8, max(1, LITTLE // (CHUNK * p * (draws or k) * (k + target.size)))))

@@ -163,8 +163,6 @@ def standardised(model: HookedTransformer, layers: Sequence[int], tokens: Int[Te
 @torch.no_grad()
 def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: Sequence[str]) -> dict[str, Tensor]:
     """What some modules give at every position: {module: (n · t, …)}, window by window; of several calls the last."""
-    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in modules]  # of which later ones need not run
-    last = 1 + max(int(block[1]) for block in blocks if block) if all(blocks) else None
     outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     met: dict[str, Tensor] = {}
 
@@ -174,7 +172,7 @@ def activations(model: HookedTransformer, tokens: Int[Tensor, "n t"], modules: S
     hooks = [model.get_submodule(name).register_forward_hook(partial(remember, name)) for name in modules]
     try:
         for windows in tokens.split(256):
-            model(windows, return_type=None, stop_at_layer=last)
+            model(windows, return_type=None)
             for name, pieces in outputs.items():
                 pieces.append(met[name])
     finally:
