@@ -16,7 +16,7 @@ from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence, SquaredError
 from eigendecomp.factored.data import Data
 from eigendecomp.factored.guard import Mistaken
-from eigendecomp.factored.samples import SAMPLES, Samples
+from eigendecomp.factored.samples import CHUNK, SAMPLES, Samples, pieces
 from eigendecomp.factored.source import CapturedSource
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients
@@ -39,8 +39,6 @@ from eigendecomp.support.show import Shown, of_decomposition
 from eigendecomp.target import Target
 
 log = logging.getLogger(__name__)
-
-CHUNK = 64  # examples read at a time; a constant, so that nothing depends on it
 
 
 @dataclass(eq=False, repr=False)
@@ -98,7 +96,7 @@ class Decomposition(Shown, Doors):
         return strongest(self._impacts(inputs) if by == "impact" else self._activations(inputs), k)
 
     def _activations(self, inputs: Inputs) -> Iterator[Float[Tensor, "n v"]]:
-        for some in chunks(inputs, CHUNK):
+        for some in pieces(self.target, inputs):
             yield curvatures(self.target, self.settings.divergence, self.decoder, some, self.captured(some)).sqrt()
 
     def _impacts(self, inputs: Inputs, references: int = 16, seed: int = 0) -> Iterator[Float[Tensor, "n v"]]:
@@ -122,9 +120,9 @@ class Decomposition(Shown, Doors):
 
     @torch.no_grad()
     def gradients(self, inputs: Inputs, draws: int, seed: int) -> Iterator[Gradients]:
-        """Gradients of the samples, ``CHUNK`` examples at a time; references are drawn in the samples' order."""
+        """Gradients of the samples, a few examples at a time; references are drawn in the samples' order."""
         noise = generator(seed, "encode")
-        for some in chunks(inputs, CHUNK):
+        for some in pieces(self.target, inputs, draws):
             shape = len(some[0]), self.target.outputs(first(some, 1)).shape[1]
             s = self.settings
             yield self._prepared(some).source(some, Draws.of(s.reference, s.divergence, self.pool, shape, draws, noise))

@@ -74,6 +74,8 @@ class LowRank:
         axes = range(len(self.shape))
         rest = [axis for axis in axes if axis not in self.first]
         left, right = self.pair(self.first)
+        if [*self.first, *rest] == [*axes]:
+            return (left.mT @ right).reshape(len(left), *self.shape)
         pattern = f"v ({named(self.first)}) ({named(rest)}) -> v {named(axes)}"
         return rearrange(left.mT @ right, pattern, **lengths(self.shape, axes))
 
@@ -212,11 +214,13 @@ class Directions:
 
 def gram(a: LowRank, b: LowRank) -> Float[Tensor, "v w"]:
     """⟨u_v, u'_w⟩ in one tensor: the factors' Gram matrices, multiplied over axes and summed over terms (eq. 9)."""
-    mine, others = a.canonical(), b.canonical()
+    mine = a.canonical()
+    others = mine if a is b else b.canonical()
     if a.groups == b.groups and len(mine) != len(others):
         mine, others = a.pair(a.first), b.pair(a.first)
     if a.groups != b.groups or better_formed([x.shape for x in mine], [y.shape for y in others]):
-        mine, others = ([one.dense().flatten(1).unsqueeze(1)] for one in (a, b))
+        mine = [a.dense().flatten(1).unsqueeze(1)]
+        others = mine if a is b else [b.dense().flatten(1).unsqueeze(1)]
     v, k, w, j = *mine[0].shape[:2], *others[0].shape[:2]
     matrices = [(x.flatten(0, 1), y.flatten(0, 1)) for x, y in zip(mine, others, strict=True)]
     product = reduce(torch.mul, (SelfGram.apply(x) if a is b else x @ y.T for x, y in matrices))

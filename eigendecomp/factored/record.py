@@ -91,10 +91,11 @@ class Trace(TorchDispatchMode):
         return self.derived[name][1] if name in self.derived else (name,)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.settle()
-        kwargs = kwargs or {}
-        weights = {place: weight for place, value in enumerate(args) if (weight := self.weight(value)) is not None}
-        lists = [value for value in (*args, list(kwargs.values())) if isinstance(value, (list, tuple))]
+        if self.waiting:
+            self.settle()
+        kwargs, tensors = kwargs or {}, [(place, x) for place, x in enumerate(args) if isinstance(x, Tensor)]
+        weights = {place: weight for place, x in tensors if (weight := self.weight(x)) is not None}
+        lists = [value for value in (*args, list(kwargs.values())) if isinstance(value, (list, tuple)) and value]
         others = [weight for values in lists for value in values if (weight := self.weight(value)) is not None]
         result = func(*args, **kwargs)
         if func is not aten.detach.default:  # which torch calls more often when outputs are kept

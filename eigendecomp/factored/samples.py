@@ -1,5 +1,7 @@
 """The two meanings of a sample: where the gradients of each come from, and how a fit gets batches of them."""
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -13,11 +15,13 @@ from eigendecomp.reference import Draws
 from eigendecomp.settings import Settings
 from eigendecomp.support import parallel
 from eigendecomp.support.checks import usable
-from eigendecomp.support.examples import Examples, feed, fetch
+from eigendecomp.support.examples import Examples, Inputs, chunks, feed, fetch, first, kind
 from eigendecomp.support.rows import Outputs
 from eigendecomp.target import Target
 
-CHUNK = 256  # examples differentiated at a time, where no loss is taken of them
+FORMED = 256  # examples differentiated at a time, where gradients are formed and held
+CHUNK = 64  # examples read at a time
+LITTLE = 1 << 21  # numbers; while the gradients of a chunk have fewer, more examples are read at a time
 
 
 class OutputSamples:
@@ -59,17 +63,29 @@ def held_gradients(
     """
     shapes, (e, p, _), fixed = source.target.shapes, outputs.shape, draws.reference.fixed
     c, pieces = draws.again((e, p), 1, order) if fixed else EachOutput(), []
-    for start in range(0, e, CHUNK):
-        few = slice(start, start + CHUNK)
+    for start in range(0, e, FORMED):
+        few = slice(start, start + FORMED)
         pieces.append(source([tensor[few] for tensor in examples], c[few]).flat())
     jacobian = usable(torch.cat(pieces).view(e * p, -1, pieces[0].shape[-1]), ZERO)
     f = torch.empty(0) if fixed else outputs.all().flatten(0, 1)
 
     def some(index: Int[Tensor, " n"], generator: torch.Generator) -> Gradients:
-        g, size = jacobian[index], len(index) * parallel.processes()
+        g, size = jacobian.index_select(0, index), len(index) * parallel.processes()
         if not fixed:
             c = draws.again((size, 1), 1, generator)[parallel.share(size)](f[index].unsqueeze(1))
             g = torch.bmm(c[:, 0], g)
         return Gradients(shapes, [Formed(shapes, g[:, 0])])
 
     return HeldBatches(e * p, some, order)
+
+
+def pieces(target: Target, inputs: Inputs, draws: int = 0) -> Iterator[Examples]:
+    """The examples of a reading, ``CHUNK`` at a time, or up to eight times as many of them where gradients are small.
+
+    ``draws`` is the number of cotangents of an output, as many as outputs if it is 0. References are drawn in order, so
+    that no number depends on this but by rounding.
+    """
+    if kind(inputs) != "tensors":
+        return chunks(inputs, CHUNK)
+    p, k = target.outputs(first(inputs, 1)).shape[1:]
+    return chunks(inputs, CHUNK * min(8, max(1, LITTLE // (CHUNK * p * (draws or k) * (k + target.size)))))

@@ -103,7 +103,8 @@ class Capture:
     def run(self, examples: Sequence[Tensor]) -> tuple[Trace, Float[Tensor, "e p k"]]:
         """A recorded run, and the outputs of the examples."""
         boundary = self.reading.boundary
-        trace = self.recorder.run(at_least_two(examples), () if boundary is None else (boundary,))
+        two = several(examples, 2) if len(examples[0]) == 1 else examples  # one alone may run through other operations
+        trace = self.recorder.run(two, () if boundary is None else (boundary,))
         return trace, trace.output.output.detach()[: len(examples[0])]
 
     def piece(
@@ -294,7 +295,8 @@ class CapturedSource(Capture):
             by_name[plan.name].append(Factored(plan.name, plan.shape, plan.axes.left, [(left, right)]))
             a, b = (left, right) if plan.axes.input_is_left else (right, left)
             pairs[plan.name].append((a.full()[0].to(b.values.dtype), b.full()))
-        if self.guard.due() and (wrong := self.guard.wrong([(examples, cotangents)], sums_of(by_name), whole=True)):
+        sums = lambda w: {n: sum_of([part.weighted(w)[n] for part in some]) for n, some in by_name.items()}  # noqa: E731
+        if self.guard.due() and (wrong := self.guard.wrong([(examples, cotangents)], sums, whole=True)):
             raise ValueError(
                 f"the uses of {wrong[0]!r} do not add up to its gradient on these examples, so they cannot be told "
                 "apart; leave the parameter out, or take whole outputs as samples"
@@ -351,18 +353,6 @@ def gradient_of(
         return sum_of(formed)
     joined = [(Side.together([a for a, _ in some]), Side.together([b for _, b in some])) for some in terms.values()]
     return Factored(name, uses[0][1].shape, left, joined)
-
-
-def sums_of(parts: Mapping[str, Sequence[Part]]) -> Callable[[Tensor], dict[str, Tensor]]:
-    """From weights to the weighted sum of gradients, of each parameter those of several parts."""
-    return lambda weights: {
-        name: sum_of([part.weighted(weights)[name] for part in some]) for name, some in parts.items()
-    }
-
-
-def at_least_two(examples: Sequence[Tensor]) -> Sequence[Tensor]:
-    """One example as two: a batch of one may run through other operations than one of several."""
-    return several(examples, 2) if len(examples[0]) == 1 else examples
 
 
 def several(examples: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:

@@ -16,8 +16,8 @@ def khatri_rao(factors: Sequence[Float[Tensor, "v k _"]]) -> Float[Tensor, "v k 
 
 def kronecker(core: Float[Tensor, "v ..."], factors: Sequence[Float[Tensor, "v r d"]]) -> Float[Tensor, "v r d"]:
     """The Kronecker product over axes of every direction's factors; of none, a single one."""
-    one = core.new_ones(core.shape[0], 1, 1)
-    return reduce(lambda a, b: torch.einsum("vrd,vse->vrsde", a, b).flatten(3).flatten(1, 2), factors, one)
+    step = lambda a, b: torch.einsum("vrd,vse->vrsde", a, b).flatten(3).flatten(1, 2)  # noqa: E731
+    return reduce(step, factors) if factors else core.new_ones(core.shape[0], 1, 1)
 
 
 class SelfGram(torch.autograd.Function):

@@ -61,7 +61,7 @@ def test_a_behaviours_gradient_is_that_of_its_mean_log_mass(story: rivals.Story)
     on, members = story.behaving["test"][name], story.rules.sets[name]
     weight = story.model.get_parameter("blocks.5.attn.W_V")
     row = list(story.behaving["test"]).index(name)
-    g = story.gradients["test", "W_V"][row].unflatten(0, (64, 16, 4))
+    g = story.gradients("test", "W_V")[row].unflatten(0, (64, 16, 4))
     needed = weight.requires_grad
     weight.requires_grad_()
     total = 0

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rooms.stories.rivals import Story
-
-LETTERS = "QKVO"
+from eigendecomp.targets.stories.model import activations
+from rooms.stories.rivals import LETTERS, Story
 
 
 def energy(story: Story, part: str) -> Float[Tensor, "b heads"]:
@@ -18,11 +17,9 @@ def energy(story: Story, part: str) -> Float[Tensor, "b heads"]:
 
     A share is of the squared norm in W_Q, W_K, W_V and W_O together.
     """
-    cfg = cast(Any, story.model).cfg
-    names = [f"blocks.{block}.attn.W_{letter}" for block in range(cfg.n_layers) for letter in LETTERS]
     rows = []
-    for gradients in story.wanting(part, names).values():
-        by_weight = torch.stack([g.square().flatten(1).sum(1) for g in gradients])  # (blocks · letters, heads)
+    for gradients in story.wanting(part).values():
+        by_weight = torch.stack([g.square().flatten(1).sum(1) for g in gradients.values()])  # (blocks · letters, heads)
         rows.append(by_weight.unflatten(0, (-1, len(LETTERS))).sum(1).flatten())
     energies = torch.stack(rows)
     return energies / energies.sum(1, keepdim=True)
@@ -36,31 +33,24 @@ def drops(story: Story, part: str) -> Float[Tensor, "b heads"]:
     """
     model, cfg = cast(Any, story.model), cast(Any, story.model).cfg
     tokens, on = story.tokens[part][: story.behaving_windows], story.behaving[part]
-    entering = [model(tokens, stop_at_layer=block) for block in range(1, cfg.n_layers)]
-    entering = [model(tokens, stop_at_layer=0), *entering]
 
     def masses(x: Tensor, block: int) -> Tensor:
-        stream = model(x, start_at_layer=block, stop_at_layer=cfg.n_layers)
+        """Of every behaviour, given what enters a block; of the last, what leaves it."""
+        stream = model(x, start_at_layer=block, stop_at_layer=cfg.n_layers) if block < cfg.n_layers else x
         masses = []
         for name, where in on.items():
             logp = model.unembed(model.ln_final(stream[where].unsqueeze(0)))[0].log_softmax(-1)
             masses.append(logp[:, story.rules.sets[name]].logsumexp(-1).mean())
         return torch.stack(masses)
 
-    base, rows = masses(entering[-1], cfg.n_layers - 1), []
-    for block in range(cfg.n_layers):
-        for head in range(cfg.n_heads):
-
-            def ablate(_module: object, _inputs: object, z: Tensor, head: int = head) -> Tensor:
-                z = z.clone()
-                z[:, :, head] = z[:, :, head].mean((0, 1))
-                return z
-
-            handle = model.blocks[block].attn.hook_z.register_forward_hook(ablate)
-            try:
-                rows.append(base - masses(entering[block], block))
-            finally:
-                handle.remove()
+    points = [f"blocks.{i}.{point}" for i in range(cfg.n_layers) for point in ("hook_resid_mid", "attn.hook_z")]
+    found = {name: x.unflatten(0, tokens.shape) for name, x in activations(model, tokens, points).items()}
+    base, rows = masses(model(tokens, stop_at_layer=cfg.n_layers), cfg.n_layers), []
+    for i, block in enumerate(model.blocks):
+        middle, z = (found[f"blocks.{i}.{point}"] for point in ("hook_resid_mid", "attn.hook_z"))
+        for less, weight in zip((z.mean((0, 1)) - z).unbind(2), block.attn.W_O, strict=True):
+            x = middle + less @ weight  # the attention is not run again: all other heads' parts are the same
+            rows.append(base - masses(x + block.mlp(block.ln2(x)), i + 1))
     return torch.stack(rows, 1)
 
 

@@ -28,6 +28,7 @@ from rooms.stories.standardised import activations, standardised
 GROUP = {"*.W_[QKV]": "head d_model d_head -> (head d_head) d_model"}  # rank one is that of a matrix
 PARTS: dict[str, stories.Split] = {"fit": "train", "choose": "validation", "test": "test"}
 SITES = {"W_K": "blocks.4", "W_V": "blocks.5"}  # by the weight's name: its block
+LETTERS = "QKVO"  # of the attention weights
 HELD = ("choose", "test")  # the held-out splits that decide which concepts and behaviours there are
 HALF = 0.5  # of the probability: the model is about to do something
 COUNTS = (1, 5, 20)  # rows that rebuild a behaviour's gradient
@@ -67,7 +68,7 @@ class Story:
         self.rules = concepts.Rules(stories.load_tokenizer())
         blocks = [int(block.split(".")[1]) for block in SITES.values()]
         self.model = standardised(stories.load_model(), blocks, self.tokens["fit"][:500])
-        self.sites: dict[str, Site] = {}
+        self._wanting: dict[str, dict[str, dict[str, Tensor]]] = {}
 
     @cached_property
     def logits(self) -> dict[str, Float[Tensor, "n t k"]]:
@@ -89,15 +90,24 @@ class Story:
             by_split[part] = told[part].select([place[name] for name in names])
         return by_split
 
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """The sites of all weights, from the same passes through the model."""
+        weights = {name: f"{block}.attn.{name}" for name, block in SITES.items()}
+        modules = {name: f"{block}.ln1" for name, block in SITES.items()}
+        x = {part: activations(self.model, tokens, list(modules.values()))
+             for part, tokens in self.tokens.items()}  # fmt: skip
+        pairs = readings.factors(
+            self.model, self.tokens["fit"], divergence=ed.KLDivergence(), parameters=list(weights.values()), group=GROUP
+        )
+        return {
+            name: Site(weight, {part: found[modules[name]] for part, found in x.items()},
+                       *(normalize(side, dim=1) for side in pairs[weight]))
+            for name, weight in weights.items()
+        }  # fmt: skip
+
     def site(self, name: str) -> Site:
-        """The site of a weight, made once."""
-        if name not in self.sites:
-            weight, module = f"{SITES[name]}.attn.{name}", f"{SITES[name]}.ln1"
-            x = {part: activations(self.model, tokens, [module])[module] for part, tokens in self.tokens.items()}
-            ((given, asked),) = readings.factors(
-                self.model, self.tokens["fit"], divergence=ed.KLDivergence(), parameters=[weight], group=GROUP
-            ).values()
-            self.sites[name] = Site(weight, x, normalize(given, dim=1), normalize(asked, dim=1))
+        """The site of a weight."""
         return self.sites[name]
 
     # ---- behaviours
@@ -115,35 +125,39 @@ class Story:
         enough = [name for name in self.rules.sets if all(int(says[part][name].sum()) >= self.least for part in HELD)]
         return {part: {name: one[name] for name in enough} for part, one in says.items()}
 
-    def wanting(self, part: str, parameters: list[str]) -> dict[str, list[Tensor]]:
-        """{behaviour: its gradient}: of the mean log mass of its set where the model is about to show it."""
-        chosen = [self.model.get_parameter(name) for name in parameters]
-        needed = [p.requires_grad for p in chosen]
-        tokens, gradients = self.tokens[part][: self.behaving_windows], {}
+    def wanting(self, part: str) -> dict[str, dict[str, Tensor]]:
+        """{behaviour: its gradient in every attention weight}, made once for a split.
+
+        The gradient is that of the mean log mass of its set where the model is about to show it; windows in which it
+        is nowhere about to are left out.
+        """
+        if part in self._wanting:
+            return self._wanting[part]
+        model, tokens = cast(Any, self.model), self.tokens[part][: self.behaving_windows]
+        names = [f"blocks.{block}.attn.W_{letter}" for block in range(model.cfg.n_layers) for letter in LETTERS]
+        parameters = [model.get_parameter(name) for name in names]
+        needed, found = [p.requires_grad for p in parameters], {}
         try:
-            for p in chosen:
+            for p in parameters:
                 p.requires_grad_()
             with torch.enable_grad():
-                logp = cast(Any, self.model)(tokens).log_softmax(-1)
                 for name, on in self.behaving[part].items():
-                    mass = logp[on][:, self.rules.sets[name]].logsumexp(-1).mean()
-                    gradients[name] = list(torch.autograd.grad(mass, chosen, retain_graph=True))
+                    some = on.any(1)
+                    stream = model(tokens[some], stop_at_layer=model.cfg.n_layers)[on[some]]
+                    logp = model.unembed(model.ln_final(stream.unsqueeze(0)))[0].log_softmax(-1)
+                    mass = logp[:, self.rules.sets[name]].logsumexp(-1).mean()
+                    found[name] = dict(zip(names, torch.autograd.grad(mass, parameters), strict=True))
         finally:
-            for p, need in zip(chosen, needed, strict=True):
+            for p, need in zip(parameters, needed, strict=True):
                 p.requires_grad_(need)
-        return gradients
+        self._wanting[part] = found
+        return found
 
-    @cached_property
-    def gradients(self) -> dict[tuple[str, str], Float[Tensor, "b in*out"]]:
-        """Every behaviour's gradient in each weight, as rows of the flattened matrix: {(split, weight): rows}."""
-        names = [f"{block}.attn.{name}" for name, block in SITES.items()]
-        by_behaviour = {}
-        for part in self.logits:
-            by_name = self.wanting(part, names)
-            for i, name in enumerate(SITES):
-                rows = torch.stack([parts[i] for parts in by_name.values()])  # (b, head, in, d_head)
-                by_behaviour[part, name] = rows.movedim(2, 1).flatten(2).flatten(1)
-        return by_behaviour
+    def gradients(self, part: str, name: str) -> Float[Tensor, "b in*out"]:
+        """Every behaviour's gradient in a weight on a split, as rows of the flattened matrix."""
+        weight = f"{SITES[name]}.attn.{name}"
+        rows = torch.stack([gradient[weight] for gradient in self.wanting(part).values()])  # (b, head, in, d_head)
+        return rows.movedim(2, 1).flatten(2).flatten(1)
 
 
 @dataclass

@@ -116,7 +116,7 @@ def tried(story: Story, key: Row, setting: Row) -> list[Row]:
     x = {"choose": story.site(key["weight"]).x["choose"]}
     held = float("nan")
     if units.writers is not None:
-        shares = clusters.rebuilt(story.gradients["choose", key["weight"]], units.changes(), COUNTS)
+        shares = clusters.rebuilt(story.gradients("choose", key["weight"]), units.changes(), COUNTS)
         held = shares[COUNTS[1]].mean().item()
     return [key | {"setting": json.dumps(setting), "way": way, "held": held}
             | means(story, rivals.resolved(story, units.scores(way, x))[0]) for way in units.ways]  # fmt: skip
@@ -185,7 +185,7 @@ def named(story: Story, precision: torch.Tensor) -> Row:
 def held_rows(story: Story, changes: torch.Tensor, part: str, head: Row) -> list[Row]:
     """The share of every behaviour's gradient in a split that some of these rows rebuild, and that all of them do."""
     names = [f"says: {name}" for name in story.behaving["test"]]  # one of them is "size", as a column is
-    g = story.gradients[part, head["weight"]]
+    g = story.gradients(part, head["weight"])
     found = clusters.rebuilt(g, changes, COUNTS if part == "test" else SHARES)
     if part == "fresh":
         rows, wanted = changes.double(), g.double()
