@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import eigendecomp as ed
-from eigendecomp import decomposition
 from eigendecomp.batches import LiveBatches
 from eigendecomp.directions import Directions, Factorization
 from eigendecomp.divergence import Divergence
+from eigendecomp.factored import samples
 from eigendecomp.factored.kept import everything
 from eigendecomp.factored.samples import held_gradients
 from eigendecomp.gradients import Formed, FunctionalSource, Gradients
@@ -358,8 +358,9 @@ def test_nothing_depends_on_how_many_examples_are_read_at_a_time(
         )  # fmt: skip
 
     first = read()
-    assert decomposition.CHUNK > 11
-    monkeypatch.setattr(decomposition, "CHUNK", 4)
+    assert samples.CHUNK > 11
+    monkeypatch.setattr(samples, "CHUNK", 4)
+    monkeypatch.setattr(samples, "LITTLE", 0)
     for a, b in zip(first, read(), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(d.encode(x[:3], seed=1), first[0][:6])
