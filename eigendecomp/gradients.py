@@ -154,6 +154,10 @@ class Gradients:
         """⟨g_n, u_v⟩; differentiable in the directions."""
         return sum_of([part.inner(directions) for part in self.parts])
 
+    def inner_own(self, own: Directions) -> Float[Tensor, "n m"]:
+        """⟨g_n, u_nm⟩ with m directions for each sample: first those of the first sample; differentiable in them."""
+        return sum_of([part.inner_own(own) for part in self.parts])
+
     def products(self, encoder: Directions, decoder: Directions) -> Products:
         """⟨g, u⟩ for encoder and decoder, the decoder's Gram matrix, and ‖g‖²: in one pass over the gradients."""
         each = [part.products(encoder, decoder) for part in self.parts]

@@ -38,10 +38,10 @@ class KeptAlone(Coefficients):
     ) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"], Directions]:
         """s and y of chosen directions of every sample, and these of the decoder."""
         own = self.decoder.select(numbers.flatten())
-        y = inner_own(self.gradients, own)
+        y = self.gradients.inner_own(own)
         if self.encoder is self.decoder:
             return y * present, y, own
-        return inner_own(self.gradients, self.encoder.select(numbers.flatten())) * present, y, own
+        return self.gradients.inner_own(self.encoder.select(numbers.flatten())) * present, y, own
 
     def of_residual(self, rule: Sparsity, dead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n, kept = len(self.z), rule.keep_batch(self.z[:, dead], 1.0)
@@ -49,11 +49,6 @@ class KeptAlone(Coefficients):
         s, y, few = self.products(dead.nonzero()[:, 0][index], present)
         rebuilt = self.s.detach().unsqueeze(1) @ gram_within(self.own.map(Tensor.detach), few, n)
         return s, y - rebuilt.squeeze(1), gram_within(few, few, n)
-
-
-def inner_own(gradients: Gradients, own: Directions) -> Float[Tensor, "n m"]:
-    """⟨g_n, u_nm⟩ with m directions for each sample: first those of the first sample; differentiable in them."""
-    return sum_of([part.inner_own(own) for part in gradients.parts])
 
 
 def everything(

@@ -114,7 +114,7 @@ def train(
         torch.manual_seed(seed)
         if kind == "batchtopk":
             model = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(k=kept, **size))  # type: ignore
-            model.activation_fn.forward = lambda x: largest(kept, x)
+            model.activation_fn.forward = lambda x: largest(kept, x)  # type: ignore
         else:
             model = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(k=int(kept), **size))  # type: ignore
         draws = repeat(generator(seed, "sae"))

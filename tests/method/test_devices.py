@@ -67,7 +67,7 @@ def test_everything_runs_on_a_gpu(
     make, inputs = CASES[case]
     model, x = gpu.move(make().eval()), inputs()
     for start, place in (("random", x), ("samples", gpu.put(x.clone()))):
-        d = ed.decompose(model, place, reference=reference, start=start, **FIT)
+        d = ed.decompose(model, place, reference=reference, **FIT, start=start)  # type: ignore[arg-type]
         d.save(tmp_path / "d.safetensors")
         again = ed.Decomposition.load(tmp_path / "d.safetensors", model)
         for one in (d, again):

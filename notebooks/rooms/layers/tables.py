@@ -16,9 +16,11 @@ def over_seeds(group: pd.DataFrame) -> pd.Series:
 def ways(fits: pd.DataFrame) -> pd.DataFrame:
     """How often all features own a direction with 1.5 of them a feature, by layers and by how fits start."""
     lines = []
-    for (layers, single), group in fits[fits["multiple"] == 1.5].groupby(["layers", "single"]):
+    for _, group in fits[fits["multiple"] == 1.5].groupby(["layers", "single"]):
+        one = group.iloc[0]
+        way = "one, from random directions" if one["single"] else "the better of two, from samples"
         lines.append({
-            "layers": layers, "way": "one, from random directions" if single else "the better of two, from samples",
+            "layers": one["layers"], "way": way,
             "fits": len(group), "all owned": int((group["owned"] == group["features"]).sum()),
             "seconds": group["fit_cpu_seconds"].mean(),
         })  # fmt: skip
