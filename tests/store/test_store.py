@@ -316,5 +316,5 @@ def test_what_a_store_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest
 def test_a_stores_fit_takes_the_settings_of_the_front_door_with_the_same_defaults() -> None:
     own, door = (inspect.signature(call).parameters for call in (ed.GradientStore.decompose, ed.decompose))
     shared = [name for name in own if name != "self"]
-    assert len(shared) == 14 and [name for name in door if name in own] == shared
+    assert len(shared) == 15 and [name for name in door if name in own] == shared
     assert all(own[name] == door[name] for name in shared)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigendecomp.targets.stories.model import activations
 from rooms.stories.rivals import LETTERS, Story
+from rooms.stories.standardised import activations
 
 
 def energy(story: Story, part: str) -> Float[Tensor, "b heads"]:
