@@ -70,7 +70,7 @@ def held_gradients(
     f = torch.empty(0) if fixed else outputs.all().flatten(0, 1)
 
     def some(index: Int[Tensor, " n"], generator: torch.Generator) -> Gradients:
-        g, size = jacobian.index_select(0, index), len(index) * parallel.processes()
+        g, size = jacobian.index_select(0, index.to(jacobian.device)), len(index) * parallel.processes()
         if not fixed:
             c = draws.again((size, 1), 1, generator)[parallel.share(size)](f[index].unsqueeze(1))
             g = torch.bmm(c[:, 0], g)
