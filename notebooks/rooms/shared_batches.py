@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from eigendecomp.batches import Batches, Data
+from eigendecomp.batches import Batches
 from eigendecomp.decomposition import Decomposition
+from eigendecomp.factored.data import Data
 from eigendecomp.factored.samples import SAMPLES
 from eigendecomp.fit import fit
 from eigendecomp.gradients import Gradients

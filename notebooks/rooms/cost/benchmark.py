@@ -123,7 +123,7 @@ class Step:
 
     def __call__(self) -> float:
         batch = coefficients(self.rule, self.gradients(), self.encoder, self.decoder, 1.0)
-        loss, _ = loss_and_error(self.rule, batch, self.decoder, self.dead)
+        loss, _ = loss_and_error(self.rule, batch, self.dead)
         del batch  # as in a fit, nothing but the graph holds the gradients
         loss.backward()
         self.optimizer.step()
