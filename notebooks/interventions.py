@@ -15,9 +15,9 @@
 # are moves, their number in brackets; bars are medians.*
 #
 # **What comes out: at equal effect a direction disturbs other samples less than a gradient step, a random direction or
-# an added row of an autoencoder. A unit of an autoencoder scaled by its activation is level on one model, and thirty
-# times less selective on the other. A map of cross-curvature shows which directions share an output, but not whether
-# they interact there.**
+# an added row of an autoencoder. A unit of an autoencoder scaled by its activation is level on one model, and about
+# thirty times less selective on the other. A map of cross-curvature shows which directions share an output, but not
+# whether they interact there.**
 #
 # Words: the *owner* of a direction is the feature on which it is strongest; *selectivity* is effect where it is meant
 # over effect elsewhere; effects are changes of the output in its standard deviation over held-out samples. Two models

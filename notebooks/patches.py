@@ -37,10 +37,10 @@
 # - **There are concepts that tell readers apart**: parts of garments and patterns, judged patch by patch. Random
 #   readers reach an average precision of 0.16 on parts and patterns at 300 units, ours 0.31. On decisions between two
 #   classes (which patches speak for a sneaker and not for a sandal) no reader gets far: 0.03 to 0.05.
-# - **Directions are not ahead there.** On the 7 concepts that tell at 300 units ours are level with k-means of patches,
-#   with training patches and with SAE rows (ahead of these by 0.04 ± 0.06). On another processor 8 concepts told, and
-#   the lead over SAE rows was 0.10 ± 0.03. With four units on at a patch ours are behind SAE rows, and at 100 units
-#   behind k-means of patches (by 0.08 ± 0.04).
+# - **Directions are hardly ahead there.** On the 7 concepts that tell at 300 units ours are level with k-means of
+#   patches, and ahead of training patches by 0.04 ± 0.02 and of SAE rows by 0.08 ± 0.04. These leads hang on the
+#   processor: elsewhere the first was 0.03 ± 0.03, the second 0.04 ± 0.06 or 0.10 ± 0.03. With four units on at a patch
+#   ours are behind SAE rows, and at 100 units behind k-means of patches (by 0.08 ± 0.04).
 # - **A few rows hold much of what changes a prediction, if they are made of gradients.** On the mean gradients of 25
 #   confusions directions are ahead of SAE rows, which hold 16% in five, of single gradients and of principal
 #   components. k-means of patches, with the mean of what is asked, are level at 300 units and behind at 100; k-means of
