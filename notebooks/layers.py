@@ -255,8 +255,8 @@ report.table("sweep", counts.reset_index())
 counts.rename(columns=NAMES).rename_axis(["layers", "directions a feature"]).round(3)
 
 # %% [markdown]
-# SPD's own size, with random rows in 1,000 dimensions. One of three networks with three layers loses five features, which
-# it computes about as well as others; twelve hundred steps are few there.
+# SPD's own size, with random rows in 1,000 dimensions. One of three networks with three layers loses five features,
+# which it computes about as well as others; twelve hundred steps are few there.
 
 # %%
 large = all_layers[all_layers["width"] == 1000]
@@ -323,8 +323,8 @@ report.figure("off", figure)
 # %% [markdown]
 # ## What was reached
 #
-# What was hoped for, and what came out. Not reached: less than 1% elsewhere along whole directions. Not settled: networks
-# whose layers must first undo their embedding.
+# What was hoped for, and what came out. Not reached: less than 1% elsewhere along whole directions. Not settled:
+# networks whose layers must first undo their embedding.
 #
 # Where to go next: `peers` for other decompositions of small networks, `sequences` for circuits of attention heads.
 

@@ -13,10 +13,10 @@
 # (SPD), rank-one NPEFF and L3D, each written here from its formulas, take apart the same trained networks as our
 # directions do. All are scored both ways: the peers' scores on our directions, ours on theirs.
 #
-# **Where each feature has a vector of its own, directions are near it three to fourteen times sooner than SPD; where SPD
-# finds all features, it comes nearer in the end.** The first picture shows it on five features in two dimensions. Put where
-# the weights are, SPD's components compute nearly what the network computes; directions do not, as soon as features
-# share weights. Gradients are rebuilt better by directions.
+# **Where each feature has a vector of its own, directions are near it three to fourteen times sooner than SPD; where
+# SPD finds all features, it comes nearer in the end.** The first picture shows it on five features in two dimensions.
+# Put where the weights are, SPD's components compute nearly what the network computes; directions do not, as soon as
+# features share weights. Gradients are rebuilt better by directions.
 
 # %% tags=["parameters"]
 fit_seeds = [1, 2, 3, 4, 5]  # settings were chosen on seeds 0 and 100
@@ -81,10 +81,11 @@ report.figure("time", figure)
 # other: where features meet in a sample, each one's gradient bends the others' rows. Dotted: what was hoped for. SPD's
 # runs are far shorter than published (10,000 to 40,000 steps of 4,096 samples), with larger steps, which favours it
 # here. Two of its five runs on five features do not come as near as was hoped for. In the others ours are three to
-# fourteen times sooner there, not fifty times, as had been hoped. On forty features SPD has 200 components a weight, as published, and batches a quarter
-# as large, chosen after a smaller setting had failed on this seed. Its one run finds all features, to a cosine of
-# .9999, in some four hundred seconds. The line of ours has as many directions as features, and on this seed loses one.
-# Open: a tenth more directions than features, twenty seeds, in some ten seconds; all are as near as SPD.
+# fourteen times sooner there, not fifty times, as had been hoped. On forty features SPD has 200 components a weight, as
+# published, and batches a quarter as large, chosen after a smaller setting had failed on this seed. Its one run finds
+# all features, to a cosine of .9999, in some four hundred seconds. The line of ours has as many directions as features,
+# and on this seed loses one. Open: a tenth more directions than features, twenty seeds, in some ten seconds; all are as
+# near as SPD.
 
 # %%
 speeds = report.table("speed", pd.DataFrame(compared.speeds(curves.to_dict("records"), LEVELS)))
