@@ -136,7 +136,7 @@ losses.round(7)
 # Beside them stands one plain forward and backward pass of the batch in which every sequence is repeated once for each
 # of its positions, one copy a sample. Recording can take less: a sequence is run forward once for all of its positions,
 # no gradient of a weight is computed, and the layers after the last attention are differentiated for all positions
-# together.
+# together. Where samples share no sequence it can take more than twice as long.
 
 
 # %%
@@ -848,7 +848,8 @@ json.loads(last.read_text())["results"] if last.exists() else "not run yet"
 #   be: attention and perceptron steps are tens of times faster than with formed gradients at rank 1. The gain falls
 #   with the rank, since each term is an inner product of its own.
 # - Where it is smaller, as in the convolutions, the factors would cost more than the numbers. The same code then forms
-#   them, tensor by tensor; it gains little over `vmap` at any rank, and takes a little more memory at rank 1.
+#   them, tensor by tensor. A step gains little over `vmap` at any rank, its gradients alone a little on one processor
+#   and nothing on another, where they take longer. It takes a little more memory at ranks 1 and 4.
 # - Positions cost most: time and the memory of recorded factors grow faster than in proportion, as a sample of the last
 #   position reaches all positions before it. Formed gradients grow more slowly, so at some length, not reached here,
 #   they would be cheaper.
